@@ -1,0 +1,40 @@
+# make lab    open the course            make bake   run every notebook and save its outputs
+# make test   lint, tests, notebooks     make clean  remove what make made
+# The first run fills .venv (PyTorch's CUDA build, about 5 GB); then the set-up is skipped until the requirements change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
+BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: lab test bake clean
+.DELETE_ON_ERROR:
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab $(AS_ROOT) notebooks/00_start_here.ipynb
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120
+
+# Figures are saved as plotly JSON and as PNG; widget state, which is large and goes stale, is left out of the files.
+bake: export PLOTLY_RENDERER = plotly_mimetype+png
+bake: $(STAMP)
+	$(if $(BROWSER_PATH),BROWSER_PATH="$(BROWSER_PATH)") $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=600 \
+	    --ExecutePreprocessor.record_timing=False \
+	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec', 'language_info'}" $(NOTEBOOKS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off --quiet -r requirements.txt
+	@touch $@

@@ -1,0 +1,14 @@
+"""Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A shared two-core machine has no steady clock: a slow example is not a wrong one.
+settings.register_profile("ragged", deadline=None)
+settings.load_profile("ragged")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
