@@ -1,6 +1,6 @@
 # make lab    open the course            make bake   run every notebook and save its outputs
 # make test   lint, tests, notebooks     make clean  remove what make made
-# The first run fills .venv (PyTorch's CUDA build, about 5 GB); then the set-up is skipped until the requirements change.
+# The first run fills .venv (PyTorch's CUDA build, about 5 GB); later runs skip that until the requirements change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,7 +34,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10+, please: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar off --quiet -r requirements.txt
 	@touch $@
