@@ -1,0 +1,82 @@
+"""Which vision transformers can be pruned: a clear refusal or the right answer, never a wrong answer."""
+
+import pytest
+import torch
+from pruner_cases import DIM, SIDE, assert_logits, pictures, with_variance
+from timm.layers import Attention, SwiGLUPacked
+from timm.models import create_model
+from timm.models import vision_transformer as tv
+
+import ragged
+
+REFUSAL = (ValueError, NotImplementedError, TypeError)
+
+
+class GatedAttention(Attention):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, gated=True, **kwargs)
+
+
+class ReversedBlocks(tv.VisionTransformer):
+    """A model with a forward pass of its own."""
+
+    def forward_features(self, x, **kwargs):
+        return super().forward_features(x.flip(-1), **kwargs) * 2
+
+
+def odd_vit(cls=tv.VisionTransformer, **extra):
+    settings = {"img_size": SIDE, "embed_dim": DIM, "depth": 2, "num_heads": 3, "num_classes": 10} | extra
+    try:
+        return with_variance(cls(**settings))
+    except TypeError:
+        pytest.skip("this timm has no such option")
+
+
+REFUSED = {
+    "avg_without_cls": {"class_token": False, "global_pool": "avg"},
+    "map_without_cls": {"class_token": False, "global_pool": "map"},
+    "parallel_scaling": {"block_fn": tv.ParallelScalingBlock},
+    "parallel_things": {"block_fn": tv.ParallelThingsBlock},
+    "post_norm": {"block_fn": tv.ResPostBlock, "init_values": 0.5},
+    "differential": {"attn_layer": "diff", "num_heads": 3},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_are_refused(kind):
+    vit = odd_vit(**REFUSED[kind])
+    with pytest.raises((ValueError, NotImplementedError)) as refusal:
+        ragged.RaggedViT(vit, ragged.PRUNERS["threshold_l2"](at=(1,)))
+    assert len(str(refusal.value)) > 20
+
+
+@pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224", "linear"])
+def test_other_networks_are_refused(model):
+    net = torch.nn.Linear(3, 3) if model == "linear" else create_model(model)
+    with pytest.raises(REFUSAL, match=r"(?i)vit|vision ?transformer"):
+        ragged.RaggedViT(net)
+
+
+# Models at the edge of the scope.
+ODD = {
+    "final_norm": {"final_norm": False}, "fc_norm": {"fc_norm": True}, "pre_norm": {"pre_norm": True},
+    "no_embed_class": {"no_embed_class": True}, "no_pos_embed": {"pos_embed": ""}, "no_head": {"num_classes": 0},
+    "scale_norm": {"scale_attn_norm": True, "scale_mlp_norm": True}, "dynamic_size": {"dynamic_img_size": True},
+    "no_bias": {"qkv_bias": False, "proj_bias": False}, "swiglu": {"mlp_layer": SwiGLUPacked},
+    "gated": {"attn_layer": GatedAttention}, "pool_none": {"global_pool": ""}, "pool_avg": {"global_pool": "avg"},
+    "pool_map": {"global_pool": "map"}, "pool_max": {"global_pool": "max"}, "own_forward": {"cls": ReversedBlocks},
+    "dropout": {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.1, "pos_drop_rate": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+@torch.no_grad()
+def test_odd_models_are_right_or_refused(kind):
+    vit = odd_vit(**ODD[kind])
+    for pruner in (None, ragged.PRUNERS["threshold_l2"](keep=1.0, at=(1,))):
+        try:
+            model = ragged.RaggedViT(vit, pruner)
+        except (ValueError, NotImplementedError) as refusal:
+            assert len(str(refusal)) > 20
+        else:
+            assert_logits(model(pictures()), vit(pictures()))
