@@ -95,7 +95,8 @@ def test_wrong_images(shape, pruner):
 
 def use(path, at=STAGES):
     """Load and run: a pruner may read its file late."""
-    return ragged.RaggedViT(small_vit(), ragged.PRUNERS["dynamicvit"](0.7, at=at, predictors=str(path)))(pictures())
+    pruner = ragged.PRUNERS["dynamicvit"](keep=0.7, at=at, predictors=str(path))
+    return ragged.RaggedViT(small_vit(), pruner)(pictures())
 
 
 def test_both_formats_give_the_same(predictor_file, tmp_path):
@@ -104,7 +105,7 @@ def test_both_formats_give_the_same(predictor_file, tmp_path):
 
 
 def test_missing_keys_are_named(tmp_path):
-    weights = predictor_weights()
+    weights = dict(predictor_weights())
     gone = "score_predictor.1.out_conv.2.weight"
     del weights[gone]
     save_file(weights, str(tmp_path / "hole.safetensors"))
@@ -129,7 +130,7 @@ def test_no_such_predictor_file(tmp_path):
 
 
 def test_untrained_predictors_are_repeatable():
-    run = lambda: ragged.RaggedViT(small_vit(), ragged.PRUNERS["dynamicvit"](0.7, at=STAGES))(pictures())  # noqa: E731
+    run = lambda: ragged.RaggedViT(small_vit(), ragged.PRUNERS["dynamicvit"](keep=0.7, at=STAGES))(pictures())  # noqa: E731
     assert torch.equal(run(), run())
 
 
