@@ -20,7 +20,9 @@ FILES = sorted((ROOT / "ragged").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Reading order. A file imports only from files to its left.
-ORDER = "packing kernel launch attention pruners model graph scenes data timing bench plots course train".split()
+ORDER = (
+    "copying packing kernel launch attention pruners model graph scenes data timing bench plots course train"
+).split()
 
 MAX_FILE_LINES = 250
 MAX_FUNCTION_LINES = 60
