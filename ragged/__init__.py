@@ -1,0 +1,14 @@
+"""ragged: dispatch-aware ragged attention for pruned Vision Transformers."""
+
+from .attention import pick_backend, varlen_attention, varlen_attention_ref
+from .backends import BACKENDS, Backend
+from .layout import Packed, Padded, Selection
+from .model import RaggedViT, load_deit
+from .packing import pack, repack, unpack
+from .pruners import PRUNERS
+
+__version__ = "0.1.0"
+__all__ = [
+    "BACKENDS", "PRUNERS", "Backend", "Packed", "Padded", "RaggedViT", "Selection", "load_deit", "pack",
+    "pick_backend", "repack", "unpack", "varlen_attention", "varlen_attention_ref",
+]  # fmt: skip

@@ -1,0 +1,164 @@
+"""`varlen_attention`: one public function over every backend, checked, and whole under torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, reference
+
+AUTO = ("triton", "flash_attn", "torch_varlen", "sdpa_padded")
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, softmax_scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Bidirectional attention inside each sequence of a packed batch (forward only).
+
+    q: (total_q, nheads, headdim); k, v: (total_k, nheads, headdim); float16, bfloat16 or float32, one dtype and device,
+    any strides: views of a fused qkv projection are read in place.
+    cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), exclusive prefix sums of the lengths; a length may be 0.
+    max_seqlen_q, max_seqlen_k: no sequence is longer.  softmax_scale: default 1 / sqrt(headdim).
+    backend: a name in `BACKENDS`, which is used or refused with the reason, or "auto" (see `pick_backend`).
+
+    Returns (total_q, nheads, headdim), and with return_lse also the natural log of the softmax sums, float32 (nheads,
+    total_q). A sequence without keys gets zeros and -inf. Raises TypeError or ValueError naming the argument; whether
+    cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
+    """
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if torch.compiler.is_compiling():
+        out, lse = _op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, return_lse, backend)
+        return (out, lse) if return_lse else out
+    key = (backend, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape[1:], k.shape[1:], v.shape[1:])
+    run = _accepted.get(key)
+    if run is None:
+        run = _accepted[key] = _accept(q, k, v, backend)
+    _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    out, lse = run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+_accepted: dict[tuple, object] = {}  # argument kinds that passed `_accept` -> the backend's function
+
+
+def varlen_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, softmax_scale: float | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments; float64 CPU results."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _check_kinds(q, k, v)
+    _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+    out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+@functools.cache
+def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
+    """The backend that "auto" stands for: the first of `AUTO` that has no reason against it."""
+    return next(name for name in AUTO if BACKENDS[name].why_not(device, dtype, headdim) is None)
+
+
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
+    """`name`, or what "auto" stands for. Raises ValueError for an unknown name or one that cannot run here, saying why
+    and what to use instead."""
+    if name == "auto":
+        return pick_backend(device, dtype, headdim)
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_not(device, dtype, headdim)
+    if reason is not None:
+        raise ValueError(
+            f"backend {name!r} cannot run here: {reason}. Use backend={pick_backend(device, dtype, headdim)!r} or 'auto'."
+        )
+    return name
+
+
+def _accept(q: Tensor, k: Tensor, v: Tensor, backend: str):
+    """Checks that depend only on what a model is, not on a batch; done once per kind of call."""
+    _check_kinds(q, k, v)
+    return BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])].run
+
+
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected (total, nheads, headdim), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} like q, got {x.device}")
+        if x.shape[1:] != q.shape[1:]:
+            raise ValueError(f"{name}: expected (nheads, headdim) = {tuple(q.shape[1:])} like q, got {tuple(x.shape[1:])}")
+
+
+def _check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> None:
+    """Checks of one call that need no wait for the GPU."""
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"v: expected {k.shape[0]} rows like k, got {v.shape[0]}")
+    if type(max_q) is not int or max_q < 1:
+        raise ValueError(f"max_seqlen_q: expected an int >= 1, got {max_q!r}")
+    if type(max_k) is not int or max_k < 1:
+        raise ValueError(f"max_seqlen_k: expected an int >= 1, got {max_k!r}")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"softmax_scale: expected a positive finite number, got {scale!r}")
+    _check_offsets(cu_q, "cu_seqlens_q", q)
+    if cu_k is not cu_q:
+        _check_offsets(cu_k, "cu_seqlens_k", k)
+        if cu_k.shape != cu_q.shape:
+            raise ValueError(f"cu_seqlens_k: expected {cu_q.shape[0]} entries like cu_seqlens_q, got {cu_k.shape[0]}")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ValueError("q: varlen_attention has no backward pass; call it under torch.no_grad() or detach q")
+    if _CHECK_VALUES or not q.is_cuda:
+        _check_values(cu_q, "cu_seqlens_q", q.shape[0], max_q)
+        _check_values(cu_k, "cu_seqlens_k", k.shape[0], max_k)
+
+
+_CHECK_VALUES = os.environ.get("RAGGED_CHECK") == "1"
+
+
+def _check_offsets(cu: Tensor, name: str, x: Tensor) -> None:
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {cu.dtype}")
+    if cu.dim() != 1 or cu.shape[0] < 2 or not cu.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous vector of batch + 1 >= 2 offsets, got shape {tuple(cu.shape)}")
+    if cu.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} like its tokens, got {cu.device}")
+
+
+def _check_values(cu: Tensor, name: str, total: int, longest: int) -> None:
+    values = cu.tolist()
+    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or min(lengths) < 0 or values[-1] > total:
+        raise ValueError(f"{name}: expected offsets rising from 0 to at most {total}, got {values[:8]}{'...' * (len(values) > 8)}")
+    if max(lengths) > longest:
+        raise ValueError(f"max_seqlen for {name}: expected at least the longest sequence, {max(lengths)}, got {longest}")
+
+
+# Under torch.compile the call is one opaque operator: the compiler neither looks inside nor breaks its graph there.
+@torch.library.custom_op("ragged::varlen_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float, return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    result = varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=softmax_scale, return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+    if return_lse:
+        return result[0].contiguous(), result[1]
+    return result.contiguous(), q.new_empty(0, dtype=torch.float32)
+
+
+@_op.register_fake
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, return_lse, backend):
+    lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), lse

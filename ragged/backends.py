@@ -1,0 +1,239 @@
+"""The providers of variable-length attention: one function and one reason not to, for each. A new one goes here only.
+
+Every `run` takes checked arguments (q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse), with q (total_q, nheads,
+headdim) and k, v (total_k, nheads, headdim), and returns the output like q and the log-sum-exp (nheads, total_q) or None.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import fused, launch
+
+HALF = (torch.float16, torch.bfloat16)
+Result = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One provider. `layout` is how a model's late blocks run under it: on the flat buffer or on a padded batch."""
+
+    name: str
+    run: Callable[..., Result]
+    why_not: Callable[[torch.device | str, torch.dtype, int], str | None]
+    layout: str = "packed"
+    about: str = ""
+
+
+def pad_rows(x: Tensor, cu: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows x (total, ...) as (batch, width, ...), and which entries are real, bool (batch, width). No wait."""
+    column = torch.arange(width, device=x.device)
+    real = column < (cu[1:] - cu[:-1])[:, None]
+    if x.shape[0] == 0:
+        return x.new_zeros((real.shape[0], width, *x.shape[1:])), real
+    padded = x[torch.where(real, cu[:-1, None] + column, 0)]
+    return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), padded, 0), real
+
+
+def unpad_rows(x: Tensor, cu: Tensor, total: int) -> Tensor:
+    """The inverse of `pad_rows`: (batch, width, ...) to (total, ...). No wait."""
+    row = torch.arange(total, device=x.device)
+    image = torch.searchsorted(cu[1:], row, right=True)
+    return x[image, row - cu[image]]
+
+
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
+    """Fused SDPA on (batch, n, nheads, headdim); real_k bool (batch, n_k) marks the keys that exist (None: all).
+    An image without any key gets zeros."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if real_k is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    some = real_k.any(1)
+    mask = (real_k | ~some[:, None])[:, None, None]  # softmax over nothing is NaN: let such an image see its zeros
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    if q.shape[0] == 0:
+        return torch.empty_like(q), q.new_zeros((q.shape[1], 0), dtype=torch.float32) if want_lse else None
+    qp, _ = pad_rows(q, cu_q, max_q)
+    kp, real = pad_rows(k, cu_k, max_k)
+    vp, _ = pad_rows(v, cu_k, max_k)
+    out = unpad_rows(masked_sdpa(qp, kp, vp, real, scale), cu_q, q.shape[0])
+    if not want_lse:
+        return out, None
+    scores = torch.einsum("bqhd,bkhd->bqhk", qp.float(), kp.float()) * scale  # SDPA keeps its log-sum-exp to itself
+    lse = scores.masked_fill(~real[:, None, None], -math.inf).logsumexp(-1)
+    return out, unpad_rows(lse, cu_q, q.shape[0]).T.contiguous()
+
+
+def unfused_softmax(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ) v in three separate operations on (batch, n, nheads, headdim): the paper's padded baseline."""
+    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * scale
+    if real_k is not None:
+        scores = scores.masked_fill(~real_k[:, None, None], -math.inf)
+    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    """As published, kept faithfully slow: one Python loop per image to pad, unfused attention, one to take it out."""
+    _refuse_lse("paper_padded", want_lse)
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    batch = len(starts_q) - 1
+    qp, kp, vp = (x.new_zeros((batch, n, *x.shape[1:])) for x, n in ((q, max_q), (k, max_k), (v, max_k)))
+    real = torch.zeros((batch, max_k), dtype=torch.bool, device=q.device)
+    for b in range(batch):
+        n_q, n_k = starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]
+        qp[b, :n_q] = q[starts_q[b] : starts_q[b + 1]]
+        kp[b, :n_k] = k[starts_k[b] : starts_k[b + 1]]
+        vp[b, :n_k] = v[starts_k[b] : starts_k[b + 1]]
+        real[b, :n_k] = True
+    out = torch.nan_to_num(unfused_softmax(qp, kp, vp, real, scale)) if max_k else qp
+    pieces = [out[b, : starts_q[b + 1] - starts_q[b]] for b in range(batch)]
+    return torch.cat(pieces), None
+
+
+def _dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    _refuse_lse("dense", want_lse)
+    batch = cu_q.shape[0] - 1
+    if q.shape[0] != batch * max_q or k.shape[0] != batch * max_k:
+        raise ValueError(
+            f"backend 'dense': expected {batch} sequences of equal length, {max_q} queries and {max_k} keys each, got "
+            f"{q.shape[0]} queries and {k.shape[0]} keys in all; use 'triton' or 'sdpa_padded' for unequal lengths"
+        )
+    shaped = (x.unflatten(0, (batch, n)) for x, n in ((q, max_q), (k, max_k), (v, max_k)))
+    return masked_sdpa(*shaped, None, scale).flatten(0, 1), None
+
+
+def _nested(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    """NestedTensor SDPA, with the zero-copy constructor."""
+    _refuse_lse("nested", want_lse)
+    make = torch.nested.nested_tensor_from_jagged
+    nq = make(q, cu_q.long(), min_seqlen=1, max_seqlen=max_q)
+    nk, nv = (make(x, cu_k.long(), min_seqlen=1, max_seqlen=max_k) for x in (k, v))
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (nq, nk, nv)), scale=scale)
+    return out.transpose(1, 2).values(), None
+
+
+def _flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    from flash_attn import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, return_attn_probs=want_lse
+    )  # fmt: skip
+    return (out[0], out[1]) if want_lse else (out, None)
+
+
+def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    if not want_lse:
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale), None
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, return_aux=AuxRequest(lse=True))
+
+
+def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    _refuse_lse("paper_triton", want_lse)
+    if cu_q is not cu_k and not (cu_q.shape == cu_k.shape and torch.equal(cu_q, cu_k)):
+        raise ValueError("backend 'paper_triton': Algorithm 1 has one cu_seqlens, queries and keys must agree")
+    return fused.paper_attend(q, k, v, cu_q, max_q, scale), None
+
+
+def reference(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    """The one reference: a loop over sequences in float64 on the CPU. Returns float64 CPU tensors."""
+    q, k, v = (x.detach().cpu().double() for x in (q, k, v))
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    out, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float64)
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        if starts_k[b] == starts_k[b + 1]:
+            continue  # no keys: zeros, and a log-sum-exp of minus infinity
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys])
+        lse[:, rows] = scores.logsumexp(-1)
+    return out, lse if want_lse else None
+
+
+def _reference_like(q, *arguments) -> Result:
+    out, lse = reference(q, *arguments)
+    return out.to(q), None if lse is None else lse.to(q.device, torch.float32)
+
+
+def _refuse_lse(name: str, want_lse: bool) -> None:
+    if want_lse:
+        raise ValueError(f"return_lse: backend {name!r} does not compute it; use 'triton', 'sdpa_padded' or 'reference'")
+
+
+def _anywhere(device, dtype, headdim) -> str | None:
+    return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
+
+
+def _why_not_nested(device, dtype, headdim) -> str | None:
+    if torch.device(device).type != "cuda":
+        return f"device {torch.device(device).type!r} is not CUDA, and NestedTensor SDPA picks among CUDA kernels"
+    return _anywhere(device, dtype, headdim)
+
+
+def _why_not_triton(device, dtype, headdim) -> str | None:
+    device = torch.device(device)
+    if not launch.have_triton():
+        return "Triton is not installed (it exists for Linux only)"
+    if device.type != "cuda" and not launch.usable(device):
+        return f"device {device.type!r} is not CUDA; set TRITON_INTERPRET=1 before importing to interpret it on the CPU"
+    if device.type == "cuda" and _capability(device) < (8, 0):
+        return (
+            f"compute capability {'.'.join(map(str, _capability(device)))} has no tensor-core path in Triton "
+            "(needs 8.0): use 'sdpa_padded'"
+        )
+    if dtype not in (*HALF, torch.float32):
+        return f"dtype {dtype} is not one of float16, bfloat16, float32"
+    if launch.INTERPRET and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 tiles as if they were integers"
+    if not 16 <= headdim <= 128:
+        return f"head dimension {headdim} is outside 16 to 128"
+    return None
+
+
+def _why_not_flash(device, dtype, headdim, package: str | None) -> str | None:
+    if package and find_spec(package) is None:
+        return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+    if torch.device(device).type != "cuda":
+        return f"device {torch.device(device).type!r} is not CUDA"
+    if _capability(torch.device(device)) < (8, 0):
+        return "needs compute capability 8.0"
+    if dtype not in HALF:
+        return f"dtype {dtype} is not float16 or bfloat16"
+    return None if headdim <= 256 and headdim % 8 == 0 else f"head dimension {headdim} is not a multiple of 8 up to 256"
+
+
+def _why_not_torch_varlen(device, dtype, headdim) -> str | None:
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen (2.10 brought it)"
+    return _why_not_flash(device, dtype, headdim, None)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_ALL = (
+    Backend("triton", fused.attend, _why_not_triton, about="this collection's kernel"),
+    Backend("flash_attn", _flash_attn, functools.partial(_why_not_flash, package="flash_attn"), about="FlashAttention-2"),
+    Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, about="PyTorch's varlen_attn"),
+    Backend("nested", _nested, _why_not_nested, about="NestedTensor SDPA, zero-copy construction"),
+    Backend("sdpa_padded", _padded, _anywhere, "padded", "fused SDPA, padded to the longest, vectorised"),
+    Backend("reference", _reference_like, _anywhere, about="float64 loop on the CPU"),
+    Backend("paper_triton", _paper_triton, _why_not_triton, about="Algorithm 1 of the paper, launched its way"),
+    Backend("paper_padded", _paper_padded, _anywhere, "padded", "the paper's padded baseline: loops, unfused"),
+    Backend("dense", _dense, _anywhere, "padded", "fused SDPA, equal counts only"),
+)
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}

@@ -1,0 +1,127 @@
+"""Calling this collection's own kernels: which tiles, which grid, and no detours on the host."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+
+LOG2_E = 1.4426950408889634
+
+try:  # the allocator's own entry, without the argument parsing of torch.empty: 1 µs instead of 2.4
+    _empty_cuda = torch._C._dynamo.guards._empty_strided_cuda
+except AttributeError:
+    _empty_cuda = None
+
+
+class Tiles(NamedTuple):
+    """Tile shapes of `attention_kernel`: M query rows, N keys, TAIL keys at the end, and how to compile it."""
+
+    M: int
+    N: int
+    TAIL: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def choose_tiles(max_seqlen_k: int, headdim: int, dtype: torch.dtype) -> Tiles:
+    """A small table, measured once; nothing is tuned in a user's first call."""
+    if dtype == torch.float32:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
+        return Tiles(32, 32, 16, 4, 2)
+    if headdim > 64:
+        return Tiles(64, 64, 32, 4, 2)
+    if max_seqlen_k <= 64:
+        return Tiles(64, 64, 64, 4, 2)
+    return Tiles(64, 64, 16, 4, 3)
+
+
+def new_output(q: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like q (total, nheads, headdim)."""
+    total, heads, dim = q.shape
+    if _empty_cuda is not None and q.is_cuda:
+        return _empty_cuda((total, heads, dim), (heads * dim, dim, 1), q.dtype)
+    return q.new_empty((total, heads, dim))
+
+
+@functools.cache
+def _constants(tiles: Tiles, q_stride: tuple, k_stride: tuple, v_stride: tuple, heads: int, dim: int,
+               dtype: torch.dtype, has_lse: bool) -> tuple[dict, dict]:  # fmt: skip
+    """Compile-time constants and options of `attention_kernel` for one model and tile choice."""
+    names = [f"{x}_{part}" for x in "QKV" for part in ("TOKEN", "HEAD", "DIM")]
+    constants = dict(zip(names, (*q_stride, *k_stride, *v_stride), strict=True))
+    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length())}
+    constants |= {"M": tiles.M, "N": tiles.N, "TAIL": tiles.TAIL, "HAS_LSE": has_lse}
+    constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+    return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+           scale: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`attention_kernel` on checked arguments: (total_q, nheads, headdim), and the log-sum-exp or None."""
+    from .kernel import attention_kernel
+
+    total, heads, dim = q.shape
+    tiles = choose_tiles(max_k, dim, q.dtype)
+    key = (tiles, q.stride(), k.stride(), v.stride(), heads, dim, q.dtype, want_lse)
+    constants, options = _constants(*key)
+    out = new_output(q)
+    lse = torch.full((heads, total), -math.inf, device=q.device) if want_lse else None
+    grid = (-(-max_q // tiles.M) * heads, cu_q.shape[0] - 1, 1)
+    tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
+    launch.start(attention_kernel, key, grid, tensors, (scale * LOG2_E, total), constants, options)
+    return out, lse
+
+
+def paper_attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_q: int, scale: float) -> Tensor:
+    """Algorithm 1 the way the paper runs it: three contiguous copies, then `kernel[grid](...)` through the JIT."""
+    from .kernel import paper_kernel
+
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    _, heads, dim = q.shape
+    out = torch.empty_like(q)
+    side = 32 if q.dtype == torch.float32 else 64
+    paper_kernel[(cu.shape[0] - 1, heads)](
+        q, k, v, out, cu, scale * LOG2_E, HEADS=heads, D=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()),
+        M=side, N=side, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    return out
+
+
+def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+    """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
+
+    q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
+    starts[b] + lengths[b].  width: no image is longer.  Returns float32 (rows, nheads); rows that no image owns are
+    zero. One row of the attention matrix per head: O(n), never O(n²).
+    """
+    rows, heads, dim = q.shape
+    if not launch.usable(q.device):
+        return _cls_attention_torch(q, k, starts, lengths, width, scale)
+    from .kernel import cls_kernel
+
+    probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
+    names = [f"{x}_{part}" for x in "QK" for part in ("TOKEN", "HEAD", "DIM")]
+    constants = dict(zip(names, (*q.stride(), *k.stride()), strict=True))
+    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "N": 64}
+    key = (q.dtype, *constants.values())
+    tensors = (q, k, probs, starts, lengths)
+    launch.start(cls_kernel, key, (heads, starts.shape[0], 1), tensors, (scale * LOG2_E,), constants, {})
+    return probs
+
+
+def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+    column = torch.arange(width, device=q.device)
+    real = column < lengths[:, None]
+    rows = torch.where(real, starts[:, None] + column, 0)
+    first = torch.where(lengths > 0, starts, 0)
+    scores = torch.einsum("bhd,bnhd->bnh", q[first].float(), k[rows].float()) * scale
+    probs = scores.masked_fill(~real[..., None], -math.inf).softmax(1)
+    out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device)
+    # padding columns all land in one extra row, which is cut off
+    return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]

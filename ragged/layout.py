@@ -1,0 +1,198 @@
+"""The two layouts of a ragged batch, and how a selection of rows is taken from either.
+
+Two layouts hold the same thing, and everything after this file works on either:
+
+* `Padded`  (batch, n, dim): every image owns n rows; rows past its length are padding. A dense batch is the case
+  where no length is given. This is what an ordinary ViT computes on.
+* `Packed`  (total, dim): the images stand one behind the other, with no padding, and `cu_seqlens` says where each
+  begins. This is what a variable-length attention kernel reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .copying import copy_rows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of every image stay, in the order in which they shall stand.
+
+    index: int64 (batch, k), row numbers within each image.  counts: how many leading entries of each row of `index`
+    are real; an int when that is the same for every image (then nobody has to ask the GPU), else int32 (batch,).
+    blend: optional weights (batch, n); every image gets one more row, the weighted sum of its rows (EViT's fused token).
+    """
+
+    index: Tensor
+    counts: int | Tensor
+    blend: Tensor | None = None
+
+
+def read_sizes(counts: Tensor) -> tuple[int, int]:
+    """Total and longest of counts (batch,), in ONE device-to-host wait."""
+    total, longest = torch.stack((counts.sum(), counts.max())).tolist()
+    return total, longest
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A ragged batch without padding.
+
+    tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
+    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image is
+    longer.  seqlen: the length before any pruning.  count: rows per image where the host knows that all are equal.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch: int
+    seqlen: int
+    count: int | None = None
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of every image, int32 (batch,)."""
+        return self.cu_seqlens[:-1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Rows of every image, int32 (batch,), on the tokens' device."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: no image has more rows."""
+        return self.max_seqlen
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
+        if self.count is not None:
+            return values.unflatten(0, (self.batch, self.count))
+        column = torch.arange(self.max_seqlen, device=values.device)
+        real = column < self.lengths[:, None]
+        rows = torch.where(real, self.starts[:, None] + column, 0)
+        real = real.view(*real.shape, *[1] * (values.dim() - 1))
+        return torch.where(real, values[rows], torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
+        rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
+        return self.tokens[rows]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
+    or None when every row is real, seqlen as in `Packed`. Padding rows hold finite numbers and have the id -1."""
+
+    tokens: Tensor
+    ids: Tensor
+    seqlen: int
+    lengths: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: rows every image owns, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of every image in the flattened batch, int32 (batch,)."""
+        return torch.arange(self.batch, device=self.tokens.device, dtype=torch.int32) * self.width
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (batch, n, ...) with `fill` in the padding."""
+        if self.lengths is None:
+            return values
+        real = torch.arange(self.width, device=values.device) < self.lengths[:, None]
+        real = real.view(*real.shape, *[1] * (values.dim() - 2))
+        return torch.where(real, values, torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim)."""
+        return self.tokens[:, :count]
+
+
+Sizes = Callable[[Tensor], tuple[int, int]]
+
+
+def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes) -> Packed:
+    """The selected rows of every image as a `Packed` batch.
+
+    Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
+    default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
+    total are copies of real rows that no attention call looks at.
+    """
+    batch, index, counts = state.batch, selection.index, selection.counts
+    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    if isinstance(counts, int):
+        rows = (state.starts[:, None] + index).flatten()
+        steps = torch.arange(batch + 1, device=index.device, dtype=torch.int32)
+        new_tokens, new_ids = copy_rows(tokens, ids, rows)
+        packed = Packed(new_tokens, new_ids, steps * counts, counts, batch, state.seqlen, counts)
+        return _append_fused(packed, state, selection.blend)
+    if selection.blend is not None:
+        raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
+    total, longest = sizes(counts)
+    cu_seqlens = offsets(counts)
+    row = torch.arange(total, device=index.device)
+    image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=batch - 1)
+    column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
+    rows = state.starts[image] + index[image, column]
+    new_tokens, new_ids = copy_rows(tokens, ids, rows)
+    return Packed(new_tokens, new_ids, cu_seqlens, longest, batch, state.seqlen)
+
+
+def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:
+    """The selected rows of every image as a `Padded` batch, `width` rows for each (default: the longest, which for
+    unequal counts costs one wait)."""
+    counts, index = selection.counts, selection.index
+    lengths = None if isinstance(counts, int) and width in (None, counts) else counts
+    if isinstance(lengths, int):
+        lengths = torch.full((state.batch,), counts, dtype=torch.int32, device=index.device)
+    width = width or (counts if isinstance(counts, int) else read_sizes(counts)[1])
+    if selection.blend is not None:
+        fused = _fuse(state, selection.blend)
+    index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
+    tokens = state.tokens.gather(1, index[..., None].expand(-1, -1, state.tokens.shape[-1]))
+    ids = state.ids.gather(1, index)
+    if lengths is not None:
+        real = torch.arange(width, device=index.device) < lengths[:, None]
+        tokens, ids = tokens * real[..., None], torch.where(real, ids, -1)
+    new = Padded(tokens, ids, state.seqlen, lengths)
+    if selection.blend is None:
+        return new
+    if lengths is not None:
+        raise ValueError("selection: a fused token needs the same count in every image and no padding")
+    return replace(new, tokens=torch.cat((tokens, fused), 1), ids=torch.nn.functional.pad(ids, (0, 1), value=-1))
+
+
+def offsets(counts: Tensor) -> Tensor:
+    """Exclusive prefix sums of counts (batch,) as int32 (batch + 1,): the `cu_seqlens` of flash-attention."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
+    """Weighted sum of every image's rows, (batch, 1, dim)."""
+    return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)
+
+
+def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:
+    if blend is None:
+        return packed
+    count, batch = packed.count + 1, packed.batch
+    tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
+    ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
+    steps = torch.arange(batch + 1, device=ids.device, dtype=torch.int32)
+    return Packed(tokens, ids, steps * count, count, batch, packed.seqlen, count)
