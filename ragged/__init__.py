@@ -3,7 +3,8 @@
 from .attention import pick_backend, varlen_attention, varlen_attention_ref
 from .backends import BACKENDS, Backend
 from .layout import Packed, Padded, Selection
-from .model import RaggedViT, load_deit
+from .loading import load_deit
+from .model import RaggedViT
 from .packing import pack, repack, unpack
 from .pruners import PRUNERS
 

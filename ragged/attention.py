@@ -33,7 +33,8 @@ def varlen_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if torch.compiler.is_compiling():
-        out, lse = _op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, return_lse, backend)
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
         return (out, lse) if return_lse else out
     key = (backend, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape[1:], k.shape[1:], v.shape[1:])
     run = _accepted.get(key)
@@ -51,7 +52,8 @@ def varlen_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     *, softmax_scale: float | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments; float64 CPU results."""
+    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments; float64 CPU
+    results."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _check_kinds(q, k, v)
     _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
@@ -65,6 +67,7 @@ def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -
     return next(name for name in AUTO if BACKENDS[name].why_not(device, dtype, headdim) is None)
 
 
+@functools.cache
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
     """`name`, or what "auto" stands for. Raises ValueError for an unknown name or one that cannot run here, saying why
     and what to use instead."""
@@ -75,7 +78,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
     reason = BACKENDS[name].why_not(device, dtype, headdim)
     if reason is not None:
         raise ValueError(
-            f"backend {name!r} cannot run here: {reason}. Use backend={pick_backend(device, dtype, headdim)!r} or 'auto'."
+            f"backend {name!r} cannot run here: {reason}. Use backend={pick_backend(device, dtype, headdim)!r} or
+            'auto'."
         )
     return name
 
@@ -97,7 +101,8 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name}: expected on {q.device} like q, got {x.device}")
         if x.shape[1:] != q.shape[1:]:
-            raise ValueError(f"{name}: expected (nheads, headdim) = {tuple(q.shape[1:])} like q, got {tuple(x.shape[1:])}")
+            expected, got = tuple(q.shape[1:]), tuple(x.shape[1:])
+            raise ValueError(f"{name}: expected (nheads, headdim) = {expected} like q, got {got}")
 
 
 def _check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> None:
@@ -138,9 +143,11 @@ def _check_values(cu: Tensor, name: str, total: int, longest: int) -> None:
     values = cu.tolist()
     lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
     if values[0] != 0 or min(lengths) < 0 or values[-1] > total:
-        raise ValueError(f"{name}: expected offsets rising from 0 to at most {total}, got {values[:8]}{'...' * (len(values) > 8)}")
+        shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
+        raise ValueError(f"{name}: expected offsets rising from 0 to at most {total}, got {shown}")
     if max(lengths) > longest:
-        raise ValueError(f"max_seqlen for {name}: expected at least the longest sequence, {max(lengths)}, got {longest}")
+        of = name.removeprefix("cu_seqlens_")
+        raise ValueError(f"max_seqlen_{of}: expected at least the longest sequence, {max(lengths)}, got {longest}")
 
 
 # Under torch.compile the call is one opaque operator: the compiler neither looks inside nor breaks its graph there.

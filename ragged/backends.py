@@ -1,7 +1,8 @@
 """The providers of variable-length attention: one function and one reason not to, for each. A new one goes here only.
 
 Every `run` takes checked arguments (q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse), with q (total_q, nheads,
-headdim) and k, v (total_k, nheads, headdim), and returns the output like q and the log-sum-exp (nheads, total_q) or None.
+headdim) and k, v (total_k, nheads, headdim), and returns the output like q and the log-sum-exp (nheads, total_q) or
+None.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def _reference_like(q, *arguments) -> Result:
 
 def _refuse_lse(name: str, want_lse: bool) -> None:
     if want_lse:
-        raise ValueError(f"return_lse: backend {name!r} does not compute it; use 'triton', 'sdpa_padded' or 'reference'")
+        able = "use 'triton', 'sdpa_padded' or 'reference'"
+        raise ValueError(f"return_lse: backend {name!r} does not compute it; {able}")
 
 
 def _anywhere(device, dtype, headdim) -> str | None:
@@ -202,9 +204,13 @@ def _why_not_triton(device, dtype, headdim) -> str | None:
     return None
 
 
-def _why_not_flash(device, dtype, headdim, package: str | None) -> str | None:
-    if package and find_spec(package) is None:
+def _why_not_flash_package(device, dtype, headdim) -> str | None:
+    if find_spec("flash_attn") is None:
         return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+    return _why_not_flash(device, dtype, headdim)
+
+
+def _why_not_flash(device, dtype, headdim) -> str | None:
     if torch.device(device).type != "cuda":
         return f"device {torch.device(device).type!r} is not CUDA"
     if _capability(torch.device(device)) < (8, 0):
@@ -217,7 +223,7 @@ def _why_not_flash(device, dtype, headdim, package: str | None) -> str | None:
 def _why_not_torch_varlen(device, dtype, headdim) -> str | None:
     if find_spec("torch.nn.attention.varlen") is None:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen (2.10 brought it)"
-    return _why_not_flash(device, dtype, headdim, None)
+    return _why_not_flash(device, dtype, headdim)
 
 
 @functools.cache
@@ -227,7 +233,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 _ALL = (
     Backend("triton", fused.attend, _why_not_triton, about="this collection's kernel"),
-    Backend("flash_attn", _flash_attn, functools.partial(_why_not_flash, package="flash_attn"), about="FlashAttention-2"),
+    Backend("flash_attn", _flash_attn, _why_not_flash_package, about="FlashAttention-2"),
     Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, about="PyTorch's varlen_attn"),
     Backend("nested", _nested, _why_not_nested, about="NestedTensor SDPA, zero-copy construction"),
     Backend("sdpa_padded", _padded, _anywhere, "padded", "fused SDPA, padded to the longest, vectorised"),

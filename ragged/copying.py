@@ -1,4 +1,5 @@
-"""Moving token rows: a gather and a scatter, each with the ids in the same launch. Triton on CUDA, PyTorch elsewhere."""
+"""Moving token rows: a gather and a scatter, each with the ids in the same launch. Triton on CUDA, PyTorch
+elsewhere."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scatter_rows(x: Tensor, ids: Tensor, keep: Tensor, place: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The rows of x (n, dim) and ids (n,) where keep (n,) is True, row i at place[i] - 1; place int32 (n,) is the inclusive
-    prefix sum of keep and total its last entry. No wait."""
+    """The rows of x (n, dim) and ids (n,) where keep (n,) is True, row i at place[i] - 1; place int32 (n,) is the
+    inclusive prefix sum of keep and total its last entry. No wait."""
     if not launch.usable(x.device):
         target = torch.where(keep, place - 1, total).long()
         rows = target.new_empty(total + 1)

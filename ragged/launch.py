@@ -1,10 +1,11 @@
 """How a compiled kernel is started, and what that costs.
 
 `kernel[grid](...)`, Triton's own way, looks at every argument of every call: its type, whether an integer is 1 or a
-multiple of 16, whether a pointer is aligned. From that it makes a key, looks the compiled kernel up, and starts it: near
-20 µs of host time, more than the GPU then computes. But a model calls the same kernel with the same answers again and again.
-`start` below asks the questions once per key, which the caller provides, and keeps the compiled kernel. What is left per
-call is a dictionary look-up and the driver's own launch.
+multiple of 16, whether a pointer is aligned. From that it makes a key, looks the compiled kernel up, and starts it:
+near 20 µs of host time, more than the GPU then computes. But a model calls the same kernel with the same answers
+again and again.
+`start` below asks the questions once per key, which the caller provides, and keeps the compiled kernel. What is left
+per call is a dictionary look-up and the driver's own launch.
 
 Nothing here depends on lengths or batch: those travel in the grid and in ordinary arguments.
 """
@@ -40,9 +41,10 @@ def start(kernel, key: tuple, grid: tuple[int, int, int], tensors: tuple, number
     """Launch `kernel` on the current stream of the tensors' device.
 
     key: whatever decides `constants` and `options` for the caller; with the kernel, the device and the pointers'
-    alignment it must determine the compiled kernel. tensors, numbers: the leading arguments in order (numbers are floats
-    or integers that the kernel does not specialise on). The first call of a key goes through the JIT, which compiles or
-    finds the kernel; later calls start it directly. Interpreter runs and unaligned pointers always take the JIT.
+    alignment it must determine the compiled kernel. tensors, numbers: the leading arguments in order (numbers are
+    floats or integers that the kernel does not specialise on). The first call of a key goes through the JIT, which
+    compiles or finds the kernel; later calls start it directly. Interpreter runs and unaligned pointers always take
+    the JIT.
     """
     if 0 in grid:
         return
@@ -67,8 +69,8 @@ def start(kernel, key: tuple, grid: tuple[int, int, int], tensors: tuple, number
 def direct(compiled, constants: tuple) -> Callable:
     """A function (grid, stream, *pointers and numbers) that starts an already compiled kernel.
 
-    `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not ask
-    the driver about each of them. The constants are compiled in, but keep their places in the argument list.
+    `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not
+    ask the driver about each of them. The constants are compiled in, but keep their places in the argument list.
     """
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
 

@@ -11,7 +11,7 @@ Two layouts hold the same thing, and everything after this file works on either:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Selection:
 
     index: int64 (batch, k), row numbers within each image.  counts: how many leading entries of each row of `index`
     are real; an int when that is the same for every image (then nobody has to ask the GPU), else int32 (batch,).
-    blend: optional weights (batch, n); every image gets one more row, the weighted sum of its rows (EViT's fused token).
+    blend: optional weights (batch, n); every image gets one more row, the weighted sum of its rows (EViT's fused
+    token).
     """
 
     index: Tensor
@@ -44,8 +45,8 @@ class Packed:
     """A ragged batch without padding.
 
     tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
-    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image is
-    longer.  seqlen: the length before any pruning.  count: rows per image where the host knows that all are equal.
+    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
+    is longer.  seqlen: the length before any pruning.  count: rows per image where the host knows that all are equal.
     """
 
     tokens: Tensor
@@ -90,12 +91,13 @@ class Packed:
 @dataclass(frozen=True)
 class Padded:
     """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
-    or None when every row is real, seqlen as in `Packed`. Padding rows hold finite numbers and have the id -1."""
+    or None when every row is real, seqlen and count as in `Packed`. Padding rows are zero and have the id -1."""
 
     tokens: Tensor
     ids: Tensor
     seqlen: int
     lengths: Tensor | None = None
+    count: int | None = None
 
     @property
     def batch(self) -> int:
@@ -157,25 +159,25 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:
     """The selected rows of every image as a `Padded` batch, `width` rows for each (default: the longest, which for
     unequal counts costs one wait)."""
-    counts, index = selection.counts, selection.index
-    lengths = None if isinstance(counts, int) and width in (None, counts) else counts
-    if isinstance(lengths, int):
-        lengths = torch.full((state.batch,), counts, dtype=torch.int32, device=index.device)
-    width = width or (counts if isinstance(counts, int) else read_sizes(counts)[1])
-    if selection.blend is not None:
-        fused = _fuse(state, selection.blend)
+    counts, index, blend = selection.counts, selection.index, selection.blend
+    known = isinstance(counts, int)
+    if blend is not None and not known:
+        raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
+    rows = counts + (blend is not None) if known else None
+    if width is None:
+        width = rows if known else read_sizes(counts)[1]
     index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
     tokens = state.tokens.gather(1, index[..., None].expand(-1, -1, state.tokens.shape[-1]))
     ids = state.ids.gather(1, index)
-    if lengths is not None:
-        real = torch.arange(width, device=index.device) < lengths[:, None]
+    if rows != width:
+        real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
         tokens, ids = tokens * real[..., None], torch.where(real, ids, -1)
-    new = Padded(tokens, ids, state.seqlen, lengths)
-    if selection.blend is None:
-        return new
-    if lengths is not None:
-        raise ValueError("selection: a fused token needs the same count in every image and no padding")
-    return replace(new, tokens=torch.cat((tokens, fused), 1), ids=torch.nn.functional.pad(ids, (0, 1), value=-1))
+    if blend is not None:
+        tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
+    lengths = counts
+    if known:
+        lengths = None if rows == width else torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
+    return Padded(tokens, ids, state.seqlen, lengths, rows)
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -184,8 +186,8 @@ def offsets(counts: Tensor) -> Tensor:
 
 
 def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
-    """Weighted sum of every image's rows, (batch, 1, dim)."""
-    return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)
+    """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim)."""
+    return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
 
 
 def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:

@@ -23,7 +23,7 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
     if keep.device != x.device:
         raise ValueError(f"keep: expected on {x.device} like x, got {keep.device}")
     ids = torch.arange(n, device=x.device).expand(batch, n)
-    dense = Padded(x, ids, n)
+    dense = Padded(x, ids, n, count=n)
     if keep.dtype == torch.int64:
         if keep.shape[0] != batch:
             raise ValueError(f"keep: expected {batch} rows of row numbers like x, got {tuple(keep.shape)}")

@@ -21,7 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Reading order. A file imports only from files to its left.
 ORDER = (
-    "copying packing kernel launch attention pruners model graph scenes data timing bench plots course train"
+    "kernel launch copying layout packing fused backends attention blocks checkpoints selection pruners graph "
+    "scenes data loading model timing bench plots course train"
 ).split()
 
 MAX_FILE_LINES = 250

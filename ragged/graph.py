@@ -1,0 +1,137 @@
+"""The whole forward pass as CUDA graphs: recorded once, then started with one call and no Python in between.
+
+A graph replays fixed launches on fixed memory. With a fixed number of tokens that is all there is to it. An adaptive
+pruner decides on the GPU how many tokens stay, so the pass is recorded in two parts. The front runs up to that
+decision.
+The host then reads two numbers (the one wait of the call) and starts the back whose capacity is the next above them.
+Rows between the real total and the capacity are computed and never looked at: `cu_seqlens` does not reach them.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+STEP = 1.05  # a bucket is 5 % larger than the one below: about 2.5 % of the rows are surplus on average
+SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
+
+
+def bucket_sizes(rows: int) -> list[int]:
+    """Capacities in rows, rising geometrically up to `rows`, in multiples of 8 (small batches) or 64."""
+    grain = 64 if rows >= 64 * 64 else 8
+    sizes, size = {rows}, float(rows)
+    while size > rows * SMALLEST:
+        size /= STEP
+        sizes.add(min(rows, -(-int(size) // grain) * grain))
+    return sorted(sizes)
+
+
+class Captured:
+    """A model's forward pass for one batch size, as CUDA graphs. Call it with images; it returns logits.
+
+    Images are copied into the graph's own buffer; the logits returned are a copy, safe to keep. Calls from several
+    streams and threads are put one behind the other. `waits` is the number of device-to-host waits per call: 0 when the
+    pruner keeps fixed counts, 1 when it is adaptive. `capacity_waste` is the share of surplus rows in the last call.
+    """
+
+    def __init__(self, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
+        self.images, self.front, self.output = images, front, output
+        self.waits = 0 if output is not None else 1
+        self.buckets: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.sizes: list[int] = []
+        self.total: Tensor | None = None  # int64 (1,) on the device, written by the front
+        self.capacity_waste = 0.0
+        self._host_total = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        self._lock, self._done, self._read = threading.Lock(), torch.cuda.Event(), torch.cuda.Event()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.shape != self.images.shape or images.dtype != self.images.dtype:
+            raise ValueError(
+                f"images: captured for {tuple(self.images.shape)} {self.images.dtype}, got {tuple(images.shape)} "
+                f"{images.dtype}; capture another batch size with model.capture({images.shape[0]})"
+            )
+        if images.device != self.images.device:
+            raise ValueError(f"images: captured on {self.images.device}, got {images.device}")
+        with self._lock, torch.no_grad(), torch.cuda.device(self.images.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)  # an earlier call on another stream still owns the buffers until then
+            self.images.copy_(images, non_blocking=True)
+            self.front.replay()
+            output = self.output if self.output is not None else self._back(stream)
+            result = output.clone()
+            self._done.record(stream)
+        return result
+
+    def _back(self, stream: torch.cuda.Stream) -> Tensor:
+        self._host_total.copy_(self.total, non_blocking=True)
+        self._read.record(stream)
+        self._read.synchronize()  # the one wait
+        total = int(self._host_total)
+        size = self.sizes[bisect_left(self.sizes, total)]
+        self.capacity_waste = size / total - 1.0
+        graph, output = self.buckets[size]
+        graph.replay()
+        return output
+
+
+def capture(model, batch_size: int, *, warmup: int = 2) -> Captured:
+    """Record `model` (a `RaggedViT` on a GPU) for batches of `batch_size` images.
+
+    An adaptive pruner gets one graph per bucket of total tokens (`bucket_sizes`), all in one memory pool. Raises
+    ValueError for a model on the CPU, and NotImplementedError for what cannot be recorded, with the reason.
+    """
+    weight = model.vit.patch_embed.proj.weight
+    if not weight.is_cuda:
+        raise ValueError(f"capture: CUDA graphs need a model on a GPU, this one is on {weight.device}")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
+    pruner = model.pruner
+    if model.backend in ("paper_padded", "reference", "nested"):
+        raise NotImplementedError(f"capture: backend {model.backend!r} reads from the GPU in the middle of the pass")
+    if pruner is not None and pruner.adaptive and len(pruner.at) > 1:
+        raise NotImplementedError(
+            f"capture: {pruner.name} decides {len(pruner.at)} times how many tokens stay, and every decision would
+            need a " "wait and buckets of its own; capture a single cut, at=(3,), or a pruner with fixed counts"
+        )
+    shape = (batch_size, weight.shape[1], *model.vit.patch_embed.img_size)
+    with torch.no_grad(), torch.cuda.device(weight.device):
+        return _record(model, torch.randn(shape, device=weight.device, dtype=weight.dtype), warmup)
+
+
+def _record(model, images: Tensor, warmup: int) -> Captured:
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile, tune cuBLAS and fill caches outside the recording
+        for _ in range(warmup):
+            result = model.begin(images)
+            if not isinstance(result, Tensor):
+                rows = images.shape[0] * result.width
+                result.resume(rows, result.width)
+    torch.cuda.current_stream().wait_stream(stream)
+    front = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(front, pool=pool, stream=stream):
+        result = model.begin(images)
+        total = None if isinstance(result, Tensor) else result.counts.sum(0, keepdim=True)
+    if total is None:
+        return Captured(images, front, result)
+    captured = Captured(images, front, None)
+    captured.total = total
+    front.replay()
+    captured.sizes = bucket_sizes(images.shape[0] * result.width)
+    for size in captured.sizes:
+        captured.buckets[size] = _record_back(result, size, stream, pool)
+    return captured
+
+
+def _record_back(pending, size: int, stream: torch.cuda.Stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pending.resume(size, pending.width)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        output = pending.resume(size, pending.width)
+    return graph, output

@@ -1,0 +1,141 @@
+"""Getting a Vision Transformer: `load_deit`, and the check that a model is one this package handles exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoints import load_state
+from .data import checkpoint_path, verify_sha256
+
+DEITS = ("deit_tiny", "deit_small", "deit_base")
+WEIGHTS = ("digits", "imagenet", "random")
+
+
+def load_deit(
+    name: str = "deit_tiny", weights: str | Path = "random", img_size: int = 224, *, num_classes: int | None = None,
+    sha256: str | None = None, seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """A timm Vision Transformer in eval mode, float32, on the CPU.
+
+    name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (bundled), "imagenet" (timm's
+    download), "random" (from `seed`), or a path to safetensors or a torch checkpoint with timm's names.  num_classes:
+    default 1000, or what the checkpoint's head has.  sha256: expected hash of a checkpoint given by path.
+    Raises ValueError for unknown names, wrong keys or a wrong hash, FileNotFoundError, and ConnectionError if a
+    download is impossible.
+    """
+    timm_name = _timm_name(name, img_size)
+    if weights == "imagenet":
+        return check_supported(_download(timm_name, img_size, num_classes))
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return check_supported(_create(timm_name, img_size, 1000 if num_classes is None else num_classes))
+    path = checkpoint_path(f"{name}_digits") if weights == "digits" else Path(weights)
+    if not path.is_file():
+        known = f"weights: expected one of {', '.join(WEIGHTS)} or an existing file, got {str(weights)!r}"
+        raise (FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError)(known)
+    if sha256 is not None:
+        verify_sha256(path, sha256)
+    state = load_state(path)
+    head = state.get("head.weight")
+    classes = num_classes or (1000 if head is None else head.shape[0])
+    return check_supported(_fill(_create(timm_name, img_size, classes), state, path))
+
+
+def _timm_name(name: str, img_size: int) -> str:
+    import timm
+
+    if not isinstance(img_size, int) or img_size < 16:
+        raise ValueError(f"img_size: expected pixels as an int >= 16, got {img_size!r}")
+    if name in DEITS:
+        sized = f"{name}_patch16_{img_size}"
+        return sized if timm.is_model(sized) else f"{name}_patch16_224"
+    if not timm.is_model(str(name)):
+        raise ValueError(f"name: expected one of {', '.join(DEITS)} or a timm model name, got {name!r}")
+    return name
+
+
+def _create(timm_name: str, img_size: int, num_classes: int, pretrained: bool = False) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(timm_name, pretrained=pretrained, img_size=img_size, num_classes=num_classes).eval()
+    except TypeError as error:  # models that are no ViT take no img_size
+        raise ValueError(f"name: {timm_name} is not a plain Vision Transformer ({error})") from error
+
+
+def _download(timm_name: str, img_size: int, num_classes: int | None) -> nn.Module:
+    try:
+        return _create(timm_name, img_size, 1000 if num_classes is None else num_classes, pretrained=True)
+    except (ValueError, NotImplementedError):
+        raise
+    except Exception as error:  # the hub client has many ways to say that there is no network
+        raise ConnectionError(
+            f"weights='imagenet': timm could not download {timm_name} ({type(error).__name__}). Without a network use "
+            "weights='digits' (bundled), weights='random', or the path of a checkpoint file."
+        ) from error
+
+
+def _fill(vit: nn.Module, state: dict, path: Path) -> nn.Module:
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    state = {k: v for k, v in state.items() if not k.startswith("score_predictor.")}
+    # timm's own converter: older names, and position embeddings of another image size
+    state = checkpoint_filter_fn(dict(state), vit)
+    wanted = vit.state_dict()
+    missing = [k for k in wanted if k not in state]
+    unknown = [k for k in state if k not in wanted]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or unknown or wrong:
+        first = (missing + unknown + wrong)[0]
+        raise ValueError(
+            f"weights: {path} does not fit the model: {len(missing)} keys missing, {len(unknown)} unknown,
+            {len(wrong)} " f"of another shape, first {first!r}"
+        )
+    vit.load_state_dict(state)
+    return vit
+
+
+def check_supported(vit: nn.Module) -> nn.Module:
+    """`vit` itself, if its tokens may be dropped without changing what the rest computes. Raises ValueError saying
+    which part is not handled: better refused than silently wrong."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}")
+    problems = []
+    if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
+        problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
+    if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
+        problems.append("it drops patches on its own (patch_drop)")
+    for i, block in enumerate(vit.blocks):
+        problem = f"type {type(block).__name__}" if type(block) is not Block else _block_problem(block)
+        if problem:
+            problems.append(f"block {i}: {problem}")
+            break
+    if problems:
+        raise ValueError(f"vit: this model is not handled: {'; '.join(problems)}")
+    return vit
+
+
+def _block_problem(block: nn.Module) -> str | None:
+    """Why a block is not made of row-wise parts and one ordinary attention, or None."""
+    from timm import layers
+    from timm.layers.attention import Attention as SharedAttention
+    from timm.models import vision_transformer as file
+
+    attention = {getattr(file, "Attention", SharedAttention), SharedAttention}
+    if type(block.attn) not in attention:
+        return f"attention {type(block.attn).__name__}"
+    if getattr(block.attn, "gate", None) is not None:
+        return "gated attention"
+    if not isinstance(block.mlp, (layers.Mlp, layers.GluMlp, layers.SwiGLU)):
+        return f"MLP {type(block.mlp).__name__}"
+    norms = (nn.LayerNorm, nn.Identity, getattr(nn, "RMSNorm", nn.LayerNorm), getattr(layers, "RmsNorm", nn.LayerNorm))
+    for part in (block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm):
+        if not isinstance(part, norms):
+            return f"normalisation {type(part).__name__}"
+    return None

@@ -1,0 +1,226 @@
+"""Which tokens may go: a score for every token, and a rule that turns scores into a selection.
+
+Four published methods are four pairs of the two. A pruner knows nothing of layouts or backends: it sees scores as a
+grid (batch, n) and answers with a `Selection`. To add one, write a class with `select` and enter it in `PRUNERS`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import load_state
+from .layout import Selection
+from .selection import View, at_least, inverse_cdf, top_k, with_prefix
+
+PLACES = ("before", "inside", "after")
+
+
+class Pruner(nn.Module):
+    """Base class. at: block indices, one stage each.  where: before a block, inside it, or after it.
+
+    needs: extra parts of the `View`, of "attention" and "values".  rows_only: an inside cut drops query rows before the
+    attention product, and the dropped tokens still serve as keys and values there.  adaptive: counts vary by image.
+    """
+
+    needs: frozenset[str] = frozenset()
+    rows_only = False
+    adaptive = False
+    trained: bool | None = None  # whether learned parts were trained; None where nothing is learned
+
+    def __init__(self, name: str, at: int | Iterable[int], where: str):
+        super().__init__()
+        self.name, self.at, self.where = name, _stages(at), where
+        if where not in PLACES:
+            raise ValueError(f"where: expected one of {', '.join(PLACES)}, got {where!r}")
+
+    def bind(self, dim: int, depth: int) -> None:
+        """Check the schedule against a model of `depth` blocks and width `dim`."""
+        if max(self.at) >= depth:
+            raise ValueError(f"at: the model has blocks 0 to {depth - 1}, got a stage at {max(self.at)}")
+        if self.where == "before" and self.needs and min(self.at) == 0:
+            raise ValueError(f"at: {self.name} scores by attention, and before block 0 there was none")
+
+    def select(self, view: View) -> Selection | None:
+        """The rows that stay, or None for no cut."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, at={self.at}, where={self.where!r}"
+
+
+class ThresholdL2(Pruner):
+    def __init__(self, keep: float | None = None, tau: float | None = None, at=(3,), where: str = "after"):
+        super().__init__("threshold_l2", at, where)
+        if keep is not None and tau is not None:
+            raise ValueError(f"keep and tau: expected one of the two, got keep={keep!r} and tau={tau!r}")
+        self.keep = None if tau is not None else _ratio(0.5 if keep is None else keep)
+        self.tau = None if tau is None else _positive(tau, "tau")
+        self.adaptive = tau is not None
+
+    def select(self, view: View) -> Selection | None:
+        norms = view.state.grid(torch.linalg.vector_norm(view.state.tokens.float(), dim=-1))
+        if self.keep is not None:
+            rows = view.equal_rows("threshold_l2")
+            count = int((rows - view.prefix) * self.keep)
+            return None if count == rows - view.prefix else top_k(norms[:, :rows], view.prefix, count, in_place=True)
+        real = view.real()
+        patches = real[:, view.prefix :]
+        mean = (norms[:, view.prefix :] * patches).sum(1) / patches.sum(1).clamp_min(1)
+        return at_least(norms, view.prefix, self.tau * mean[:, None], real)
+
+
+class Predictor(nn.Module):
+    """DynamicViT's scorer: (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep"."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_conv(x)
+        half = x.shape[-1] // 2
+        mean = x[..., half:].mean(1, keepdim=True).expand(-1, x.shape[1], -1)  # what the image as a whole looks like
+        return self.out_conv(torch.cat((x[..., :half], mean), -1))
+
+
+class DynamicViT(Pruner):
+    def __init__(self, keep: float = 0.7, at=(3, 6, 9), where: str = "before", predictors=None, seed: int = 0):
+        super().__init__("dynamicvit", at, where)
+        self.keep, self.seed = _ratio(keep), seed
+        self.score_predictor = nn.ModuleList()
+        self.trained = predictors is not None
+        self._file = None if predictors is None else Path(predictors)
+        if self._file is not None and not self._file.is_file():
+            raise FileNotFoundError(f"predictors: no such file: {self._file}")
+
+    def bind(self, dim: int, depth: int) -> None:
+        super().bind(dim, depth)
+        if len(self.score_predictor) == 0:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.score_predictor.extend(Predictor(dim) for _ in self.at)
+            if self._file is not None:
+                load_predictors(self.score_predictor, self._file)
+        width = self.score_predictor[0].in_conv[1].in_features
+        if width != dim:
+            raise ValueError(f"predictors: made for width {width}, the model has {dim}")
+
+    def select(self, view: View) -> Selection | None:
+        rows = view.equal_rows("dynamicvit")
+        # the ratio is of the patches at the start, not of the survivors
+        count = min(rows - view.prefix, int((view.state.seqlen - view.prefix) * self.keep ** (view.stage + 1)))
+        if count == rows - view.prefix:
+            return None
+        tokens = view.state.grid(view.state.tokens)
+        scores = self.score_predictor[view.stage](tokens[:, view.prefix : rows])[..., 0]
+        return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count)
+
+
+def load_predictors(modules: nn.ModuleList, path: Path) -> None:
+    """Fill predictors from a file in DynamicViT's format: keys `score_predictor.{stage}...`, alone or among a
+    model's."""
+    prefix = "score_predictor."
+    state = {k[len(prefix) :]: v for k, v in load_state(path).items() if k.startswith(prefix)}
+    wanted = modules.state_dict()
+    missing = [k for k in wanted if k not in state]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or wrong:
+        what = f"lacks {prefix}{missing[0]}" if missing else f"has {prefix}{wrong[0]} of another shape"
+        raise ValueError(f"predictors: {path} {what} ({len(missing)} missing, {len(wrong)} of another shape)")
+    modules.load_state_dict({k: state[k] for k in wanted})
+
+
+class EViT(Pruner):
+    needs = frozenset({"attention"})
+
+    def __init__(self, keep: float = 0.7, at=(3, 6, 9), fuse: bool = True, where: str = "inside"):
+        super().__init__("evit", at, where)
+        self.keep, self.fuse = _ratio(keep), fuse
+
+    def select(self, view: View) -> Selection | None:
+        rows = view.equal_rows("evit")
+        count = math.ceil(self.keep * (rows - view.prefix))
+        if count >= rows - view.prefix:
+            return None
+        scores = view.cls_attention[:, :rows].mean(-1)
+        chosen = top_k(scores, view.prefix, count)
+        if not self.fuse:
+            return chosen
+        # the dropped tokens live on as one: their sum, each weighted by the attention it got
+        return Selection(chosen.index, chosen.counts, blend=scores.scatter(1, chosen.index, 0.0))
+
+
+class ATS(Pruner):
+    needs = frozenset({"attention", "values"})
+    rows_only = True
+    adaptive = True
+
+    def __init__(self, samples: int = 196, at=range(3, 12), where: str = "inside"):
+        super().__init__("ats", at, where)
+        if type(samples) is not int or samples < 1:
+            raise ValueError(f"samples: expected an int >= 1, got {samples!r}")
+        self.samples = samples
+
+    def select(self, view: View) -> Selection | None:
+        scores = view.cls_attention.sum(-1) * view.value_norm
+        return inverse_cdf(scores, view.prefix, self.samples, view.real())
+
+
+class GivenLengths(Pruner):
+    """Keeps a prescribed number of rows of every image, pseudo-random patches: for timing with chosen distributions.
+    The host is not told the counts, exactly as with a pruner that decides on the GPU."""
+
+    adaptive = True
+
+    def __init__(self, lengths: Sequence[int], at=(3,), where: str = "after", seed: int = 0):
+        super().__init__("given_lengths", at, where)
+        self.register_buffer("counts", torch.tensor(list(lengths), dtype=torch.int32), persistent=False)
+        self.seed, self._order = seed, {}
+
+    def select(self, view: View) -> Selection:
+        state, device = view.state, view.state.tokens.device
+        if state.batch != self.counts.shape[0]:
+            given = self.counts.shape[0]
+            raise ValueError(f"lengths: given for a batch of {given}, got {state.batch} images")
+        if (state.batch, state.width, device) not in self._order:
+            generator = torch.Generator().manual_seed(self.seed)
+            noise = torch.rand(state.batch, state.width - view.prefix, generator=generator)
+            self._order[state.batch, state.width, device] = with_prefix(noise.argsort(1), view.prefix).to(device)
+        return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
+
+
+def given_lengths(lengths: Sequence[int], at=(3,), where: str = "after", seed: int = 0) -> GivenLengths:
+    """A pruner that keeps lengths[b] rows of image b, prefix rows included."""
+    return GivenLengths(lengths, at, where, seed)
+
+
+PRUNERS = {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS}
+
+
+def _stages(at: int | Iterable[int]) -> tuple[int, ...]:
+    stages = (at,) if isinstance(at, int) else tuple(operator.index(i) for i in at)
+    if not stages or min(stages) < 0 or list(stages) != sorted(set(stages)):
+        raise ValueError(f"at: expected rising block indices >= 0, got {at!r}")
+    return stages
+
+
+def _ratio(keep: float) -> float:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep: expected a share in (0, 1], got {keep!r}")
+    return float(keep)
+
+
+def _positive(x: float, name: str) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0.0 < x < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {x!r}")
+    return float(x)

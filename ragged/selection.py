@@ -1,0 +1,86 @@
+"""What a pruner sees, and the three rules that turn scores into a selection."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import Packed, Padded, Selection
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
+    stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
+    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated. The last two only where
+    the pruner `needs` them; both are zero in padding."""
+
+    state: Packed | Padded
+    prefix: int
+    stage: int
+    cls_attention: Tensor | None = None
+    value_norm: Tensor | None = None
+
+    def real(self) -> Tensor:
+        """bool (batch, n): which entries of the grid are rows, and which are padding."""
+        column = torch.arange(self.state.width, device=self.state.tokens.device)
+        lengths = self.state.lengths
+        return (column < lengths[:, None]) if lengths is not None else (column >= 0).expand(self.state.batch, -1)
+
+    def equal_rows(self, method: str) -> int:
+        """Real rows per image where all images have the same number, which a fixed ratio needs."""
+        if self.state.count is None:
+            raise ValueError(f"{method}: a fixed keep ratio needs the same number of tokens in every image")
+        return self.state.count
+
+
+# Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
+
+
+def with_prefix(patches: Tensor, prefix: int) -> Tensor:
+    """Patch numbers (batch, k) as row numbers, the prefix rows put before them."""
+    first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], prefix)
+    return torch.cat((first, patches + prefix), 1)
+
+
+def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Selection:
+    """The `count` best patches of every image, best first, or (in_place) in the order in which they stood."""
+    best = scores[:, prefix:].topk(count, dim=1).indices
+    if in_place:
+        best = best.sort(1).values
+    return Selection(with_prefix(best, prefix), prefix + count)
+
+
+def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
+    """The patches whose score reaches limit (batch, 1), in the order in which they stood; their number varies."""
+    keep = (scores >= limit)[:, prefix:] & real[:, prefix:]
+    order = (~keep).byte().argsort(dim=1, stable=True)
+    return Selection(with_prefix(order, prefix), keep.sum(1, dtype=torch.int32) + prefix)
+
+
+def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:
+    """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
+
+    The scores of an image, sorted and summed up, make a staircase from 0 to 1. `samples` evenly spaced heights, from
+    the first positive step to 1, each pick the nearest step; patches picked more than once stay once, lowest score
+    first.
+    """
+    scores, real = scores[:, prefix:].float(), real[:, prefix:]
+    ranked, order = torch.where(real, scores, math.inf).sort(1)
+    real = real.gather(1, order)
+    cdf = torch.where(real, ranked, 0.0).cumsum(1)
+    cdf = cdf / cdf[:, -1:].clamp_min(torch.finfo(torch.float32).tiny)
+    low, high = cdf[:, :1], cdf[:, -1:]
+    cdf = (cdf - low) / torch.where(high > low, high - low, 1.0)
+    cdf = torch.where(real, cdf, 2.0)  # past every height, so that padding is never the nearest step
+    start = torch.where(cdf > 0, cdf, 2.0).amin(1, keepdim=True).clamp_max(1.0)
+    height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device)
+    above = torch.searchsorted(cdf, height).clamp_max(cdf.shape[1] - 1)
+    below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0)))  # the first of equal steps
+    nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
+    picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True) & real
+    stay = (~picked).byte().argsort(dim=1, stable=True)
+    return Selection(with_prefix(order.gather(1, stay), prefix), picked.sum(1, dtype=torch.int32) + prefix)
