@@ -77,10 +77,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
     reason = BACKENDS[name].why_not(device, dtype, headdim)
     if reason is not None:
-        raise ValueError(
-            f"backend {name!r} cannot run here: {reason}. Use backend={pick_backend(device, dtype, headdim)!r} or
-            'auto'."
-        )
+        other = pick_backend(device, dtype, headdim)
+        raise ValueError(f"backend {name!r} cannot run here: {reason}. Use backend={other!r} or 'auto'.")
     return name
 
 

@@ -93,8 +93,8 @@ def capture(model, batch_size: int, *, warmup: int = 2) -> Captured:
         raise NotImplementedError(f"capture: backend {model.backend!r} reads from the GPU in the middle of the pass")
     if pruner is not None and pruner.adaptive and len(pruner.at) > 1:
         raise NotImplementedError(
-            f"capture: {pruner.name} decides {len(pruner.at)} times how many tokens stay, and every decision would
-            need a " "wait and buckets of its own; capture a single cut, at=(3,), or a pruner with fixed counts"
+            f"capture: {pruner.name} decides {len(pruner.at)} times how many tokens stay, and every decision would "
+            "need a wait and buckets of its own; capture a single cut, at=(3,), or a pruner with fixed counts"
         )
     shape = (batch_size, weight.shape[1], *model.vit.patch_embed.img_size)
     with torch.no_grad(), torch.cuda.device(weight.device):

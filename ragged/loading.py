@@ -92,8 +92,8 @@ def _fill(vit: nn.Module, state: dict, path: Path) -> nn.Module:
     if missing or unknown or wrong:
         first = (missing + unknown + wrong)[0]
         raise ValueError(
-            f"weights: {path} does not fit the model: {len(missing)} keys missing, {len(unknown)} unknown,
-            {len(wrong)} " f"of another shape, first {first!r}"
+            f"weights: {path} does not fit the model: {len(missing)} keys missing, {len(unknown)} unknown, "
+            f"{len(wrong)} of another shape, first {first!r}"
         )
     vit.load_state_dict(state)
     return vit

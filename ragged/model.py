@@ -124,8 +124,8 @@ class RaggedViT(nn.Module):
             raise ValueError("images: expected at least one image, got an empty batch")
         if images.dtype != weight.dtype or images.device != weight.device:
             raise ValueError(
-                f"images: expected {weight.dtype} on {weight.device} like the model, got {images.dtype} on
-                {images.device}"
+                f"images: expected {weight.dtype} on {weight.device} like the model, "
+                f"got {images.dtype} on {images.device}"
             )
 
     def _blocks(self, state: State, first: int, stages: list | None) -> Tensor | Pending:
@@ -177,7 +177,8 @@ class RaggedViT(nn.Module):
              then: Callable[[State], Tensor | Pending]) -> Tensor | Pending:  # fmt: skip
         def go(new: State) -> Tensor | Pending:
             if stages is not None:
-                stages.append(_record(new, block, self.pruner.where))
+                stage = self._cuts[block]
+                stages.append(_record(new, self.pruner.at[stage], self.pruner.where))
             return then(new)
 
         if selection is None:
