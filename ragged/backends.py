@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +185,7 @@ def _why_not_nested(device, dtype, headdim) -> str | None:
 
 def _why_not_triton(device, dtype, headdim) -> str | None:
     device = torch.device(device)
-    if not launch.have_triton():
+    if not launch.installed("triton"):
         return "Triton is not installed (it exists for Linux only)"
     if device.type != "cuda" and not launch.usable(device):
         return f"device {device.type!r} is not CUDA; set TRITON_INTERPRET=1 before importing to interpret it on the CPU"
@@ -205,7 +204,7 @@ def _why_not_triton(device, dtype, headdim) -> str | None:
 
 
 def _why_not_flash_package(device, dtype, headdim) -> str | None:
-    if find_spec("flash_attn") is None:
+    if not launch.installed("flash_attn"):
         return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
     return _why_not_flash(device, dtype, headdim)
 
@@ -221,7 +220,7 @@ def _why_not_flash(device, dtype, headdim) -> str | None:
 
 
 def _why_not_torch_varlen(device, dtype, headdim) -> str | None:
-    if find_spec("torch.nn.attention.varlen") is None:
+    if not launch.installed("torch.nn.attention.varlen"):
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen (2.10 brought it)"
     return _why_not_flash(device, dtype, headdim)
 

@@ -23,14 +23,17 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def have_triton() -> bool:
-    """Whether Triton can be imported (it exists for Linux only)."""
-    return find_spec("triton") is not None
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # a parent package is missing, or somebody blocks the import
+        return False
 
 
 def usable(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device: CUDA, or the CPU when TRITON_INTERPRET=1."""
-    return have_triton() and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
+    return installed("triton") and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
 
 
 _started: dict[tuple, Callable] = {}

@@ -107,6 +107,8 @@ def check_supported(vit: nn.Module) -> nn.Module:
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}")
     problems = []
+    if any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ("forward", "forward_features")):
+        problems.append(f"{type(vit).__name__} has a forward pass of its own")
     if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
         problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
     if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):

@@ -1,5 +1,7 @@
 """Pruners: bad arguments, predictor files, and what holds whatever the numbers are."""
 
+import copy
+
 import pytest
 import torch
 from pruner_cases import (
@@ -191,8 +193,34 @@ def test_down_to_cls_alone(name, predictor_file):
     assert trace.stages[-1].counts == [1] * BATCH and trace.logits.isfinite().all()
 
 
+def test_ats_down_to_one_patch():
+    """Two sample points leave two patches at most, then one; one patch stays for good."""
+    trace = check("plain", "ats", 0.01, None, at=tuple(range(1, DEPTH)), where="inside")
+    assert [stage.counts for stage in trace.stages] == [[3] * BATCH] + [[2] * BATCH] * (DEPTH - 2)
+
+
 def test_prescribed_lengths():
     lengths = [50, 7, 1, 23]
     model = ragged.RaggedViT(small_vit(), pruners.given_lengths(lengths, at=3))
     (stage,) = model.trace(pictures()).stages
-    assert stage.counts == lengths and all(ids[0] == 0 for ids in stage.ids)
+    assert stage.counts == lengths
+    for ids in stage.ids:
+        assert ids[0] == 0 and len(set(ids.tolist())) == len(ids)
+
+
+@pytest.mark.parametrize("lengths", [[51, 7, 1, 23], [300] * 4, [0] * 4, [-1, 5, 5, 5], [2.5] * 4, [9] * 3], ids=str)
+def test_impossible_lengths(lengths):
+    """50 rows are there; and a batch of four has four lengths."""
+    with pytest.raises((ValueError, TypeError), match="lengths"):
+        ragged.RaggedViT(small_vit(), pruners.given_lengths(lengths, at=3))(pictures())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_double_precision(name, predictor_file):
+    """Learned parts of a pruner follow the model they are put into."""
+    vit = copy.deepcopy(small_vit()).double()
+    model = ragged.RaggedViT(vit, build(name, 0.5, predictor_file, at=STAGES))
+    single = ragged.RaggedViT(small_vit(), build(name, 0.5, predictor_file, at=STAGES))
+    logits = model(pictures().double())
+    assert logits.dtype == torch.float64
+    assert_logits(logits.float(), single(pictures()))

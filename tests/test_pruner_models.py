@@ -54,6 +54,7 @@ OTHERS = {
     "resnet10t": {},
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
     "eva02_tiny_patch14_224": {"depth": 1},
+    "vit_tiny_r_s16_p8_224": {"depth": 1},  # patches from a convolutional network
 }
 
 

@@ -73,6 +73,21 @@ def test_evit_fuse(fuse):
     assert all((ids[-1] == dense.FUSED) == fuse for stage in trace.stages for ids in stage.ids)
 
 
+OTHERS = [name for name, b in ragged.BACKENDS.items() if not b.why_not(torch.device("cpu"), torch.float32, 16)]
+
+
+@pytest.mark.parametrize("backend", [name for name in OTHERS if name not in CPU_BACKENDS])
+@pytest.mark.parametrize("name", ALL)
+def test_other_backends(name, backend, predictor_file):
+    """Whatever else runs here. "dense" is for equal counts, and says so."""
+    if backend == "dense" and name in ("tau", "ats"):
+        with pytest.raises(ValueError, match="dense"):
+            check("plain", name, 0.5, predictor_file, backend, at=STAGES, where="inside")
+        return
+    for where in ("inside", "after"):
+        check("plain", name, 0.5, predictor_file, backend, at=STAGES, where=where)
+
+
 @pytest.mark.parametrize("vit_name", [name for name in MODELS if name != "plain"])
 @pytest.mark.parametrize("name", ALL)
 def test_model_kinds(name, vit_name, predictor_file):
