@@ -109,6 +109,8 @@ def check_supported(vit: nn.Module) -> nn.Module:
     problems = []
     if any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ("forward", "forward_features")):
         problems.append(f"{type(vit).__name__} has a forward pass of its own")
+    if not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d):
+        problems.append(f"patch embedding {type(vit.patch_embed).__name__} is not one convolution")
     if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
         problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
     if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
