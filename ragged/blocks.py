@@ -33,23 +33,27 @@ def finish_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def attend_packed(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scale: float, backend: str) -> Tensor:
+    """Attention on the packed (total, nheads, headdim)."""
     return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, backend=backend)
 
 
-def attend_padded(q, k, v, lengths_k: Tensor | None, scale: float, backend: str) -> Tensor:
+def attend_padded(q, k, v, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
+    """Attention on (batch, n, nheads, headdim); lengths_k (batch,) marks the real keys. unfused: as the paper pads."""
     real = None if lengths_k is None else torch.arange(k.shape[1], device=k.device) < lengths_k[:, None]
-    core = unfused_softmax if backend == "paper_padded" and real is not None else masked_sdpa
-    return core(q, k, v, real, scale)
+    return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
 
 
-def run_block(block: nn.Module, x: Tensor, where: tuple, scale: float, backend: str) -> Tensor:
-    """One whole block. where: (cu_seqlens, max_seqlen) for x (total, dim), (lengths or None,) for x (batch, n, dim)."""
+def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
+    """One whole block on packed tokens (total, dim)."""
     q, k, v = project(block, x)
-    if len(where) == 2:
-        heads = attend_packed(q, k, v, where[0], where[0], where[1], where[1], scale, backend)
-    else:
-        heads = attend_padded(q, k, v, where[0], scale, backend)
+    heads = attend_packed(q, k, v, cu, cu, longest, longest, scale, backend)
     return finish_block(block, finish_attention(block, x, heads))
 
 
-PIECES = (project, finish_attention, finish_block, attend_packed, attend_padded, run_block)
+def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool) -> Tensor:
+    """One whole block on (batch, n, dim), of which lengths (batch,) rows are real (None: all)."""
+    q, k, v = project(block, x)
+    return finish_block(block, finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused)))
+
+
+PIECES = (project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block)

@@ -132,9 +132,7 @@ class RaggedViT(nn.Module):
         blocks = self.vit.blocks
         for i in range(first, len(blocks)):
             if i not in self._cuts:
-                how = (_where(state), blocks[i].attn.scale, self._resolved(state))
-                x = self._run["run_block"](blocks[i], state.tokens, *how)
-                state = replace(state, tokens=x)
+                state = replace(state, tokens=self._whole_block(state, blocks[i]))
             elif self.pruner.where == "inside":
                 return self._inside(state, i, stages)
             else:
@@ -203,11 +201,17 @@ class RaggedViT(nn.Module):
     def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> Tensor:
         scale, backend = block.attn.scale, self._resolved(state_q)
         if isinstance(state_q, Padded):
-            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, backend)
+            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, backend))
         k, v = (x.flatten(0, -3) for x in (k, v))
         cu_k = state_k.cu_seqlens if isinstance(state_k, Packed) else _dense_offsets(state_k)
         arguments = (state_q.cu_seqlens, cu_k, state_q.max_seqlen, state_k.width, scale, backend)
         return self._run["attend_packed"](q, k, v, *arguments)
+
+    def _whole_block(self, state: State, block: nn.Module) -> Tensor:
+        scale, backend = block.attn.scale, self._resolved(state)
+        if isinstance(state, Packed):
+            return self._run["packed_block"](block, state.tokens, state.cu_seqlens, state.max_seqlen, scale, backend)
+        return self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))
 
     def _view(self, state: State, i: int, q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> View:
         view = View(state, self.prefix, self._cuts[i])
@@ -229,8 +233,9 @@ class RaggedViT(nn.Module):
 
 
 
-def _where(state: State) -> tuple:
-    return (state.cu_seqlens, state.max_seqlen) if isinstance(state, Packed) else (state.lengths,)
+def _unfused(state: Padded, backend: str) -> bool:
+    """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
+    return backend == "paper_padded" and state.lengths is not None
 
 
 def _dense_offsets(state: Padded) -> Tensor:
