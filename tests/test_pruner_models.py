@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pruner_cases import DIM, SIDE, assert_logits, pictures, with_variance
-from timm.layers import Attention, SwiGLUPacked
+from timm.layers import SwiGLUPacked
 from timm.models import create_model
 from timm.models import vision_transformer as tv
 
@@ -12,7 +12,7 @@ import ragged
 REFUSAL = (ValueError, NotImplementedError, TypeError)
 
 
-class GatedAttention(Attention):
+class GatedAttention(tv.Attention):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, gated=True, **kwargs)
 
