@@ -26,7 +26,7 @@ def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     total, dim = rows.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     constants, key = _cut(dim)
-    grid = (-(-total // ROWS), -(-dim // BLOCK), 1)
+    grid = (-(-total // ROWS), -(-dim // BLOCK))
     launch.start(copy_kernel, (x.dtype, *key), grid, (x, ids, rows, out, out_ids), (total,), constants, {})
     return out, out_ids
 
@@ -45,7 +45,7 @@ def scatter_rows(x: Tensor, ids: Tensor, keep: Tensor, place: Tensor, total: int
     n, dim = x.shape
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     constants, key = _cut(dim)
-    grid = (-(-n // ROWS), -(-dim // BLOCK), 1)
+    grid = (-(-n // ROWS), -(-dim // BLOCK))
     tensors = (x, ids, keep, place, out, out_ids)
     launch.start(pack_kernel, (x.dtype, *key), grid, tensors, (n,), constants, {})
     return out, out_ids

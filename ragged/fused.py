@@ -72,10 +72,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
     constants, options = _constants(*key)
     out = new_output(q)
     lse = torch.full((heads, total), -math.inf, device=q.device) if want_lse else None
-    grid = (-(-max_q // tiles.M) * heads, cu_q.shape[0] - 1, 1)
+    grid = (-(-max_q // tiles.M) * heads, cu_q.shape[0] - 1)
     tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
-    launch.start(attention_kernel, key, grid, tensors, (scale * LOG2_E, total), constants, options)
+    launcher = launch.start(attention_kernel, key, grid, tensors, (scale * LOG2_E, total), constants, options)
+    if launcher is not None and not want_lse:
+        _launchers[kind(q, k, v, cu_q, cu_k), tiles] = launcher
     return out, lse
+
+
+# What `quick` needs to know to call a kernel that `attend` has called before: kind of arguments and tiles -> launcher.
+_launchers: dict[tuple, object] = {}
+
+
+def kind(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple:
+    """Everything about the arguments that the checks look at and that is the same from batch to batch."""
+    return (
+        q.dtype, k.dtype, v.dtype, cu_q.dtype, cu_k.dtype,
+        q.get_device(), k.get_device(), v.get_device(), cu_q.get_device(), cu_k.get_device(),
+        q.stride(), k.stride(), v.stride(), cu_q.stride(), cu_k.stride(), q.shape[1:], k.shape[1:], v.shape[1:],
+    )  # fmt: skip
+
+
+def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+          scale: float) -> Tensor | None:  # fmt: skip
+    """`attend` for arguments of a kind that went through all checks before, or None: then take the long way.
+
+    Nothing is left out: what the long way checks is either in `kind` or looked at here. It is only not worked out again.
+    """
+    tiles = choose_tiles(max_k, q.shape[-1], q.dtype)
+    launcher = _launchers.get((kind(q, k, v, cu_q, cu_k), tiles))
+    if launcher is None:
+        return None
+    total, heads, _ = q.shape
+    entries, device = cu_q.shape[0], q.get_device()
+    if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0 and 0.0 < scale < math.inf):
+        return None
+    if cu_k.shape[0] != entries or k.shape[0] != v.shape[0] or q.requires_grad or device != launch.current_device():
+        return None
+    out = new_output(q)
+    a, b, c, d, e, f = (x.data_ptr() for x in (q, k, v, out, cu_q, cu_k))
+    if (a | b | c | d | e | f) & 15 or total == 0:
+        return None
+    stream = launch.current_stream(device)
+    launcher(-(-max_q // tiles.M) * heads, entries - 1, stream, a, b, c, d, d, e, f, scale * LOG2_E, total)
+    return out
 
 
 def paper_attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_q: int, scale: float) -> Tensor:
@@ -111,7 +151,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "N": 64}
     key = (q.dtype, *constants.values())
     tensors = (q, k, probs, starts, lengths)
-    launch.start(cls_kernel, key, (heads, starts.shape[0], 1), tensors, (scale * LOG2_E,), constants, {})
+    launch.start(cls_kernel, key, (heads, starts.shape[0]), tensors, (scale * LOG2_E,), constants, {})
     return probs
 
 

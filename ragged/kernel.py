@@ -1,8 +1,9 @@
 """The Triton kernels. Each is written to be read: start with `attention_kernel`.
 
 Shapes in the comments: M query rows of a tile, N key rows of a tile, D head dimension (padded to a power of two).
-Strides are compile-time constants, because they depend on the model and never on the batch; lengths and totals are
-ordinary arguments, so nothing is recompiled when a batch is longer, shorter or larger.
+Strides are compile-time constants, because they depend on the model and never on the batch. Lengths and totals are
+ordinary arguments that Triton is told not to specialise on: by itself it would compile a second kernel for multiples
+of 16, and nothing shall be recompiled when a batch is longer, shorter or larger.
 """
 
 import triton
@@ -49,7 +50,7 @@ def _attend(q, k, v, acc, top, total, scale_log2, keys_left, MASK: tl.constexpr,
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q"])
 def attention_kernel(
     Q, K, V, Out, Lse, CuQ, CuK, scale_log2, total_q,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
@@ -171,7 +172,7 @@ def cls_kernel(
         tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Gather: row i of Out is row Rows[i] of X, and the ids go along. Grid (rows / ROWS, DIM / BLOCK)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -185,7 +186,7 @@ def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.co
         tl.store(OutIds + row, tl.load(Ids + source, mask=real), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Scatter: a kept row of X goes to row Place - 1 of Out, where Place counts the kept rows up to and with it.
 
