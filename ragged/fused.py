@@ -97,7 +97,7 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
           scale: float) -> Tensor | None:  # fmt: skip
     """`attend` for arguments of a kind that went through all checks before, or None: then take the long way.
 
-    Nothing is left out: what the long way checks is either in `kind` or looked at here. It is only not worked out again.
+    Nothing is left out: what the long way checks is either in `kind` or looked at here.
     """
     tiles = choose_tiles(max_k, q.shape[-1], q.dtype)
     launcher = _launchers.get((kind(q, k, v, cu_q, cu_k), tiles))

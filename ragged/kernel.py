@@ -9,7 +9,17 @@ of 16, and nothing shall be recompiled when a batch is longer, shorter or larger
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _number(x):
+    """A loaded number, fit to be the bound of a loop. Compiled code needs nothing for that; Triton 3.6's interpreter
+    holds it as an array of one element, which NumPy 2.4 no longer turns into an int by itself."""
+    if INTERPRETED:
+        return x.handle.data.item()
+    else:
+        return x
 
 
 @triton.jit
@@ -69,11 +79,11 @@ def attention_kernel(
     first = tl.program_id(0) % tiles * M
     image = tl.program_id(1)
     q_start = tl.load(CuQ + image)
-    q_len = tl.load(CuQ + image + 1) - q_start
+    q_len = _number(tl.load(CuQ + image + 1) - q_start)
     if first >= q_len:  # this image has fewer tiles than the longest
         return
     k_start = tl.load(CuK + image)
-    k_len = tl.load(CuK + image + 1) - k_start
+    k_len = _number(tl.load(CuK + image + 1) - k_start)
 
     # 64-bit from here: token * stride passes 2**31 elements in large batches
     q_head = Q + q_start.to(tl.int64) * Q_TOKEN + head * Q_HEAD
@@ -114,7 +124,7 @@ def paper_kernel(
     all key tiles, every tile 64 wide and masked. q, k, v and out are contiguous (total, HEADS, D)."""
     image, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(Cu + image)
-    length = tl.load(Cu + image + 1) - start
+    length = _number(tl.load(Cu + image + 1) - start)
     token: tl.constexpr = HEADS * D
     base = start.to(tl.int64) * token + head * D
     for first in range(0, length, M):
@@ -147,7 +157,7 @@ def cls_kernel(
     """
     head, image = tl.program_id(0), tl.program_id(1)
     start = tl.load(Starts + image).to(tl.int64)
-    length = tl.load(Lengths + image)
+    length = _number(tl.load(Lengths + image))
     if length == 0:
         return
     column = tl.arange(0, BLOCK_D)

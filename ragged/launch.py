@@ -46,10 +46,10 @@ def start(kernel, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tu
           options: dict) -> Callable | None:  # fmt: skip
     """Launch `kernel` on the current stream of the tensors' device.
 
-    key: whatever decides `constants` and `options` for the caller; together with the kernel, the device and the pointers'
-    alignment it must determine the compiled kernel. tensors, numbers: the leading arguments in order; the kernel must not
-    specialise on the numbers. The first call of a key goes through the JIT, which compiles or finds the kernel; later
-    calls start it directly. Interpreter runs and unaligned pointers always take the JIT.
+    key: whatever decides `constants` and `options` for the caller; together with the kernel, the device and the
+    pointers' alignment it must determine the compiled kernel. tensors, numbers: the leading arguments in order; the
+    kernel must not specialise on the numbers. The first call of a key goes through the JIT, which compiles or finds
+    the kernel; later calls start it directly. Interpreter runs and unaligned pointers always take the JIT.
     Returns the kept launcher, (grid x, grid y, stream, *pointers, *numbers), or None where there is none.
     """
     if 0 in grid:
@@ -77,9 +77,10 @@ def start(kernel, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tu
 def direct(compiled, constants: tuple) -> Callable:
     """A function (grid x, grid y, stream, *pointers, *numbers) that starts an already compiled kernel.
 
-    `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not ask
-    the driver about each of them. The constants are compiled in, but keep their places in the argument list. Where the
-    C function behind `run` is laid out as we know it (Triton 3.5 and 3.6), it is called without the wrapper around it.
+    `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not
+    ask the driver about each of them. The constants are compiled in, but keep their places in the argument list.
+    Where the C function behind `run` is laid out as we know it (Triton 3.5 and 3.6), it is called without the wrapper
+    around it.
     """
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)

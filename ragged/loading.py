@@ -102,6 +102,7 @@ def _fill(vit: nn.Module, state: dict, path: Path) -> nn.Module:
 def check_supported(vit: nn.Module) -> nn.Module:
     """`vit` itself, if its tokens may be dropped without changing what the rest computes. Raises ValueError saying
     which part is not handled: better refused than silently wrong."""
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if not isinstance(vit, VisionTransformer):
@@ -109,8 +110,8 @@ def check_supported(vit: nn.Module) -> nn.Module:
     problems = []
     if any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ("forward", "forward_features")):
         problems.append(f"{type(vit).__name__} has a forward pass of its own")
-    if not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d):
-        problems.append(f"patch embedding {type(vit.patch_embed).__name__} is not one convolution")
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        problems.append(f"its patch embedding is a {type(vit.patch_embed).__name__}")
     if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
         problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
     if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
@@ -128,11 +129,9 @@ def check_supported(vit: nn.Module) -> nn.Module:
 def _block_problem(block: nn.Module) -> str | None:
     """Why a block is not made of row-wise parts and one ordinary attention, or None."""
     from timm import layers
-    from timm.layers.attention import Attention as SharedAttention
-    from timm.models import vision_transformer as file
+    from timm.models.vision_transformer import Attention
 
-    attention = {getattr(file, "Attention", SharedAttention), SharedAttention}
-    if type(block.attn) not in attention:
+    if type(block.attn) is not Attention:
         return f"attention {type(block.attn).__name__}"
     if getattr(block.attn, "gate", None) is not None:
         return "gated attention"

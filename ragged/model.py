@@ -69,6 +69,7 @@ class RaggedViT(nn.Module):
         self.backend, self.prefix = backend, vit.num_prefix_tokens
         if pruner is not None:
             pruner.bind(vit.embed_dim, len(vit.blocks))
+            pruner.to(vit.patch_embed.proj.weight)
         at = () if pruner is None else pruner.at
         before = pruner is not None and pruner.where == "before"
         # a cut before block i is a cut after block i - 1, and -1 is the embedding

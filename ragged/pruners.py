@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -167,9 +168,7 @@ class ATS(Pruner):
 
     def __init__(self, samples: int = 196, at=range(3, 12), where: str = "inside"):
         super().__init__("ats", at, where)
-        if type(samples) is not int or samples < 1:
-            raise ValueError(f"samples: expected an int >= 1, got {samples!r}")
-        self.samples = samples
+        self.samples = _positive_int(samples, "samples")
 
     def select(self, view: View) -> Selection | None:
         scores = view.cls_attention.sum(-1) * view.value_norm
@@ -184,11 +183,16 @@ class GivenLengths(Pruner):
 
     def __init__(self, lengths: Sequence[int], at=(3,), where: str = "after", seed: int = 0):
         super().__init__("given_lengths", at, where)
-        self.register_buffer("counts", torch.tensor(list(lengths), dtype=torch.int32), persistent=False)
+        self.lengths = [_positive_int(n, "lengths") for n in lengths]
+        self.register_buffer("counts", torch.tensor(self.lengths, dtype=torch.int32), persistent=False)
         self.seed, self._order = seed, {}
 
     def select(self, view: View) -> Selection:
         state, device = view.state, view.state.tokens.device
+        rows = view.equal_rows("given_lengths")
+        if min(self.lengths) < view.prefix or max(self.lengths) > rows:
+            got = f"{min(self.lengths)} to {max(self.lengths)}"
+            raise ValueError(f"lengths: expected {view.prefix} to {rows} rows for every image, got {got}")
         if state.batch != self.counts.shape[0]:
             given = self.counts.shape[0]
             raise ValueError(f"lengths: given for a batch of {given}, got {state.batch} images")
@@ -215,12 +219,18 @@ def _stages(at: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def _ratio(keep: float) -> float:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 < keep <= 1.0:
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0.0 < keep <= 1.0:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep!r}")
     return float(keep)
 
 
 def _positive(x: float, name: str) -> float:
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0.0 < x < math.inf:
+    if isinstance(x, bool) or not isinstance(x, Real) or not 0.0 < x < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {x!r}")
     return float(x)
+
+
+def _positive_int(x: int, name: str) -> int:
+    if isinstance(x, bool) or not isinstance(x, Integral) or x < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {x!r}")
+    return int(x)

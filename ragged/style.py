@@ -1,0 +1,167 @@
+"""How every figure looks, and how it finds its rows: one colour per backend, one template, one way to say what is missing.
+
+No torch, and plotly only when a figure is made: tables can be read and checked without either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Look(NamedTuple):
+    """How one backend is drawn. dash and symbol tell apart what colour alone would not."""
+
+    label: str
+    colour: str
+    dash: str = "solid"
+    symbol: str = "circle"
+
+
+# Okabe and Ito's palette, which stays distinct for colour-blind readers; a relative of a backend shares its hue and
+# differs in dash and symbol. The order is the order of every legend.
+LOOKS = {
+    "unpruned": Look("unpruned", "#4d4d4d", "dash", "square"),
+    "dense": Look("dense, equal counts", "#000000", "solid", "square"),
+    "dense_flash": Look("dense: flash", "#000000", "dot", "triangle-up"),
+    "dense_cudnn": Look("dense: cuDNN", "#000000", "dashdot", "triangle-down"),
+    "dense_efficient": Look("dense: memory-efficient", "#000000", "longdash", "hexagon"),
+    "sdpa_padded": Look("padded to the longest", "#009e73", "solid", "diamond"),
+    "paper_padded": Look("paper's padded", "#009e73", "dot", "diamond-open"),
+    "flash_attn": Look("FlashAttention-2", "#0072b2", "solid", "triangle-up"),
+    "torch_varlen": Look("torch varlen_attn", "#56b4e9", "solid", "triangle-down"),
+    "nested": Look("NestedTensor", "#cc79a7", "solid", "pentagon"),
+    "paper_nested": Look("paper's NestedTensor", "#cc79a7", "dot", "pentagon-open"),
+    "flex_attention": Look("flex_attention", "#8c6d1f", "solid", "hexagram"),
+    "paper_triton": Look("paper's kernel", "#e69f00", "dash", "circle-open"),
+    "triton": Look("ours (Triton)", "#d55e00", "solid", "circle"),
+    "reference": Look("reference loop", "#999999", "dot", "x"),
+}
+PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS"}
+CLOCKS = {
+    "host_us": "host time per call, µs",
+    "gpu_us": "GPU time per call, µs",
+    "wall_us": "wall-clock time per call, µs",
+    "event_us": "CUDA-event time per call, µs",
+}
+INK, FAINT = "#222222", "#e5e5e5"
+
+
+def look(backend: str) -> Look:
+    """The look of a backend; a name that is not in LOOKS is grey and goes by its own name."""
+    return LOOKS.get(backend, Look(backend, "#999999", "dash", "cross"))
+
+
+def in_order(backends) -> list[str]:
+    """Names without repeats, in the order of LOOKS; unknown ones last."""
+    known = list(LOOKS)
+    return sorted(set(backends), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+# ---- rows ----
+
+
+def need_columns(frame, figure: str, *columns: str) -> None:
+    """ValueError naming the columns that `frame` lacks."""
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise ValueError(f"{figure}: the frame lacks the columns {missing}; it has {list(frame.columns)}")
+
+
+def pick(frame, figure: str, **wanted):
+    """The rows whose columns have the wanted values: a value, a list of allowed ones, or None for any.
+
+    Rows whose status is not "ok" are left out. ValueError names the first column for which nothing is left and the
+    values there are.
+    """
+    need_columns(frame, figure, "gpu", "date", "status", "metric", "value", *wanted)
+    frame = frame[frame["status"].isin(["ok", ""])]
+    for column, value in wanted.items():
+        if value is None:
+            continue
+        allowed = list(value) if isinstance(value, list | tuple | set) else [value]
+        column_values = frame[column]
+        found = frame[_among(column_values, allowed)]
+        if found.empty:
+            there = sorted({str(v) for v in column_values}) or "no rows at all"
+            raise ValueError(f"{figure}: no rows with {column} = {' or '.join(map(str, allowed))}; there are: {there}")
+        frame = found
+    return frame
+
+
+def _among(values, allowed):
+    if values.dtype.kind == "f":  # 0.7 as computed and 0.7 as read may differ in the last bit
+        return values.apply(lambda x: any(abs(x - float(a)) < 1e-9 for a in allowed))
+    return values.isin([str(a) for a in allowed])
+
+
+def one_of_each(frame, figure: str, *columns: str) -> None:
+    """ValueError if a column holds several values: such rows would be drawn over each other."""
+    for column in columns:
+        there = sorted({str(v) for v in frame[column]})
+        if len(there) > 1:
+            raise ValueError(f"{figure}: the rows mix {column} = {', '.join(there)}; choose one with {column}=...")
+
+
+def paper_rows(table):
+    """A table of `ragged.data.paper` with the columns and units of recorded results, for the same figures.
+
+    Milliseconds become microseconds (`wall_us`, `event_us`), `pruned` becomes `keep`; the rows without any pruning
+    that the tables call dense are the unpruned model. The date is the version of the paper.
+    """
+    need_columns(table, "paper_rows", "version", "gpu", "backend", "pruned", "tokens", "metric", "value", "unit")
+    frame = table.copy()
+    in_ms = frame["metric"].str.endswith("_ms")
+    frame.loc[in_ms, "value"] *= 1000
+    frame.loc[in_ms, "unit"] = "us"
+    frame["metric"] = frame["metric"].str.replace("_ms$", "_us", regex=True)
+    frame["keep"] = 1.0 - frame["pruned"]
+    frame["tokens"] = ["" if t != t else str(int(t)) for t in frame["tokens"]]
+    unpruned = (frame["backend"] == "dense") & (frame["pruned"] == 0)
+    frame.loc[unpruned, "backend"] = "unpruned"
+    dates = "arXiv 2604.15408" + frame["version"]
+    return frame.assign(suite=frame["table"], dtype="float16", mode="eager", status="ok", date=dates,
+                        q20=float("nan"), q80=float("nan"))  # fmt: skip
+
+
+# ---- looks ----
+
+
+def subtitle(frame, *more: str) -> str:
+    """Device, date and conditions: "NVIDIA H200 · 2026-11-03 · batch 32"."""
+    devices, dates = (sorted({str(v) for v in frame[c] if str(v)}) for c in ("gpu", "date"))
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "undated"
+    return " · ".join([", ".join(devices) or "unnamed device", span, *(m for m in more if m)])
+
+
+def template():
+    """The plotly template of every figure: white, thin grid, no decoration. Small, since it is saved with each."""
+    import plotly.graph_objects as go
+
+    axis = dict(showline=True, linecolor="#888888", gridcolor=FAINT, zeroline=False, ticks="outside", ticklen=4,
+                tickcolor="#888888", automargin=True, title=dict(standoff=8))  # fmt: skip
+    return go.layout.Template(
+        layout=dict(
+            font=dict(family="Open Sans, Helvetica, Arial, sans-serif", size=13, color=INK),
+            title=dict(x=0, xref="container", xanchor="left", pad=dict(l=16), y=0.96, yanchor="top", yref="container",
+                       font=dict(size=17), subtitle=dict(font=dict(size=12, color="#666666"))),
+            paper_bgcolor="white", plot_bgcolor="white", xaxis=axis, yaxis=axis, hovermode="closest",
+            margin=dict(l=64, r=24, t=84, b=56), legend=dict(font=dict(size=12), itemsizing="constant"),
+        )
+    )  # fmt: skip
+
+
+def new_figure(title: str, below: str, width: int = 760, height: int = 420):
+    """An empty figure with the template, a title and a subtitle (device, date, conditions)."""
+    import plotly.graph_objects as go
+
+    text = dict(text=title, subtitle=dict(text=below))
+    return go.Figure(layout=dict(template=template(), title=text, width=width, height=height))
+
+
+def alt_text(figure) -> str:
+    """One sentence for readers who cannot see the figure: title, conditions, axes and the names of the series."""
+    title, layout = figure.layout.title, figure.layout
+    axes = [f"{name}: {axis.title.text}" for name, axis in (("x", layout.xaxis), ("y", layout.yaxis)) if axis.title.text]
+    names = list(dict.fromkeys(t.name for t in figure.data if t.name and t.showlegend is not False))
+    parts = [title.text, title.subtitle.text, *axes, f"series: {', '.join(names)}" if names else None]
+    return ". ".join(part.replace("<br>", " ") for part in parts if part) + "."
