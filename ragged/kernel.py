@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _number(x):
-    """A loaded number, fit to be the bound of a loop. Compiled code needs nothing for that; Triton 3.6's interpreter
+    """A computed number, fit to be the bound of a loop. Compiled code needs nothing for that; Triton 3.6's interpreter
     holds it as an array of one element, which NumPy 2.4 no longer turns into an int by itself."""
     if INTERPRETED:
         return x.handle.data.item()
@@ -79,11 +79,11 @@ def attention_kernel(
     first = tl.program_id(0) % tiles * M
     image = tl.program_id(1)
     q_start = tl.load(CuQ + image)
-    q_len = _number(tl.load(CuQ + image + 1) - q_start)
+    q_len = tl.load(CuQ + image + 1) - q_start
     if first >= q_len:  # this image has fewer tiles than the longest
         return
     k_start = tl.load(CuK + image)
-    k_len = _number(tl.load(CuK + image + 1) - k_start)
+    k_len = tl.load(CuK + image + 1) - k_start
 
     # 64-bit from here: token * stride passes 2**31 elements in large batches
     q_head = Q + q_start.to(tl.int64) * Q_TOKEN + head * Q_HEAD
@@ -95,11 +95,11 @@ def attention_kernel(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     whole = k_len // N * N
-    for j in range(0, whole, N):  # whole tiles need no mask
+    for j in range(0, _number(whole), N):  # whole tiles need no mask
         k = _tile(k_head, j, N, k_len, K_TOKEN, K_DIM, D, BLOCK_D, False)
         v = _tile(v_head, j, N, k_len, V_TOKEN, V_DIM, D, BLOCK_D, False)
         acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, False, PRECISION)
-    for j in range(whole, k_len, TAIL):  # the rest in narrow tiles: 197 = 3 * 64 + 5 costs 16 more columns, not 64
+    for j in range(_number(whole), _number(k_len), TAIL):  # the rest in narrow tiles: 197 = 3 * 64 + 5 costs 16 more columns, not 64
         k = _tile(k_head, j, TAIL, k_len, K_TOKEN, K_DIM, D, BLOCK_D, True)
         v = _tile(v_head, j, TAIL, k_len, V_TOKEN, V_DIM, D, BLOCK_D, True)
         acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, True, PRECISION)
@@ -124,15 +124,15 @@ def paper_kernel(
     all key tiles, every tile 64 wide and masked. q, k, v and out are contiguous (total, HEADS, D)."""
     image, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(Cu + image)
-    length = _number(tl.load(Cu + image + 1) - start)
+    length = tl.load(Cu + image + 1) - start
     token: tl.constexpr = HEADS * D
     base = start.to(tl.int64) * token + head * D
-    for first in range(0, length, M):
+    for first in range(0, _number(length), M):
         q = _tile(Q + base, first, M, length, token, 1, D, BLOCK_D, True)
         acc = tl.zeros([M, BLOCK_D], tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        for j in range(0, length, N):
+        for j in range(0, _number(length), N):
             k = _tile(K + base, j, N, length, token, 1, D, BLOCK_D, True)
             v = _tile(V + base, j, N, length, token, 1, D, BLOCK_D, True)
             acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, length - j, True, PRECISION)
@@ -157,7 +157,7 @@ def cls_kernel(
     """
     head, image = tl.program_id(0), tl.program_id(1)
     start = tl.load(Starts + image).to(tl.int64)
-    length = _number(tl.load(Lengths + image))
+    length = tl.load(Lengths + image)
     if length == 0:
         return
     column = tl.arange(0, BLOCK_D)
@@ -167,7 +167,7 @@ def cls_kernel(
     lane = tl.arange(0, N)
     top = tl.full([N], float("-inf"), tl.float32)
     total = tl.zeros([N], tl.float32)
-    for j in range(0, length, N):
+    for j in range(0, _number(length), N):
         k = _tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, True)
         score = tl.where(j + lane < length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
         new_top = tl.maximum(top, score)  # one running softmax per lane, merged after the loop
@@ -176,7 +176,7 @@ def cls_kernel(
         top = new_top
     best = tl.max(top, 0)
     norm = tl.sum(total * tl.exp2(top - best), 0)
-    for j in range(0, length, N):
+    for j in range(0, _number(length), N):
         k = _tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, True)
         score = tl.sum(k.to(tl.float32) * q[None, :], 1)
         tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
