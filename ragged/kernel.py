@@ -99,7 +99,7 @@ def attention_kernel(
         k = _tile(k_head, j, N, k_len, K_TOKEN, K_DIM, D, BLOCK_D, False)
         v = _tile(v_head, j, N, k_len, V_TOKEN, V_DIM, D, BLOCK_D, False)
         acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, False, PRECISION)
-    for j in range(_number(whole), _number(k_len), TAIL):  # the rest in narrow tiles: 197 = 3 * 64 + 5 costs 16 more columns, not 64
+    for j in range(_number(whole), _number(k_len), TAIL):  # 197 = 3 * 64 + 5 costs 16 more columns, not 64
         k = _tile(k_head, j, TAIL, k_len, K_TOKEN, K_DIM, D, BLOCK_D, True)
         v = _tile(v_head, j, TAIL, k_len, V_TOKEN, V_DIM, D, BLOCK_D, True)
         acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, True, PRECISION)

@@ -70,10 +70,9 @@ class RaggedViT(nn.Module):
         if pruner is not None:
             pruner.bind(vit.embed_dim, len(vit.blocks))
             pruner.to(vit.patch_embed.proj.weight)
-        at = () if pruner is None else pruner.at
-        before = pruner is not None and pruner.where == "before"
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
-        self._cuts = {i - before: stage for stage, i in enumerate(at)}
+        before = pruner is not None and pruner.where == "before"
+        self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
         self._run = {piece.__name__: piece for piece in PIECES}
 
     def compile(self, **options) -> RaggedViT:
@@ -116,8 +115,8 @@ class RaggedViT(nn.Module):
         return result
 
     def _check_images(self, images: Tensor) -> None:
-        size, weight = self.vit.patch_embed.img_size, self.vit.patch_embed.proj.weight
-        expected = (weight.shape[1], *size)
+        weight = self.vit.patch_embed.proj.weight
+        expected = (weight.shape[1], *self.vit.patch_embed.img_size)
         if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != expected:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images: expected (batch, {', '.join(map(str, expected))}), got {shape}")
