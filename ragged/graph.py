@@ -2,9 +2,9 @@
 
 A graph replays fixed launches on fixed memory. With a fixed number of tokens that is all there is to it. An adaptive
 pruner decides on the GPU how many tokens stay, so the pass is recorded in two parts. The front runs up to that
-decision.
-The host then reads two numbers (the one wait of the call) and starts the back whose capacity is the next above them.
-Rows between the real total and the capacity are computed and never looked at: `cu_seqlens` does not reach them.
+decision. The host then reads two numbers, total and longest (the one wait of the call), and starts the back whose
+capacity is the next above. For packed tokens that is a capacity of total rows: the surplus rows are computed and never
+looked at, because `cu_seqlens` does not reach them. A padded batch has a capacity of rows per image instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
+from .attention import resolve_backend
+from .backends import BACKENDS
+
 STEP = 1.05  # a bucket is 5 % larger than the one below: about 2.5 % of the rows are surplus on average
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
+WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 
 
 def bucket_sizes(rows: int) -> list[int]:
@@ -34,7 +38,8 @@ class Captured:
 
     Images are copied into the graph's own buffer; the logits returned are a copy, safe to keep. Calls from several
     streams and threads are put one behind the other. `waits` is the number of device-to-host waits per call: 0 when the
-    pruner keeps fixed counts, 1 when it is adaptive. `capacity_waste` is the share of surplus rows in the last call.
+    pruner keeps fixed counts, 1 when it is adaptive. `capacity_waste`: surplus rows per real row in the last call,
+    padding included.
     """
 
     def __init__(self, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
@@ -42,9 +47,10 @@ class Captured:
         self.waits = 0 if output is not None else 1
         self.buckets: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.sizes: list[int] = []
-        self.total: Tensor | None = None  # int64 (1,) on the device, written by the front
+        self.need: Tensor | None = None  # int64 (2,) on the device, written by the front: total and longest
+        self.padded = False  # whether sizes are rows per image, for the longest, or rows in all
         self.capacity_waste = 0.0
-        self._host_total = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        self._host_need = torch.empty(2, dtype=torch.int64, pin_memory=True)
         self._lock, self._done, self._read = threading.Lock(), torch.cuda.Event(), torch.cuda.Event()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -66,22 +72,30 @@ class Captured:
         return result
 
     def _back(self, stream: torch.cuda.Stream) -> Tensor:
-        self._host_total.copy_(self.total, non_blocking=True)
+        self._host_need.copy_(self.need, non_blocking=True)
         self._read.record(stream)
         self._read.synchronize()  # the one wait
-        total = int(self._host_total)
-        size = self.sizes[bisect_left(self.sizes, total)]
-        self.capacity_waste = size / total - 1.0
+        total, longest = self._host_need.tolist()
+        size = self._bucket(longest if self.padded else total)
+        self.capacity_waste = size * (self.images.shape[0] if self.padded else 1) / total - 1.0
         graph, output = self.buckets[size]
         graph.replay()
         return output
 
+    def _bucket(self, rows: int) -> int:
+        place = bisect_left(self.sizes, rows)
+        if place == len(self.sizes):
+            raise ValueError(f"images: {rows} rows stay, and only up to {self.sizes[-1]} were recorded: widen between=")
+        return self.sizes[place]
 
-def capture(model, batch_size: int, *, warmup: int = 2) -> Captured:
+
+def capture(model, batch_size: int, *, warmup: int = 2, between: tuple[int, int] | None = None) -> Captured:
     """Record `model` (a `RaggedViT` on a GPU) for batches of `batch_size` images.
 
-    An adaptive pruner gets one graph per bucket of total tokens (`bucket_sizes`), all in one memory pool. Raises
-    ValueError for a model on the CPU, and NotImplementedError for what cannot be recorded, with the reason.
+    An adaptive pruner gets one graph per bucket, all in one memory pool: of total tokens (`bucket_sizes`), or for
+    padded backends of rows per image, 8 apart. between: the least and most rows that calls will need, where that is
+    known: other buckets are not recorded, and a call that needs a larger one raises ValueError.
+    Raises ValueError for a model on the CPU, and NotImplementedError for what cannot be recorded, with the reason.
     """
     weight = model.vit.patch_embed.proj.weight
     if not weight.is_cuda:
@@ -98,10 +112,10 @@ def capture(model, batch_size: int, *, warmup: int = 2) -> Captured:
         )
     shape = (batch_size, weight.shape[1], *model.vit.patch_embed.img_size)
     with torch.no_grad(), torch.cuda.device(weight.device):
-        return _record(model, torch.randn(shape, device=weight.device, dtype=weight.dtype), warmup)
+        return _record(model, torch.randn(shape, device=weight.device, dtype=weight.dtype), warmup, between)
 
 
-def _record(model, images: Tensor, warmup: int) -> Captured:
+def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None) -> Captured:
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile, tune cuBLAS and fill caches outside the recording
@@ -114,24 +128,38 @@ def _record(model, images: Tensor, warmup: int) -> Captured:
     front = torch.cuda.CUDAGraph()
     with torch.cuda.graph(front, pool=pool, stream=stream):
         result = model.begin(images)
-        total = None if isinstance(result, Tensor) else result.counts.sum(0, keepdim=True)
-    if total is None:
+        need = None if isinstance(result, Tensor) else torch.stack((result.counts.sum(), result.counts.max()))
+    if need is None:
         return Captured(images, front, result)
     captured = Captured(images, front, None)
-    captured.total = total
+    captured.need, captured.padded = need, _is_padded(model)
     front.replay()
-    captured.sizes = bucket_sizes(images.shape[0] * result.width)
+    rows, width = images.shape[0] * result.width, result.width
+    sizes = [*range(WIDTH_STEP, width, WIDTH_STEP), width] if captured.padded else bucket_sizes(rows)
+    captured.sizes = sizes if between is None else _needed(sizes, *between)
     for size in captured.sizes:
-        captured.buckets[size] = _record_back(result, size, stream, pool)
+        how = (images.shape[0] * size, size) if captured.padded else (size, width)
+        captured.buckets[size] = _record_back(result, how, stream, pool)
     return captured
 
 
-def _record_back(pending, size: int, stream: torch.cuda.Stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _is_padded(model) -> bool:
+    weight, heads = model.vit.patch_embed.proj.weight, model.vit.blocks[0].attn.num_heads
+    name = resolve_backend(model.backend, weight.device, weight.dtype, model.vit.embed_dim // heads)
+    return BACKENDS[name].layout == "padded"
+
+
+def _needed(sizes: list[int], least: int, most: int) -> list[int]:
+    """The buckets that calls needing `least` to `most` rows use."""
+    return sizes[bisect_left(sizes, least) : bisect_left(sizes, most) + 1]
+
+
+def _record_back(pending, how: tuple[int, int], stream: torch.cuda.Stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        pending.resume(size, pending.width)
+        pending.resume(*how)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
-        output = pending.resume(size, pending.width)
+        output = pending.resume(*how)
     return graph, output
