@@ -109,9 +109,14 @@ class Padded:
         return self.tokens.shape[1]
 
     @property
+    def cu_seqlens(self) -> Tensor:
+        """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
+        return torch.arange(self.batch + 1, device=self.tokens.device, dtype=torch.int32) * self.width
+
+    @property
     def starts(self) -> Tensor:
         """First row of every image in the flattened batch, int32 (batch,)."""
-        return torch.arange(self.batch, device=self.tokens.device, dtype=torch.int32) * self.width
+        return self.cu_seqlens[:-1]
 
     def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Per-row values (batch, n, ...) with `fill` in the padding."""

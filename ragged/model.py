@@ -203,8 +203,7 @@ class RaggedViT(nn.Module):
         if isinstance(state_q, Padded):
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, backend))
         k, v = (x.flatten(0, -3) for x in (k, v))
-        cu_k = state_k.cu_seqlens if isinstance(state_k, Packed) else _dense_offsets(state_k)
-        arguments = (state_q.cu_seqlens, cu_k, state_q.max_seqlen, state_k.width, scale, backend)
+        arguments = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width, scale, backend)
         return self._run["attend_packed"](q, k, v, *arguments)
 
     def _whole_block(self, state: State, block: nn.Module) -> Tensor:
@@ -236,11 +235,6 @@ class RaggedViT(nn.Module):
 def _unfused(state: Padded, backend: str) -> bool:
     """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
     return backend == "paper_padded" and state.lengths is not None
-
-
-def _dense_offsets(state: Padded) -> Tensor:
-    steps = torch.arange(state.batch + 1, device=state.tokens.device, dtype=torch.int32)
-    return steps * state.width
 
 
 def _record(state: State, block: int, where: str) -> Stage:
