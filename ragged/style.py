@@ -1,10 +1,12 @@
-"""How every figure looks, and how it finds its rows: one colour per backend, one template, one way to say what is missing.
+"""How every figure looks and how it finds its rows: one colour per backend, one template, one way to say what is
+missing.
 
 No torch, and plotly only when a figure is made: tables can be read and checked without either.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -42,6 +44,7 @@ CLOCKS = {
     "gpu_us": "GPU time per call, µs",
     "wall_us": "wall-clock time per call, µs",
     "event_us": "CUDA-event time per call, µs",
+    "images_per_s": "images/s",
 }
 INK, FAINT = "#222222", "#e5e5e5"
 
@@ -89,7 +92,7 @@ def pick(frame, figure: str, **wanted):
 
 
 def _among(values, allowed):
-    if values.dtype.kind == "f":  # 0.7 as computed and 0.7 as read may differ in the last bit
+    if values.dtype.kind in "fiu":  # 0.7 as computed and 0.7 as read may differ in the last bit
         return values.apply(lambda x: any(abs(x - float(a)) < 1e-9 for a in allowed))
     return values.isin([str(a) for a in allowed])
 
@@ -161,7 +164,34 @@ def new_figure(title: str, below: str, width: int = 760, height: int = 420):
 def alt_text(figure) -> str:
     """One sentence for readers who cannot see the figure: title, conditions, axes and the names of the series."""
     title, layout = figure.layout.title, figure.layout
-    axes = [f"{name}: {axis.title.text}" for name, axis in (("x", layout.xaxis), ("y", layout.yaxis)) if axis.title.text]
+    axes = (("x", layout.xaxis.title.text), ("y", layout.yaxis.title.text))
+    axes = [f"{name}: {text}" for name, text in axes if text]
     names = list(dict.fromkeys(t.name for t in figure.data if t.name and t.showlegend is not False))
     parts = [title.text, title.subtitle.text, *axes, f"series: {', '.join(names)}" if names else None]
     return ". ".join(part.replace("<br>", " ") for part in parts if part) + "."
+
+
+def draw_line(figure, x, rows, backend, *, y=None, label=None, hover=None, legend=True, **place):
+    """One backend's line; bars of uncertainty where the rows have quantiles and y is the value itself."""
+    style, bars = look(backend), None
+    if y is None:
+        y = rows["value"]
+        if {"q20", "q80"} <= set(rows.columns) and rows[["q20", "q80"]].notna().all(axis=None):
+            bars = dict(type="data", symmetric=False, array=rows["q80"] - y, arrayminus=y - rows["q20"], thickness=1)
+    figure.add_scatter(
+        x=x, y=y, error_y=bars, text=hover, mode="lines+markers", name=label or style.label, legendgroup=backend,
+        showlegend=legend, line=dict(color=style.colour, dash=style.dash, width=2),
+        marker=dict(symbol=style.symbol, size=9, color=style.colour), **place,
+    )  # fmt: skip
+
+
+def log_ticks(values):
+    """A log axis labelled at 1, 2, 5 in every decade: readers stumble over bare exponents."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [m * 10**e for e in range(low - 1, high + 1) for m in (1, 2, 5)]
+    return dict(type="log", tickvals=ticks, ticktext=[f"{t:,g}" for t in ticks])
+
+
+def short(value: float) -> str:
+    """A number as a label: three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

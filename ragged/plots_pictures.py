@@ -1,0 +1,194 @@
+"""Pictures: an image cut into patches, the patches a pruner kept, the lengths of a batch, the pipeline in one view.
+
+Images are arrays (3, H, W) in [0, 1] (numpy, or anything numpy can read, such as a CPU tensor); ids are the row numbers
+that `RaggedViT.trace` reports: 0 is CLS, 1 ... n the patches in reading order, -1 a fused token.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+
+from .style import INK, new_figure
+
+SEQUENCE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+
+
+def image_patches(image, *, patch=16, gap=5, title="", width=400):
+    """The image taken apart into its patches; patches are numbered row by row, starting at 1."""
+    pixels = _pixels(image, patch)
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    sheet = np.full((rows * (patch + gap) - gap, columns * (patch + gap) - gap, 3), 255, np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            top, left = r * (patch + gap), c * (patch + gap)
+            sheet[top : top + patch, left : left + patch] = pixels[r * patch :, c * patch :][:patch, :patch]
+    below = f"{rows} × {columns} = {rows * columns} patches of {patch} × {patch} pixels"
+    figure = new_figure(title or "An image becomes a sequence", below, width, round(width * rows / columns) + 92)
+    figure.update_layout(margin=dict(l=16, r=16, t=76, b=16))
+    _place(figure, sheet, 0, 0, 1, 1)
+    return _bare(figure, 1, 1)
+
+
+def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title="Kept patches", below=""):
+    """A strip of images in which dropped patches are washed out, each with its name and its number of kept patches.
+
+    images: one image for all, or one for each.  ids: for each panel the kept row numbers.  names: a line of text each.
+    """
+    count = len(ids)
+    if len(names) != count or count == 0:
+        raise ValueError(f"ids and names: expected one name per list of ids, got {count} lists, {len(names)} names")
+    images = [images] * count if _is_one_image(images) else list(images)
+    if len(images) != count:
+        raise ValueError(f"images: expected one, or one for each of {count} lists of ids, got {len(images)}")
+    columns = min(count, columns or count)
+    rows = -(-count // columns)
+    figure = new_figure(title, below, columns * (side + 12) + 20, rows * (side + 46) + 76)
+    figure.update_layout(margin=dict(l=16, r=16, t=72, b=12))
+    step_x, step_y = (side + 12) / side, (side + 46) / side
+    for i, (image, kept, name) in enumerate(zip(images, ids, names)):
+        x, y = (i % columns) * step_x, (rows - 1 - i // columns) * step_y
+        pixels, real = _washed(image, kept, patch)
+        _place(figure, pixels, x, y, 1, 1)
+        total = (pixels.shape[0] // patch) * (pixels.shape[1] // patch)
+        fused = " + 1 fused" if np.any(np.asarray(kept) == -1) else ""
+        text = f"<b>{name}</b><br>{real} of {total} patches{fused}"
+        figure.add_annotation(x=x, y=y + 1.01, text=text, showarrow=False, xanchor="left", yanchor="bottom",
+                              align="left", font=dict(size=12))  # fmt: skip
+    return _bare(figure, columns * step_x - 12 / side, rows * step_y)
+
+
+def batch_lengths(lengths, *, seqlen=197, names=None, title="The lengths of a batch", below=""):
+    """One bar per image: the tokens it keeps, and the padding up to the longest image.
+
+    lengths: tokens kept per image, CLS included.  seqlen: tokens before pruning, drawn as a line.  names: x labels.
+    """
+    lengths = [int(n) for n in lengths]
+    if not lengths or min(lengths) < 0 or max(lengths) > seqlen:
+        raise ValueError(f"lengths: expected numbers from 0 to seqlen={seqlen}, got {lengths}")
+    longest, total = max(lengths), sum(lengths)
+    waste = 1 - total / (longest * len(lengths)) if longest else 0.0
+    said = f"{total:,} tokens kept, {longest * len(lengths):,} rows when padded to the longest: {waste:.0%} of the rows"
+    figure = new_figure(title, f"{below + ' · ' if below else ''}{said} are padding", height=360)
+    x = list(range(len(lengths))) if names is None else list(names)
+    padding = [longest - n for n in lengths]
+    figure.add_bar(x=x, y=lengths, name="kept tokens", marker=dict(color="#d55e00"))
+    hatch = dict(color="#009e73", pattern=dict(shape="/", fgcolor="#009e73", bgcolor="white", size=6))
+    figure.add_bar(x=x, y=padding, name="padding to the longest", marker=hatch)
+    figure.add_hline(y=seqlen, line=dict(color=INK, width=1, dash="dash"))
+    figure.add_annotation(x=1, xref="paper", xanchor="right", y=seqlen, yanchor="bottom", showarrow=False,
+                          text=f"before pruning: {seqlen}", font=dict(size=11))  # fmt: skip
+    figure.update_layout(barmode="stack", bargap=0.15, legend=dict(orientation="h", y=-0.25, x=0))
+    figure.update_xaxes(title_text="image of the batch" if names is None else None, showgrid=False)
+    return figure.update_yaxes(title_text="tokens", range=[0, seqlen * 1.1])
+
+
+def pipeline(images, ids, *, patch=16, width=900):
+    """The whole idea in one picture: images, their kept patches, and one flat buffer that holds nothing else.
+
+    images: one to six arrays (3, H, W).  ids: kept row numbers of each, CLS (0) included.
+    """
+    count = len(images)
+    if count != len(ids) or not 1 <= count <= len(SEQUENCE_COLOURS):
+        raise ValueError(f"images and ids: expected 1 to {len(SEQUENCE_COLOURS)} of each, got {count} and {len(ids)}")
+    cell = width / count
+    side = min(160, cell / 2 - 22)
+    height = side + 234
+    figure = new_figure("", "", width, round(height)).update_layout(margin=dict(l=0, r=0, t=0, b=0), title=None)
+    top = height - side - 32  # the coordinates are pixels, counted from below
+    for i, (image, kept) in enumerate(zip(images, ids)):
+        left, colour = i * cell + 12, SEQUENCE_COLOURS[i]
+        washed, real = _washed(image, kept, patch)
+        _place(figure, _pixels(image, patch), left, top, side, side)
+        _place(figure, washed, left + side + 14, top, side, side)
+        _say(figure, left, height - 18, f"<b>image {i}</b>", colour, "left")
+        _say(figure, left + side + 14, height - 18, f"keeps {real} of {_count(image, patch)}", colour, "left")
+    _packed_bar(figure, [len(kept) for kept in ids], 12, width - 24, top - 66)
+    _bare(figure, width, height)
+    return figure
+
+
+def _packed_bar(figure, counts, left, width, bottom):
+    """The flat buffer as one bar of coloured stretches over its cu_seqlens, and under it what padding would take."""
+    total, longest = sum(counts), max(counts)
+    scale, start = width / (longest * len(counts)), 0
+    _say(figure, left, bottom + 46, "<b>packed</b>: the later blocks run on the kept tokens of all images, end to end",
+         INK, "left")  # fmt: skip
+    for i, n in enumerate(counts):
+        x = left + start * scale
+        _box(figure, x, x + n * scale, bottom, SEQUENCE_COLOURS[i])
+        _say(figure, x + n * scale / 2, bottom + 15, str(n), "white", "center")
+        _say(figure, x, bottom - 12, str(start), "#666666", "center" if start else "left")
+        start += n
+    _say(figure, left + start * scale - 12, bottom - 12, f"{start}   = cu_seqlens", "#666666", "left")
+    share = longest * len(counts) / total
+    _say(figure, left, bottom - 52, f"<b>padded</b> to the longest: {share:.2f} times as many rows", INK, "left")
+    for i, n in enumerate(counts):
+        x = left + i * longest * scale
+        _box(figure, x, x + n * scale, bottom - 98, SEQUENCE_COLOURS[i])
+        _box(figure, x + n * scale, x + longest * scale, bottom - 98, "#dddddd")
+
+
+def _box(figure, left, right, bottom, colour):
+    figure.add_shape(type="rect", x0=left, x1=right, y0=bottom, y1=bottom + 30, fillcolor=colour,
+                     line=dict(color="white", width=1))  # fmt: skip
+
+
+def _say(figure, x, y, text, colour, anchor):
+    figure.add_annotation(x=x, y=y, text=text, showarrow=False, xanchor=anchor, yanchor="middle",
+                          font=dict(size=13, color=colour))  # fmt: skip
+
+
+# ---- pixels ----
+
+
+def _is_one_image(images) -> bool:
+    return not isinstance(images, list | tuple) and np.ndim(images) == 3
+
+
+def _pixels(image, patch: int):
+    """uint8 (H, W, 3) of an image (3, H, W) in [0, 1] whose sides are multiples of `patch`."""
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[0] != 3 or array.shape[1] % patch or array.shape[2] % patch:
+        raise ValueError(f"image: expected (3, H, W) with sides that are multiples of {patch}, got {array.shape}")
+    if array.dtype.kind != "f" or array.min() < -1e-3 or array.max() > 1.001:
+        raise ValueError(f"image: expected floats in [0, 1], before normalising, got {array.dtype} from "
+                         f"{array.min():.3g} to {array.max():.3g}")  # fmt: skip
+    return (array.clip(0, 1).transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8)
+
+
+def _count(image, patch: int) -> int:
+    _, height, width = np.shape(image)
+    return (height // patch) * (width // patch)
+
+
+def _washed(image, kept, patch: int):
+    """The pixels with dropped patches nearly white, and how many patches stayed."""
+    pixels, kept = _pixels(image, patch).astype(np.float32), np.asarray(kept)
+    total, columns = _count(image, patch), pixels.shape[1] // patch
+    if kept.ndim != 1 or (kept.size and not (-1 <= kept.min() and kept.max() <= total)):
+        raise ValueError(f"ids: expected row numbers from -1 to {total}, got {kept.tolist()[:8]}...")
+    stay = np.zeros(total, bool)
+    stay[kept[kept > 0] - 1] = True
+    mask = stay.reshape(-1, columns).repeat(patch, 0).repeat(patch, 1)[..., None]
+    grey = pixels.mean(2, keepdims=True)
+    return np.where(mask, pixels, 225 + 0.1 * grey).astype(np.uint8), int(stay.sum())
+
+
+def _place(figure, pixels, x, y, width, height):
+    """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y); JPEG keeps a saved figure small."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=82)
+    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    figure.add_layout_image(source=source, x=x, y=y, sizex=width, sizey=height, xref="x", yref="y", xanchor="left",
+                            yanchor="bottom", sizing="stretch", layer="below")  # fmt: skip
+
+
+def _bare(figure, right, top):
+    """No axes: a picture, its coordinates from 0 to (right, top)."""
+    figure.update_xaxes(visible=False, range=[0, right])
+    return figure.update_yaxes(visible=False, range=[0, top], scaleanchor=None)
