@@ -152,7 +152,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
-    cu_seqlens = offsets(counts)
+    cu_seqlens = offsets(counts).clamp_(max=total)  # whatever `sizes` says, no kernel reads past the buffer
     row = torch.arange(total, device=index.device)
     image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=batch - 1)
     column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)

@@ -31,7 +31,7 @@ def load_deit(
         return check_supported(_download(timm_name, img_size, num_classes))
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU one only: GPUs keep theirs
             return check_supported(_create(timm_name, img_size, 1000 if num_classes is None else num_classes))
     path = checkpoint_path(f"{name}_digits") if weights == "digits" else Path(weights)
     if not path.is_file():
