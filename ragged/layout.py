@@ -85,7 +85,7 @@ class Packed:
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
         rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
-        return self.tokens[rows]
+        return self.tokens[rows.clamp_(max=self.tokens.shape[0] - 1)]  # a buffer may be too small while it is recorded
 
 
 @dataclass(frozen=True)
