@@ -82,7 +82,34 @@ def _filling(metric: str, colour) -> dict:
     return dict(color=colour if metric == "host_us" else "white", pattern=hatch, line=dict(color=colour, width=1))
 
 
-def kernel_grid(frame, *, backend="triton", baseline="flash_attn", metric="gpu_us", mode=None, dtype="float16", **only):
+def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_triton", "triton"), **only):
+    """Host time of every layer of a call, each layer called alone: where the dispatch floor comes from.
+
+    Needs host_us rows of the suite `dispatch`: backend is "<provider>" for the public function and
+    "<provider>:<layer>" for what lies below it.
+    """
+    name = "call_anatomy"
+    rows = pick(frame, name, metric="host_us", **only)
+    rows = rows.assign(provider=rows["backend"].str.split(":").str[0], layer=rows["backend"].str.split(":").str[1])
+    rows = pick(rows, name, provider=list(providers))
+    one_of_each(rows, name, "gpu", "batch", "tokens", "mode")
+    below = subtitle(rows, f"batch {short(rows['batch'].iloc[0])}", f"{rows['tokens'].iloc[0]} tokens")
+    figure = new_figure("The anatomy of one call", below, height=150 + 26 * len(rows))
+    for provider in in_order(rows["provider"]):
+        bars = rows[rows["provider"] == provider]
+        bars = bars.assign(public=bars["layer"].isna()).sort_values(["public", "value"], ascending=False)
+        labels = bars["layer"].fillna("<b>the public function</b>").str.replace("_", " ")
+        # two-level labels: layers of different providers share names
+        figure.add_bar(y=[[look(provider).label] * len(bars), labels], x=bars["value"], orientation="h",
+                       marker=dict(color=look(provider).colour), text=[short(v) for v in bars["value"]],
+                       textposition="outside", cliponaxis=False, constraintext="none", showlegend=False)  # fmt: skip
+    figure.update_yaxes(autorange="reversed", tickson="boundaries", dividercolor="#bbbbbb")
+    return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
+
+
+def kernel_grid(
+    frame, *, backend="triton", baseline="flash_attn", metric="gpu_us", mode="eager", dtype="float16", **only
+):
     """Heat map, batch × tokens: how many times faster `backend` is than `baseline`. Orange is faster, purple slower.
 
     Needs rows of both backends for at least one common batch and token count; cells that one of them lacks are blank.
@@ -115,7 +142,7 @@ def kernel_grid(frame, *, backend="triton", baseline="flash_attn", metric="gpu_u
     return figure.update_yaxes(title_text="batch, images", type="category", showgrid=False)
 
 
-def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode=None, peak=None, **only):
+def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode="eager", peak=None, **only):
     """Achieved FLOP/s of attention calls against their arithmetic intensity, under the roofs of the GPU.
 
     Needs gpu_us rows. peak: (FLOP/s, bytes/s) of the GPU; the data sheet's for the names in PEAKS. The bytes are the
@@ -156,7 +183,7 @@ def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode=N
     return figure.update_yaxes(title_text="achieved, TFLOP/s (log)", **log_ticks([low, flops / 1e12]))
 
 
-def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us", mode=None, **only):
+def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us", mode="eager", **only):
     """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times.
 
     Needs rows of both backends with the same batch and a distribution of lengths such as "U(20,197)" (equal lengths

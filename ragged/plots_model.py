@@ -72,7 +72,7 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
     shown = set()
     for column, pruner in enumerate(pruners, 1):
-        _ceiling(figure, ceilings[ceilings["pruner"].isin([pruner, ""])], column)
+        _ceiling(figure, ceilings[ceilings["pruner"].isin([pruner, "", "none"])], column)
         figure.add_hline(y=1, line=dict(color="#222222", width=1), row=1, col=column)
         panel = rows[rows["pruner"] == pruner]
         for backend in in_order(panel["backend"]):

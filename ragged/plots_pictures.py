@@ -95,7 +95,7 @@ def pipeline(images, ids, *, patch=16, width=900):
         raise ValueError(f"images and ids: expected 1 to {len(SEQUENCE_COLOURS)} of each, got {count} and {len(ids)}")
     cell = width / count
     side = min(160, cell / 2 - 22)
-    height = side + 234
+    height = side + 222
     figure = new_figure("", "", width, round(height)).update_layout(margin=dict(l=0, r=0, t=0, b=0), title=None)
     top = height - side - 32  # the coordinates are pixels, counted from below
     for i, (image, kept) in enumerate(zip(images, ids)):
@@ -114,8 +114,8 @@ def _packed_bar(figure, counts, left, width, bottom):
     """The flat buffer as one bar of coloured stretches over its cu_seqlens, and under it what padding would take."""
     total, longest = sum(counts), max(counts)
     scale, start = width / (longest * len(counts)), 0
-    _say(figure, left, bottom + 46, "<b>packed</b>: the later blocks run on the kept tokens of all images, end to end",
-         INK, "left")  # fmt: skip
+    what = "<b>packed</b>: the later blocks run on the kept tokens of all images, CLS included, end to end"
+    _say(figure, left, bottom + 46, what, INK, "left")
     for i, n in enumerate(counts):
         x = left + start * scale
         _box(figure, x, x + n * scale, bottom, SEQUENCE_COLOURS[i])
@@ -139,6 +139,33 @@ def _box(figure, left, right, bottom, colour):
 def _say(figure, x, y, text, colour, anchor):
     figure.add_annotation(x=x, y=y, text=text, showarrow=False, xanchor=anchor, yanchor="middle",
                           font=dict(size=13, color=colour))  # fmt: skip
+
+
+def readme_picture(path, names=("astronaut", "cat", "rocket")):
+    """Draw the pipeline for three of the photographs and save it as a PNG; needs kaleido and a browser.
+
+    What stays is decided by a stand-in for a pruner that everybody can see through: patches of more than average
+    contrast (the standard deviation of their grey values).
+    """
+    from .data import photographs
+
+    images, records = photographs()
+    chosen = [images[[r["name"] for r in records].index(name)].numpy() for name in names]
+    ids = []
+    for image in chosen:
+        grey = image.mean(0).reshape(14, 16, 14, 16).std(axis=(1, 3)).ravel()
+        ids.append(np.r_[0, 1 + np.flatnonzero(grey >= grey.mean())])
+    with open(path, "wb") as file:
+        file.write(small_png(pipeline(chosen, ids).to_image("png", scale=1.5), 192))
+
+
+def small_png(data: bytes, colours: int = 64) -> bytes:
+    """A PNG with a palette in place of full colours: a third of the size or less."""
+    from PIL import Image
+
+    image, file = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
+    image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 # ---- pixels ----
@@ -192,3 +219,9 @@ def _bare(figure, right, top):
     """No axes: a picture, its coordinates from 0 to (right, top)."""
     figure.update_xaxes(visible=False, range=[0, right])
     return figure.update_yaxes(visible=False, range=[0, top], scaleanchor=None)
+
+
+if __name__ == "__main__":  # python -m ragged.plots_pictures data/figures/pipeline.png
+    import sys
+
+    readme_picture(sys.argv[1])

@@ -33,7 +33,7 @@ LOOKS = {
     "torch_varlen": Look("torch varlen_attn", "#56b4e9", "solid", "triangle-down"),
     "nested": Look("NestedTensor", "#cc79a7", "solid", "pentagon"),
     "paper_nested": Look("paper's NestedTensor", "#cc79a7", "dot", "pentagon-open"),
-    "flex_attention": Look("flex_attention", "#8c6d1f", "solid", "hexagram"),
+    "flex": Look("flex_attention", "#8c6d1f", "solid", "hexagram"),
     "paper_triton": Look("paper's kernel", "#e69f00", "dash", "circle-open"),
     "triton": Look("ours (Triton)", "#d55e00", "solid", "circle"),
     "reference": Look("reference loop", "#999999", "dot", "x"),

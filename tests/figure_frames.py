@@ -57,7 +57,8 @@ def model_frame():
 
 def sparsity_frame():
     shared = dict(suite="sparsity", model="deit_base", batch=64.0, mode="compile+graph")
-    records = [shared | dict(pruner="", backend="unpruned", keep=1.0, tokens="197", metric="images_per_s", value=1e4)]
+    unpruned = dict(pruner="none", backend="unpruned", keep=1.0, tokens="197", metric="images_per_s", value=1e4)
+    records = [shared | unpruned]
     for p, pruner in enumerate(("threshold_l2", "dynamicvit", "evit", "ats")):
         for keep in np.linspace(0.1, 1, 10):
             ceiling = 12 / (4 + 8 * keep)
@@ -67,4 +68,18 @@ def sparsity_frame():
                 value = 1e4 * ceiling * share
                 records.append(here | dict(backend=backend, metric="images_per_s", value=value, q20=0.98 * value,
                                            q80=1.02 * value))  # fmt: skip
+    return rows(records)
+
+
+def dispatch_frame():
+    layers = {
+        "triton": (12, "checked 10", "output_allocation 3.5", "cuLaunchKernel 6.1"),
+        "flash_attn": (38, "binding 17"), "torch_varlen": (41, "custom_op 33", "aten 17"), "torch": (0.1, "empty 6.3"),
+    }  # fmt: skip
+    shared = dict(suite="dispatch", model="deit_base", pruner="none", batch=32.0, tokens="39", metric="host_us")
+    records = []
+    for provider, (public, *below) in layers.items():
+        records.append(shared | dict(backend=provider, value=float(public)))
+        for layer, value in (text.split() for text in below):
+            records.append(shared | dict(backend=f"{provider}:{layer}", value=float(value)))
     return rows(records)

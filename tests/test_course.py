@@ -1,0 +1,181 @@
+"""What the notebooks lean on: set-up, tables, sliders at both ends, and the feedback on exercises."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+import ragged
+from ragged import course, data, notebook_output
+
+
+@pytest.fixture(autouse=True)
+def _gradients_back():
+    """`setup` switches gradients off for good; the other tests shall not notice."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
+
+
+# ---- set-up ----
+
+
+def test_setup_seeds_and_says_where_it_runs(capsys):
+    here = course.setup(seed=3)
+    first = torch.rand(2), np.random.rand()
+    course.setup(seed=3, quiet=True)
+    assert torch.equal(first[0], torch.rand(2)) and first[1] == np.random.rand()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and f"torch {torch.__version__}" in lines[0] and here.device_name in lines[1]
+    assert here.gpu == torch.cuda.is_available() and here.device == ("cuda" if here.gpu else "cpu")
+    assert here.versions["ragged-vit"] == ragged.__version__
+
+
+def test_every_backend_has_its_line(monkeypatch):
+    monkeypatch.setattr("ragged.launch.installed", lambda name: False)  # as where neither triton nor flash-attn is
+    here = course.Here("cpu", "CPU", torch.float32, "deit_tiny", 8)
+    text = course.backends_table(here)
+    for name in ragged.BACKENDS:
+        assert f"  {name} " in text
+    assert "->  sdpa_padded" in text
+    assert "Triton is not installed" in text and "flash-attn package is not installed" in text
+
+
+def test_a_table_lines_up():
+    text = course.table([dict(name="a", value=1.25), dict(name="long", value=1234.0)], digits=2)
+    assert text.splitlines() == ["name     value", "----  --------", "a         1.25", "long  1,234.00"]
+    assert course.table([]) == "(no rows)"
+
+
+# ---- recordings ----
+
+
+def test_without_a_recording_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(data, "results", lambda suite, gpu: pandas.DataFrame(columns=list(data.RESULT_COLUMNS)))
+    assert course.recorded("model", lambda rows: 1 / 0) is None
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "ragged.bench model" in out and "NVIDIA H200" in out
+
+
+def test_a_partial_recording_does_not_stop_a_lesson(monkeypatch, capsys):
+    monkeypatch.setattr(data, "results", lambda suite, gpu: pandas.DataFrame({"gpu": ["NVIDIA H200"]}))
+
+    def draw(rows, batch):
+        if batch == 2:
+            raise ValueError("no rows with batch = 2")
+        return len(rows)
+
+    assert course.recorded("model", draw, batch=1) == 1
+    assert course.recorded("model", draw, batch=2) is None
+    assert "batch = 2" in capsys.readouterr().out
+
+
+# ---- sliders ----
+
+
+class Handle:
+    def __init__(self):
+        self.shown = []
+
+    def update(self, bundle, raw):
+        assert raw
+        self.shown.append(bundle)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a slider displays: the widget, then the picture with a handle that records its updates."""
+    pytest.importorskip("ipywidgets")
+    import IPython.display
+
+    handle, things = Handle(), []
+
+    def display(thing, raw=False, display_id=None):
+        (handle.shown if raw else things).append(thing)
+        return handle if display_id else None
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    return handle, things
+
+
+def test_a_slider_draws_at_both_ends(shown, monkeypatch):
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    handle, things = shown
+    widget = course.slider(lambda k: f"keep {k}", [0.1, 0.5, 1.0], start=0.5, label="keep")
+    assert things == [widget] and widget.description == "keep" and widget.continuous_update is False
+    widget.value = 0.1
+    widget.value = 1.0
+    assert [bundle["text/plain"] for bundle in handle.shown] == ["keep 0.5", "keep 0.1", "keep 1.0"]
+
+
+def test_a_slider_of_figures_hands_over_plotly_json(shown, monkeypatch):
+    go, pio = pytest.importorskip("plotly.graph_objects"), pytest.importorskip("plotly.io")
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    before = pio.renderers.default
+    pio.renderers.default = "plotly_mimetype"
+    try:
+        widget = course.slider(lambda k: go.Figure(layout=dict(title=f"k = {k}")), range(3))
+        widget.value = 2
+    finally:
+        pio.renderers.default = before
+    titles = [b["application/vnd.plotly.v1+json"]["layout"]["title"]["text"] for b in shown[0].shown]
+    assert titles == ["k = 0", "k = 2"] and not any("text/html" in bundle for bundle in shown[0].shown)
+
+
+def test_a_saved_notebook_gets_the_picture_without_the_widget(shown, monkeypatch, capsys):
+    monkeypatch.setenv("PLOTLY_RENDERER", notebook_output.SAVING)
+    assert course.slider(str, [1, 2, 3], start=2, label="k") is None
+    assert shown[1] == [] and shown[0].shown == [{"text/plain": "2"}]
+    assert "k = 2" in capsys.readouterr().out
+
+
+def test_a_slider_starts_at_one_of_its_stops():
+    with pytest.raises(ValueError, match="start: expected one of"):
+        course.slider(str, [1, 2], start=3)
+
+
+# ---- exercises ----
+
+
+def test_a_right_answer(capsys):
+    assert course.check(torch.arange(3.0), [0.0, 1.0, 2.0])
+    assert course.check(lambda x: x * 2, lambda x: x + x, torch.ones(2))
+    assert course.check(float("inf"), float("inf"))
+    assert course.check(197, 197)
+    assert capsys.readouterr().out == "Correct.\n" * 4
+
+
+@pytest.mark.parametrize(
+    "yours, said",
+    [
+        (torch.tensor([[0.0, 1.0], [2.5, 4.0]]), r"2 of 4 values differ, the largest error is 1. First at \[1, 0\]"),
+        (torch.tensor([[0.0, float("nan")], [2.0, 3.0]]), r"1 of 4 .*First at \[0, 1\]: expected 1, got nan"),
+        (torch.zeros(4), r"Wrong shape: expected \(2, 2\), got \(4,\)"),
+        (torch.zeros(2, 2, dtype=torch.int64), "Wrong kind of numbers"),
+        (None, "Not done yet"),
+    ],
+)
+def test_a_wrong_answer_is_told_where(yours, said, capsys):
+    import re
+
+    assert not course.check(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), yours)
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_an_exercise_still_to_be_done(capsys):
+    def stub(x):
+        raise NotImplementedError
+
+    assert not course.check(lambda x: x, stub, 1.0)
+    assert "Not done yet" in capsys.readouterr().out
+
+
+def test_the_saving_renderer_shrinks_its_png(monkeypatch):
+    pio = pytest.importorskip("plotly.io")
+    monkeypatch.setenv("PLOTLY_RENDERER", notebook_output.SAVING)
+    renderer, default = pio.renderers["png"], pio.renderers.default
+    try:
+        notebook_output.use_small_pictures()
+        assert type(pio.renderers["png"]).__name__ == "SmallPng" and pio.renderers.default == notebook_output.SAVING
+    finally:
+        pio.renderers["png"], pio.renderers.default = renderer, default

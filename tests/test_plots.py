@@ -1,0 +1,222 @@
+"""Figures build from recorded rows and from the paper's, look alike, and say what is missing."""
+
+import ast
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("plotly")
+
+import figure_frames as frames
+from PIL import Image
+
+from ragged import data, plots, style
+
+ATTENTION, MODEL, SPARSITY = frames.attention_frame(), frames.model_frame(), frames.sparsity_frame()
+PRUNED = [b for b in plots.LOOKS if b != "dense"]
+RECORDED = {
+    "dispatch_floor": lambda: plots.dispatch_floor(ATTENTION),
+    "call_anatomy": lambda: plots.call_anatomy(frames.dispatch_frame()),
+    "host_against_gpu": lambda: plots.host_against_gpu(ATTENTION),
+    "kernel_grid": lambda: plots.kernel_grid(ATTENTION),
+    "roofline": lambda: plots.roofline(ATTENTION),
+    "padded_waste": lambda: plots.padded_waste(ATTENTION),
+    "padded_waste of a model": lambda: plots.padded_waste(MODEL, metric="images_per_s", mode="graph"),
+    "throughput_by_batch": lambda: plots.throughput_by_batch(MODEL, tokens="U(30,168)", backend=PRUNED),
+    "sparsity_speedup": lambda: plots.sparsity_speedup(SPARSITY),
+    "memory": lambda: plots.memory(MODEL, mode="graph", tokens="U(30,168)"),
+}
+PAPER = {
+    "dispatch_floor v1": lambda: plots.dispatch_floor(paper("v1_attention_call")),
+    "dispatch_floor v2": lambda: plots.dispatch_floor(paper("v2_attention_call"), clock="event_us"),
+    "kernel_grid v1": lambda: plots.kernel_grid(paper("v1_attention_call"), backend="paper_triton", metric="wall_us"),
+    "throughput v2": lambda: plots.throughput_by_batch(paper("v2_end_to_end_throughput")),
+    "sparsity v1": lambda: plots.sparsity_speedup(paper("v1_speedup_over_unpruned")),
+}
+IMAGE = np.linspace(0, 1, 3 * 64 * 96, dtype=np.float32).reshape(3, 64, 96)  # 4 x 6 patches
+
+
+def paper(table):
+    return plots.paper_rows(data.paper(table))
+
+
+@pytest.mark.parametrize("draw", RECORDED.values(), ids=RECORDED)
+def test_a_figure_of_recorded_rows(draw):
+    figure = draw()
+    assert figure.data
+    assert "NVIDIA H200 · 2026-11-03" in figure.layout.title.subtitle.text
+    assert figure.layout.xaxis.title.text and len(figure.to_json()) < 40_000
+    assert figure.layout.title.text in plots.alt_text(figure)
+
+
+@pytest.mark.parametrize("draw", PAPER.values(), ids=PAPER)
+def test_a_figure_of_the_paper(draw):
+    figure = draw()
+    assert figure.data and "arXiv 2604.15408v" in figure.layout.title.subtitle.text
+
+
+def test_a_backend_has_one_colour_in_all_figures():
+    seen = {}
+    for draw in [*RECORDED.values(), *PAPER.values()]:
+        for trace in draw().data:
+            if trace.type == "scatter" and trace.legendgroup in plots.LOOKS:
+                seen.setdefault(trace.legendgroup, set()).add((trace.line.color, trace.line.dash, trace.marker.symbol))
+    assert {"triton", "flash_attn", "paper_padded", "unpruned"} <= set(seen)
+    assert all(len(looks) == 1 for looks in seen.values()), seen
+
+
+def test_no_two_backends_look_the_same():
+    looks = [(look.colour, look.dash, look.symbol) for look in plots.LOOKS.values()]
+    assert len(set(looks)) == len(looks)
+    assert len({look.label for look in plots.LOOKS.values()}) == len(looks)
+
+
+def test_the_paper_s_floors_are_the_figure_s():
+    names = {trace.legendgroup: trace.name for trace in PAPER["dispatch_floor v1"]().data}
+    assert names["flash_attn"] == "FlashAttention-2, floor 62 µs" or "floor 62" in names["flash_attn"]
+    assert "floor 41" in names["paper_triton"]  # at batch 32
+
+
+def test_paper_rows_are_in_microseconds_and_kept_shares():
+    frame = paper("v1_attention_call")
+    row = frame[(frame["backend"] == "flash_attn") & (frame["batch"] == 4)].iloc[0]
+    assert (row["metric"], row["value"], row["unit"], row["tokens"], row["keep"]) == ("wall_us", 63.0, "us", "197", 1.0)
+    assert set(paper("v1_peak_throughput")["backend"]) == {"unpruned", "paper_padded", "paper_triton"}
+
+
+def test_the_ceiling_is_the_flops_ratio():
+    figure = plots.sparsity_speedup(SPARSITY)
+    ceiling = next(t for t in figure.data if t.legendgroup == "ceiling")
+    assert ceiling.y[0] == pytest.approx(1.0) and ceiling.y[-1] == pytest.approx(12 / 4.8)
+    ours = next(t for t in figure.data if t.legendgroup == "triton")
+    assert all(y <= c + 1e-9 for y, c in zip(ours.y, ceiling.y))
+
+
+def test_the_roofline_counts_what_attention_needs():
+    figure = plots.roofline(ATTENTION, backend="triton")
+    line = next(t for t in figure.data if t.legendgroup == "triton")
+    row = ATTENTION.query("backend == 'triton' and batch == 256 and tokens == '39' and metric == 'gpu_us'").iloc[0]
+    flops, moved = 4 * 256 * 12 * 39 * 39 * 64, 4 * 256 * 12 * 39 * 64 * 2
+    assert line.x[0] == pytest.approx(flops / moved)
+    assert line.y[0] == pytest.approx(flops / (row["value"] * 1e-6) / 1e12)
+
+
+def test_padded_waste_predicts_from_the_lengths():
+    figure = plots.padded_waste(ATTENTION)
+    lengths = data.lengths("U(20,197)", 64)
+    assert figure.data[0].y[0] == pytest.approx(64 * max(lengths) / sum(lengths))
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: plots.dispatch_floor(ATTENTION.drop(columns=["mode", "date"])), r"lacks the columns .*date"),
+        (lambda: plots.dispatch_floor(ATTENTION, batch=7), "batch = 7; there are: .*'32.0'"),
+        (lambda: plots.dispatch_floor(ATTENTION, tokens="39"), "two token counts"),
+        (lambda: plots.host_against_gpu(ATTENTION[ATTENTION["metric"] != "gpu_us"]), "metric = gpu_us"),
+        (lambda: plots.kernel_grid(ATTENTION, baseline="fa5"), "backend = fa5; there are: .*flash_attn"),
+        (lambda: plots.roofline(ATTENTION.assign(gpu="GPU X")), "no peak for 'GPU X'"),
+        (lambda: plots.padded_waste(ATTENTION, tokens="39"), "no rows with lengths such as U"),
+        (lambda: plots.throughput_by_batch(MODEL), "mix tokens = 99, U.30,168.; choose one"),
+        (lambda: plots.sparsity_speedup(SPARSITY[SPARSITY["backend"] != "unpruned"]), "backend = unpruned"),
+        (lambda: plots.memory(MODEL, tokens="U(30,168)"), "mix mode = .*choose one with mode="),
+        (lambda: plots.memory(MODEL[:0]), "no rows at all"),
+        (lambda: plots.call_anatomy(ATTENTION[:0]), "no rows at all"),
+        (lambda: plots.paper_rows(ATTENTION), "lacks the columns"),
+    ],
+)
+def test_what_is_missing_is_named(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_rows_that_failed_are_not_drawn():
+    failed = ATTENTION.copy()
+    failed.loc[failed["backend"] == "nested", "status"] = "device is too small"
+    assert "nested" not in {trace.legendgroup for trace in plots.dispatch_floor(failed).data}
+
+
+def test_two_gpus_are_not_drawn_over_each_other():
+    import pandas
+
+    both = pandas.concat([ATTENTION, ATTENTION.assign(gpu="Tesla T4")])
+    with pytest.raises(ValueError, match="mix gpu"):
+        plots.dispatch_floor(both)
+    assert "Tesla T4" in plots.dispatch_floor(both, gpu="Tesla T4").layout.title.subtitle.text
+
+
+# ---- pictures ----
+
+
+def test_an_image_taken_apart():
+    figure = plots.image_patches(IMAGE)
+    assert "4 × 6 = 24 patches" in figure.layout.title.subtitle.text
+    assert figure.layout.images[0].source.startswith("data:image/jpeg;base64,")
+
+
+def test_kept_patches_are_counted_without_cls_and_fused():
+    figure = plots.kept_patches(IMAGE, [[0, 1, 24], np.array([0, 5, -1])], ["one", "two"])
+    texts = [note.text for note in figure.layout.annotations]
+    assert texts == ["<b>one</b><br>2 of 24 patches", "<b>two</b><br>1 of 24 patches + 1 fused"]
+    assert len(figure.layout.images) == 2
+
+
+def test_dropped_patches_are_washed_out():
+    from ragged.plots_pictures import _washed
+
+    pixels, real = _washed(IMAGE, [0, 24], 16)
+    assert real == 1 and pixels[:48].min() >= 225
+    assert np.array_equal(pixels[48:, 80:], (IMAGE.transpose(1, 2, 0)[48:, 80:] * 255 + 0.5).astype(np.uint8))
+
+
+def test_the_lengths_of_a_batch():
+    figure = plots.batch_lengths([50, 100, 30], names=["a", "b", "c"])
+    assert list(figure.data[1].y) == [50, 0, 70]
+    below = figure.layout.title.subtitle.text
+    assert "180 tokens kept, 300 rows" in below and "40%" in below
+
+
+def test_the_pipeline_shows_cu_seqlens():
+    figure = plots.pipeline([IMAGE, IMAGE], [[0, 1, 2], [0, 3]])
+    texts = " ".join(note.text for note in figure.layout.annotations)
+    assert "5   = cu_seqlens" in texts and "1.20 times as many rows" in texts
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: plots.image_patches(IMAGE[0]), r"image: expected \(3, H, W\)"),
+        (lambda: plots.image_patches(IMAGE[:, :60]), "multiples of 16"),
+        (lambda: plots.image_patches(IMAGE * 4 - 2), r"floats in \[0, 1\]"),
+        (lambda: plots.kept_patches(IMAGE, [[0, 25]], ["one"]), "row numbers from -1 to 24"),
+        (lambda: plots.kept_patches(IMAGE, [[0]], []), "one name per list of ids"),
+        (lambda: plots.kept_patches([IMAGE], [[0], [0]], ["a", "b"]), "images: expected one"),
+        (lambda: plots.batch_lengths([]), "lengths: expected"),
+        (lambda: plots.batch_lengths([198]), "0 to seqlen=197"),
+        (lambda: plots.pipeline([IMAGE], []), "images and ids"),
+    ],
+)
+def test_bad_pictures_are_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_a_png_shrinks_and_keeps_its_size():
+    from ragged.plots_pictures import small_png
+
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    small = small_png(file.getvalue())
+    assert Image.open(io.BytesIO(small)).size == (80, 60) and len(small) < len(file.getvalue()) / 2
+
+
+def test_the_files_of_figures_import_no_torch():
+    package = Path(style.__file__).parent
+    for path in [package / "style.py", *sorted(package.glob("plots*.py"))]:
+        names = {getattr(node, "module", None) or node.names[0].name for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+        assert not {n for n in names if re.match("torch|timm|triton", n)}, path.name
