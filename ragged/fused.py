@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ try:  # the allocator's own entry, without the argument parsing of torch.empty: 
     _empty_cuda = torch._C._dynamo.guards._empty_strided_cuda
 except AttributeError:
     _empty_cuda = None
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # then every call takes the long way
+    TensorGuards = None
 
 
 class Tiles(NamedTuple):
@@ -76,45 +81,64 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
     tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
     launcher = launch.start(attention_kernel, key, grid, tensors, (scale * LOG2_E, total), constants, options)
     if launcher is not None and not want_lse:
-        _launchers[kind(q, k, v, cu_q, cu_k), tiles] = launcher
+        _remember(q, k, v, cu_q, cu_k, tiles, launcher)
     return out, lse
 
 
-# What `quick` needs to know to call a kernel that `attend` has called before: kind of arguments and tiles -> launcher.
-_launchers: dict[tuple, object] = {}
+class Plan(NamedTuple):
+    """A kind of call that went through every check: `same(q, k, v, cu_q, cu_k)` says whether a later call is of that
+    kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch), tiles -> launcher."""
+
+    same: Callable[..., bool]
+    launchers: dict[Tiles, Callable]
 
 
-def kind(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple:
-    """Everything about the arguments that the checks look at and that is the same from batch to batch."""
-    return (
-        q.dtype, k.dtype, v.dtype, cu_q.dtype, cu_k.dtype,
-        q.get_device(), k.get_device(), v.get_device(), cu_q.get_device(), cu_k.get_device(),
-        q.stride(), k.stride(), v.stride(), cu_q.stride(), cu_k.stride(), q.shape[1:], k.shape[1:], v.shape[1:],
-    )  # fmt: skip
+_plans: list[Plan] = []  # a model needs one or two
+MOST_PLANS = 16
+
+
+def _remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles: Tiles, launcher: Callable) -> None:
+    """Note for `quick` how a call was launched. The comparison is the one torch.compile guards its graphs with: one call
+    into C++ looks at all five tensors, in the time that Python needs to look at one."""
+    if TensorGuards is None:
+        return
+    tensors = (q, k, v, cu_q, cu_k)
+    plan = next((plan for plan in _plans if plan.same(*tensors)), None)
+    if plan is None:
+        sizes = [[None, *x.shape[1:]] for x in tensors]
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=[list(x.stride()) for x in tensors])
+        plan = Plan(guard.check, {})
+        _plans.insert(0, plan)
+        del _plans[MOST_PLANS:]
+    plan.launchers[tiles] = launcher
 
 
 def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
           scale: float) -> Tensor | None:  # fmt: skip
-    """`attend` for arguments of a kind that went through all checks before, or None: then take the long way.
+    """`attend` for a kind of call that went through all checks before, or None: then take the long way.
 
-    Nothing is left out: what the long way checks is either in `kind` or looked at here.
+    Nothing is left out: what the long way checks is either compared by a plan or looked at here.
     """
-    tiles = choose_tiles(max_k, q.shape[-1], q.dtype)
-    launcher = _launchers.get((kind(q, k, v, cu_q, cu_k), tiles))
-    if launcher is None:
+    for plan in _plans:
+        if plan.same(q, k, v, cu_q, cu_k):
+            break
+    else:
         return None
-    total, heads, _ = q.shape
-    entries, device = cu_q.shape[0], q.get_device()
+    total, heads, dim = q.shape
+    tiles = choose_tiles(max_k, dim, q.dtype)
+    launcher, device, images = plan.launchers.get(tiles), q.get_device(), cu_q.shape[0] - 1
+    if launcher is None or device != launch.current_device() or total == 0 or images < 1:
+        return None
+    if cu_k.shape[0] != images + 1 or k.shape[0] != v.shape[0]:
+        return None
     if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0 and 0.0 < scale < math.inf):
         return None
-    if cu_k.shape[0] != entries or k.shape[0] != v.shape[0] or q.requires_grad or device != launch.current_device():
-        return None
     out = new_output(q)
-    a, b, c, d, e, f = (x.data_ptr() for x in (q, k, v, out, cu_q, cu_k))
-    if (a | b | c | d | e | f) & 15 or total == 0:
+    a, b, c, d, e, f = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
+    if (a | b | c | d | e | f) & 15:  # compiled kernels assume multiples of 16 bytes
         return None
     stream = launch.current_stream(device)
-    launcher(-(-max_q // tiles.M) * heads, entries - 1, stream, a, b, c, d, d, e, f, scale * LOG2_E, total)
+    launcher(-(-max_q // tiles.M) * heads, images, stream, a, b, c, d, d, e, f, scale * LOG2_E, total)
     return out
 
 
