@@ -98,15 +98,16 @@ MOST_PLANS = 16
 
 
 def _remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles: Tiles, launcher: Callable) -> None:
-    """Note for `quick` how a call was launched. The comparison is the one torch.compile guards its graphs with: one call
-    into C++ looks at all five tensors, in the time that Python needs to look at one."""
+    """Note for `quick` how a call was launched. The comparison is the one torch.compile guards its graphs with: one
+    call into C++ looks at all five tensors, in the time that Python needs to look at one."""
     if TensorGuards is None:
         return
     tensors = (q, k, v, cu_q, cu_k)
     plan = next((plan for plan in _plans if plan.same(*tensors)), None)
     if plan is None:
         sizes = [[None, *x.shape[1:]] for x in tensors]
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=[list(x.stride()) for x in tensors])
+        strides = [list(x.stride()) for x in tensors]
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         plan = Plan(guard.check, {})
         _plans.insert(0, plan)
         del _plans[MOST_PLANS:]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import resolve_backend
 from .backends import BACKENDS
 
-STEP = 1.05  # a bucket is 5 % larger than the one below: about 2.5 % of the rows are surplus on average
+STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that is surplus on average
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
 WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 
