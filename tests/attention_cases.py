@@ -1,0 +1,103 @@
+"""What the tests of attention share: lengths, inputs, and the error budget."""
+
+import math
+
+import torch
+
+import ragged
+
+LENGTHS = {
+    "one": [1],
+    "one_and_many": [1, 197],
+    "around_a_tile": [63, 64, 65],
+    "with_empty": [0, 5, 0],
+    "equal": [577, 577],
+    "random": torch.randint(1, 198, (64,), generator=torch.Generator().manual_seed(3)).tolist(),
+}
+SHORT = [3, 0, 1, 18, 7]
+# Queries and keys of different lengths; image 1 has no queries, image 2 no keys.
+SHORT_Q, SHORT_K = [3, 0, 7, 2, 33], [5, 4, 0, 1, 20]
+
+
+def offsets(lengths, device="cpu"):
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def inputs(lengths, heads=2, dim=16, dtype=torch.float32, device="cpu", lengths_k=None, seed=0):
+    """q, k, v as views of fused projections, as a model makes them, and the four sizes."""
+    g = torch.Generator().manual_seed(seed)
+    lengths_k = lengths if lengths_k is None else lengths_k
+    draw = lambda total: torch.randn(total, 3, heads, dim, generator=g).to(device, dtype)  # noqa: E731
+    q, k, v = draw(sum(lengths)).unbind(1)
+    if lengths_k is not lengths:
+        _, k, v = draw(sum(lengths_k)).unbind(1)
+    cu_q = offsets(lengths, device)
+    cu_k = cu_q if lengths_k is lengths else offsets(lengths_k, device)
+    return q, k, v, cu_q, cu_k, max(1, *lengths), max(1, *lengths_k)
+
+
+def eager(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
+    """Attention as one would write it down, every step rounded to the inputs' dtype."""
+    out, scale = torch.zeros_like(q), q.shape[-1] ** -0.5 if scale is None else scale
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        if keys.start < keys.stop and rows.start < rows.stop:
+            one = (x.transpose(0, 1) for x in (q[rows], k[keys], v[keys]))
+            a, b_, c = one
+            out[rows] = (((a @ b_.transpose(1, 2)) * scale).softmax(-1) @ c).transpose(0, 1)
+    return out
+
+
+def errors(out, arguments, **options):
+    """Largest error of `out` against float64, and what the budget allows: twice the error of plain operations in the
+    same precision, plus half a unit in the last place of the largest result, which rounding alone may cost."""
+    want = ragged.varlen_attention_ref(*arguments, **options)
+    plain = eager(*arguments, scale=options.get("softmax_scale"))
+    if want.numel() == 0:
+        return 0.0, 0.0
+    allowed = 2 * (plain.cpu().double() - want).abs().max() + torch.finfo(out.dtype).eps / 2 * want.abs().max()
+    return float((out.cpu().double() - want).abs().max()), float(allowed)
+
+
+def assert_in_budget(out, arguments, **options):
+    q = arguments[0]
+    assert out.shape == q.shape and out.dtype == q.dtype and out.device == q.device
+    error, allowed = errors(out, arguments, **options)
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # False for NaN too
+    return error, allowed
+
+
+def assert_lse(lse, arguments, **options):
+    """Natural log-sum-exp, float32 (nheads, total_q): inputs are exact, so the dtype hardly matters."""
+    q = arguments[0]
+    want = ragged.varlen_attention_ref(*arguments, return_lse=True, **options)[1]
+    assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32 and lse.device == q.device
+    torch.testing.assert_close(lse.cpu().double(), want, rtol=1e-5, atol=1e-4)
+
+
+def layouts(x):
+    """The same numbers (total, nheads, headdim) behind every kind of strides."""
+    total, heads, dim = x.shape
+    wide = x.new_full((total, heads, 2 * dim), math.nan)
+    wide[..., ::2] = x
+    padded = x.new_full((total + 1, heads + 1, dim + 3), math.nan)
+    padded[1:, 1:, 1:-2] = x
+    return {
+        "contiguous": x.contiguous(),
+        "head_major": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "dim_major": x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "every_other_number": wide[..., ::2],
+        "odd_offset": padded[1:, 1:, 1:-2],
+    }
+
+
+def poisoned(arguments, victim, value):
+    """The arguments with q, k and v of one image filled with `value`, and which rows belong to other images."""
+    q, k, v, cu_q, cu_k, *longest = arguments
+    q, k, v = q.clone(), k.clone(), v.clone()
+    rows, keys = slice(*cu_q[victim : victim + 2].tolist()), slice(*cu_k[victim : victim + 2].tolist())
+    q[rows], k[keys], v[keys] = value, value, value
+    others = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
+    others[rows] = False
+    return (q, k, v, cu_q, cu_k, *longest), others

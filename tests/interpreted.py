@@ -1,0 +1,175 @@
+"""The Triton kernels on the CPU, through Triton's interpreter, against plain PyTorch.
+
+Not collected by itself: the interpreter must be chosen before the package is imported, so tests/test_interpreter.py
+runs this file in a process of its own. By hand: TRITON_INTERPRET=1 pytest tests/interpreted.py
+"""
+
+import math
+
+import pytest
+import torch
+from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts, poisoned
+
+import ragged
+from ragged import copying, fused, launch
+
+TINY = [3, 0, 1, 18]
+HALF_AND_SINGLE = (torch.float32, torch.float16)
+
+
+def test_the_interpreter_is_on():
+    assert launch.INTERPRET and launch.usable(torch.device("cpu"))
+    assert ragged.BACKENDS["triton"].why_not("cpu", torch.float32, 64) is None
+    assert ragged.pick_backend("cpu", torch.float32, 64) == "triton"
+    assert ragged.BACKENDS["triton"].why_not("cpu", torch.bfloat16, 64), "the interpreter has no bfloat16 product"
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("lengths", [[1], [1, 37], [15, 16, 17], [63, 64, 65], [0, 5, 0], [130], [0, 0]], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "paper_triton"])
+def test_lengths(backend, lengths, dtype):
+    arguments = inputs(lengths, heads=2, dtype=dtype)
+    assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [16, 24, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("backend", ["triton", "paper_triton"])
+def test_head_dimensions(backend, dim, dtype):
+    arguments = inputs(TINY, heads=2, dim=dim, dtype=dtype)
+    assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("dim", [8, 15, 129, 256])
+def test_other_head_dimensions_are_refused(dim):
+    with pytest.raises(ValueError, match="head dimension"):
+        ragged.varlen_attention(*inputs(TINY, dim=dim), backend="triton")
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_separate_lengths_and_log_sum_exp(dtype):
+    for sizes in ({"lengths": TINY}, {"lengths": SHORT_Q, "lengths_k": SHORT_K}):
+        arguments = inputs(**sizes, dtype=dtype)
+        out, lse = ragged.varlen_attention(*arguments, return_lse=True, backend="triton")
+        assert_in_budget(out, arguments)
+        assert_lse(lse, arguments)
+        assert torch.equal(out, ragged.varlen_attention(*arguments, backend="triton"))
+    assert (lse[:, 3:10] == -math.inf).all() and not out[3:10].any()
+
+
+def test_more_keys_than_the_short_tiles_take():
+    """Both branches of the tile choice, with and without a rest."""
+    for lengths, keys in (([70, 4], [4, 128]), ([2, 66], [133, 64])):
+        arguments = inputs(lengths, heads=1, lengths_k=keys, dtype=torch.float16)
+        out, lse = ragged.varlen_attention(*arguments, return_lse=True, backend="triton")
+        assert_in_budget(out, arguments)
+        assert_lse(lse, arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "paper_triton"])
+def test_every_kind_of_strides(backend):
+    q, k, v, *sizes = inputs(TINY, dim=24)
+    want = ragged.varlen_attention(q, k, v, *sizes, backend=backend)
+    for kind in layouts(q):
+        out = ragged.varlen_attention(*(layouts(x)[kind] for x in (q, k, v)), *sizes, backend=backend)
+        assert torch.equal(out, want), kind
+    mixed = layouts(q)["head_major"], layouts(k)["every_other_number"], layouts(v)["odd_offset"]
+    assert torch.equal(ragged.varlen_attention(*mixed, *sizes, backend=backend), want)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["triton", "paper_triton"])
+def test_a_broken_image_stays_alone(backend, value):
+    arguments = inputs([5, 1, 18, 3])
+    want = ragged.varlen_attention(*arguments, backend=backend)
+    for victim in range(4):
+        broken, others = poisoned(arguments, victim, value)
+        out = ragged.varlen_attention(*broken, backend=backend)
+        assert torch.equal(out[others], want[others]) and out[~others].isnan().all()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, *sizes = inputs(TINY)
+    arguments = (q * 100, k * 100, v, *sizes)
+    assert_in_budget(ragged.varlen_attention(*arguments, backend="triton"), arguments)
+
+
+# --- the row of CLS
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [16, 48])
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 18], [70, 129]], ids=str)
+def test_attention_of_cls(lengths, dim, dtype):
+    q, k, _, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
+    sizes = (cu[:-1], cu.diff(), max(lengths), dim**-0.5)
+    probs = fused.cls_attention(q, k, *sizes)
+    assert probs.shape == q.shape[:2] and probs.dtype == torch.float32
+    torch.testing.assert_close(probs, fused._cls_attention_torch(q, k, *sizes), rtol=1e-4, atol=1e-6)
+    for b, length in enumerate(lengths):
+        if length:
+            torch.testing.assert_close(probs[cu[b] : cu[b + 1]].sum(0), torch.ones(3))
+
+
+def test_attention_of_cls_leaves_padding_alone():
+    """Images that own only a part of their slots: rows nobody owns are zero, whatever stands there."""
+    q, k, *_ = inputs([20], heads=2)
+    lengths, starts = torch.tensor([4, 10], dtype=torch.int32), torch.tensor([0, 10], dtype=torch.int32)
+    k = k.clone()
+    k[4:10] = math.nan
+    probs = fused.cls_attention(q, k, starts, lengths, 10, 0.25)
+    assert not probs[4:10].any() and probs.isfinite().all()
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [1, 5, 128, 130])
+def test_gather(dim, dtype):
+    x, ids = torch.randn(13, dim).to(dtype), torch.arange(13) * 10
+    for rows in ([], [12], [3, 3, 0, 12, 7], list(range(12, -1, -1))):
+        rows = torch.tensor(rows, dtype=torch.int64)
+        got, got_ids = copying.copy_rows(x, ids, rows)
+        assert torch.equal(got, x[rows]) and torch.equal(got_ids, ids[rows])
+
+
+@pytest.mark.parametrize("dim", [1, 5, 130])
+def test_scatter(dim):
+    x, ids = torch.randn(2 * dim, 29).T[:, :dim], torch.arange(58)[::2]  # neither lies in one piece
+    for keep in (torch.zeros(29), torch.ones(29), torch.arange(29) % 3 == 1, torch.arange(29) == 28):
+        keep = keep.bool()
+        place = keep.cumsum(0, dtype=torch.int32)
+        got, got_ids = copying.scatter_rows(x, ids, keep, place, int(keep.sum()))
+        assert torch.equal(got, x[keep]) and torch.equal(got_ids, ids[keep])
+
+
+def test_pack_repack_unpack():
+    g = torch.Generator().manual_seed(0)
+    x, keep = torch.randn(3, 11, 6, generator=g), torch.rand(3, 11, generator=g) < 0.6
+    packed = ragged.pack(x, keep)
+    assert torch.equal(packed.tokens, x[keep]) and packed.ids.tolist() == keep.nonzero()[:, 1].tolist()
+    flags = torch.rand(2 * len(packed.ids), generator=g) < 0.5
+    for flag in (flags[: len(packed.ids)], flags[::2]):  # a strided mask, too
+        again = ragged.repack(packed, flag)
+        assert torch.equal(again.tokens, packed.tokens[flag]) and torch.equal(again.ids, packed.ids[flag])
+        back = keep.clone()
+        back[keep] = flag
+        assert torch.equal(ragged.unpack(again), x * back[..., None])
+    strided = ragged.pack(x.transpose(1, 2), torch.ones(3, 12, dtype=torch.bool)[:, ::2])
+    assert torch.equal(strided.tokens, x.transpose(1, 2).reshape(-1, 11))
+
+
+@pytest.mark.parametrize("name", ["threshold_l2", "evit", "ats"])
+def test_a_whole_model(name):
+    from pruner_cases import pictures, small_vit
+
+    kwargs = {"samples": 30} if name == "ats" else {"keep": 0.6}
+    pruner = ragged.PRUNERS[name](at=(1, 2), **kwargs)
+    with_kernels, without = (ragged.RaggedViT(small_vit(), pruner, backend=b) for b in ("triton", "reference"))
+    a, b = with_kernels.trace(pictures(2)), without.trace(pictures(2))
+    assert [stage.counts for stage in a.stages] == [stage.counts for stage in b.stages]
+    assert (a.logits - b.logits).abs().max() <= 1e-4 * b.logits.abs().max()

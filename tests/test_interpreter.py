@@ -1,0 +1,21 @@
+"""Runs tests/interpreted.py under TRITON_INTERPRET=1: the kernels' own code, without a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it exists for Linux only)")
+def test_the_kernels_in_triton_s_interpreter():
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
+    result = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"\n{result.stdout[-8000:]}\n{result.stderr[-2000:]}"
+    assert " passed" in result.stdout and " skipped" not in result.stdout, result.stdout[-500:]
