@@ -1,0 +1,114 @@
+"""On a GPU: every backend within the error budget. Prints a table of what it measured."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import LENGTHS, SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts, poisoned
+
+import ragged
+from ragged import fused
+
+pytestmark = pytest.mark.gpu
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+DTYPES = {"fp16": HALF, "bf16": BRAIN, "fp32": SINGLE}
+KERNELS = ("triton", "paper_triton")
+TABLE = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    """After the last test: one line for every backend and dtype."""
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n\nlargest error against float64, as a share of the budget (2 x eager + half a unit in the last place)")
+        for (backend, dtype), cells in TABLE.items():
+            worst = f"worst {max(cells):.2f} of 1 over {len(cells)} cases" if isinstance(cells, list) else cells
+            print(f"  {backend:14}{dtype}  {worst}")
+
+
+def usable(name, dtype=HALF, dim=64):
+    reason = ragged.BACKENDS[name].why_not("cuda", dtype, dim)
+    if reason:
+        TABLE.setdefault((name, str(dtype).removeprefix("torch.")), f"not run: {reason}")
+        pytest.skip(f"{name}: {reason}")
+
+
+# --- values
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ragged.BACKENDS)
+def test_error_budget(backend, dtype, dim):
+    usable(backend, DTYPES[dtype], dim)
+    shares = TABLE.setdefault((backend, dtype), [])
+    for lengths in LENGTHS.values():
+        if backend == "dense" and len(set(lengths)) > 1:
+            continue
+        arguments = inputs(lengths, heads=3, dim=dim, dtype=DTYPES[dtype], device="cuda")
+        out = ragged.varlen_attention(*arguments, backend=backend)
+        error, allowed = assert_in_budget(out, arguments)
+        shares.append(error / allowed if allowed else 0.0)
+
+
+@pytest.mark.parametrize("dim", [16, 24, 48, 80, 96, 112])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_other_head_dimensions(backend, dtype, dim):
+    arguments = inputs(LENGTHS["around_a_tile"], dim=dim, dtype=DTYPES[dtype], device="cuda")
+    assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [b for b in ragged.BACKENDS if b not in ("paper_triton", "dense")])
+def test_separate_query_and_key_lengths(backend, dtype):
+    usable(backend, DTYPES[dtype])
+    for lengths_q, lengths_k in ((SHORT_Q, SHORT_K), ([70, 1, 197], [197, 130, 64]), ([5], [0])):
+        arguments = inputs(lengths_q, dim=64, dtype=DTYPES[dtype], device="cuda", lengths_k=lengths_k)
+        assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["triton", "flash_attn", "torch_varlen", "sdpa_padded", "reference"])
+def test_log_sum_exp(backend, dtype):
+    usable(backend, DTYPES[dtype])
+    for lengths_q, lengths_k in ((LENGTHS["random"],) * 2, (LENGTHS["with_empty"],) * 2, (SHORT_Q, SHORT_K)):
+        arguments = inputs(lengths_q, dim=64, dtype=DTYPES[dtype], device="cuda", lengths_k=lengths_k)
+        out, lse = ragged.varlen_attention(*arguments, return_lse=True, backend=backend)
+        assert_in_budget(out, arguments)
+        assert_lse(lse, arguments)
+
+
+@pytest.mark.parametrize("backend", [b for b in ragged.BACKENDS if b != "dense"])
+def test_every_kind_of_strides(backend):
+    usable(backend)
+    q, k, v, *sizes = inputs([63, 64, 65], dim=64, dtype=HALF, device="cuda")
+    for kind in layouts(q):
+        strided = (layouts(q)[kind], layouts(k)[kind], layouts(v)[kind], *sizes)
+        for _ in range(2):  # the second call may take a shorter way
+            assert_in_budget(ragged.varlen_attention(*strided, backend=backend), strided)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", [b for b in ragged.BACKENDS if b != "dense"])
+def test_a_broken_image_stays_alone(backend, value):
+    usable(backend)
+    arguments = inputs([63, 1, 130, 64, 5], dim=64, dtype=HALF, device="cuda")
+    want = ragged.varlen_attention(*arguments, backend=backend)
+    for victim in range(5):
+        broken, others = poisoned(arguments, victim, value)
+        assert torch.equal(ragged.varlen_attention(*broken, backend=backend)[others], want[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_written(monkeypatch, dtype):
+    """The output buffer is taken as it comes: whatever was there must be gone."""
+    monkeypatch.setattr(fused, "new_output", lambda q: torch.full(q.shape, math.nan, dtype=q.dtype, device=q.device))
+    for lengths_q, lengths_k in ((LENGTHS["random"],) * 2, (SHORT_Q, SHORT_K), ([0, 5, 0],) * 2, ([9], [0])):
+        for dim in (64, 80):
+            arguments = inputs(lengths_q, dim=dim, dtype=DTYPES[dtype], device="cuda", lengths_k=lengths_k)
+            for want_lse in (False, True, False):
+                out = ragged.varlen_attention(*arguments, backend="triton", return_lse=want_lse)
+                assert_in_budget(out[0] if want_lse else out, arguments)

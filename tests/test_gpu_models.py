@@ -1,0 +1,240 @@
+"""On a GPU: whole models. Ragged against padded on the same masks, graphs against eager, waits. Prints a table."""
+
+import functools
+
+import pytest
+import torch
+from gpu_tools import waits
+
+import ragged
+from ragged.pruners import Pruner, given_lengths
+
+pytestmark = pytest.mark.gpu
+LIMIT = 0.007  # largest difference of any logit, ragged against padded, in float16
+CLEAR = 1e-3  # a top-1 closer than this to the second is a coin toss in float16
+BATCH = 16
+TABLE = []
+
+PUBLISHED = {
+    "threshold_l2": {"keep": 0.5}, "dynamicvit": {"keep": 0.7}, "evit": {"keep": 0.7}, "ats": {"samples": 100},
+    "tau": {"tau": 1.0},
+}  # fmt: skip
+SINGLE_CUT = {"at": (3,), "where": "after"}
+SCHEDULES = [(name, single) for name in PUBLISHED for single in (False, True)]
+BACKENDS = ("triton", "flash_attn", "torch_varlen", "nested", "paper_triton", "paper_padded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n\nfp16 logits against sdpa_padded on the same masks, DeiT-S, 16 images, random weights")
+        for line in TABLE:
+            print("  " + line)
+
+
+def build(name, single=False, **more):
+    arguments = PUBLISHED[name] | (SINGLE_CUT if single else {}) | more
+    return ragged.PRUNERS["threshold_l2" if name == "tau" else name](**arguments)
+
+
+@functools.cache
+def vit(name="deit_small", dtype=torch.float16):
+    return ragged.load_deit(name, weights="random", seed=0).to("cuda", dtype)
+
+
+@functools.cache
+def pictures(seed=0, batch=BATCH, dtype=torch.float16):
+    """Noise whose contrast differs from place to place and from image to image."""
+    g = torch.Generator().manual_seed(seed)
+    contrast = torch.rand(batch, 1, 14, 14, generator=g).mul(torch.rand(batch, 1, 1, 1, generator=g) * 3).exp()
+    x = torch.randn(batch, 3, 224, 224, generator=g) * contrast.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    return x.to("cuda", dtype)
+
+
+class Copycat(Pruner):
+    """Another pruner's decisions: written down on the first pass, repeated on every later one.
+
+    Scores of two layouts differ in the last digits, so that near ties may fall either way; with the selections
+    repeated both layouts keep the same tokens, and what remains is the arithmetic.
+    """
+
+    def __init__(self, pruner):
+        super().__init__(pruner.name, pruner.at, pruner.where)
+        self.pruner, self.memory = pruner, {}
+        self.needs, self.rows_only, self.adaptive = pruner.needs, pruner.rows_only, pruner.adaptive
+
+    def bind(self, dim, depth):
+        self.pruner.bind(dim, depth)
+
+    def select(self, view):
+        if view.stage not in self.memory:
+            self.memory[view.stage] = self.pruner.select(view)
+        return self.memory[view.stage]
+
+
+def kept(trace):
+    return [[sorted(ids.tolist()) for ids in stage.ids] for stage in trace.stages]
+
+
+@pytest.mark.parametrize("name, single", SCHEDULES)
+def test_ragged_against_padded_on_the_same_masks(name, single):
+    copycat = Copycat(build(name, single))
+    want = ragged.RaggedViT(vit(), copycat, backend="sdpa_padded").trace(pictures())
+    rows = [f"{min(stage.counts)}-{max(stage.counts)}" for stage in want.stages]
+    TABLE.append(f"{name}, {'single cut' if single else 'published'}: rows kept {' '.join(rows)}")
+    top = want.logits.float().topk(2).values
+    clear = top[:, 0] - top[:, 1] > CLEAR
+    assert clear.float().mean() > 0.8 and want.logits.isfinite().all()
+    for backend in BACKENDS:
+        if ragged.BACKENDS[backend].why_not("cuda", torch.float16, 64) or (backend == "paper_triton" and name == "ats"):
+            continue  # Algorithm 1 has one cu_seqlens, and ATS needs two
+        got = ragged.RaggedViT(vit(), copycat, backend=backend).trace(pictures())
+        assert kept(got) == kept(want)
+        difference = (got.logits.float() - want.logits.float()).abs()
+        agree = got.logits.argmax(1) == want.logits.argmax(1)
+        worst, mean = difference.max().item(), difference.mean().item()
+        TABLE.append(f"    {backend:13} max {worst:.5f}  mean {mean:.6f}  same top-1 {int(agree.sum())} of {BATCH}")
+        assert worst < LIMIT and agree[clear].all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_whole_decisions_agree_with_the_cpu(name):
+    """In float32 on small images' worth of layers nothing is close: GPU and CPU keep the same tokens."""
+    model = ragged.RaggedViT(vit("deit_tiny", torch.float32), build(name))
+    images = pictures(batch=4, dtype=torch.float32)
+    on_gpu = model.trace(images)
+    on_cpu = ragged.RaggedViT(ragged.load_deit("deit_tiny", weights="random", seed=0), build(name)).trace(images.cpu())
+    same = [a == b for a, b in zip(kept(on_gpu)[0], kept(on_cpu)[0])]
+    assert sum(same) >= 3, "the first cut sees the same numbers but for the last digits"
+    if kept(on_gpu) == kept(on_cpu):
+        torch.testing.assert_close(on_gpu.logits.cpu(), on_cpu.logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_keeping_everything_is_the_plain_model(dtype):
+    want = vit(dtype=dtype)(pictures(dtype=dtype))
+    for name in ("threshold_l2", "dynamicvit", "evit"):
+        got = ragged.RaggedViT(vit(dtype=dtype), build(name, keep=1.0))(pictures(dtype=dtype))
+        assert (got - want).abs().max() < LIMIT * (8 if dtype == torch.bfloat16 else 1)
+
+
+# --- waits
+
+WAITS = {"threshold_l2": 0, "dynamicvit": 0, "evit": 0, "tau": 1, "ats": 9}
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa_padded"])
+@pytest.mark.parametrize("name", WAITS)
+def test_how_often_the_host_waits(name, backend):
+    """Never with fixed counts, once for every cut that decides on the GPU."""
+    model = ragged.RaggedViT(vit(), build(name), backend=backend)
+    for _ in range(2):
+        model(pictures())
+    with waits() as seen:
+        model(pictures())
+    assert len(seen) == WAITS[name], [str(w.message) for w in seen]
+
+
+# --- graphs
+
+
+@torch.no_grad()
+def eager(model, captured, images):
+    """The same kernels as the graph's, on the same sizes, started one by one."""
+    result = model.begin(images)
+    if isinstance(result, torch.Tensor):
+        return result
+    rows = int(result.counts.max() if captured.padded else result.counts.sum())
+    size = next(size for size in captured.sizes if size >= rows)
+    return result.resume(*((images.shape[0] * size, size) if captured.padded else (size, result.width)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa_padded", "flash_attn", "torch_varlen"])
+@pytest.mark.parametrize("name, single", [(n, s) for n, s in SCHEDULES if s or n != "ats"])
+def test_a_graph_equals_eager(name, single, backend):
+    if ragged.BACKENDS[backend].why_not("cuda", torch.float16, 64):
+        pytest.skip("not here")
+    model = ragged.RaggedViT(vit("deit_tiny"), build(name, single), backend=backend)
+    captured = model.capture(8)
+    assert captured.waits == (1 if model.pruner.adaptive else 0)
+    results = []
+    for seed in (0, 1, 2, 0):
+        images = pictures(seed, 8)
+        results.append(captured(images))
+        assert torch.equal(results[-1], eager(model, captured, images))
+        assert (results[-1] - model(images)).abs().max() < LIMIT
+        assert 0 <= captured.capacity_waste
+    assert torch.equal(results[0], results[3]) and not torch.equal(results[0], results[1]), "results are copies"
+
+
+def test_a_graph_for_every_total():
+    """Lengths from the smallest to the largest bucket: each call takes the tightest graph there is."""
+    images, used = pictures(batch=4), set()
+    pruner = given_lengths([197] * 4, at=(3,))
+    model = ragged.RaggedViT(vit("deit_tiny"), pruner, backend="triton").to("cuda")
+    captured = model.capture(4)
+    for lengths in ([197] * 4, [1] * 4, [100, 1, 197, 30], [50] * 4, [197, 197, 197, 196], [2, 1, 1, 1]):
+        pruner.counts.copy_(torch.tensor(lengths))
+        got, want = captured(images), eager(model, captured, images)
+        assert torch.equal(got, want) and got.isfinite().all()
+        assert (got - model(images)).abs().max() < LIMIT
+        used.add(round(sum(lengths) * (1 + captured.capacity_waste)))
+    assert len(used) >= 4
+
+
+def test_a_graph_on_side_streams():
+    model = ragged.RaggedViT(vit("deit_tiny"), build("tau"), backend="triton")
+    captured = model.capture(8)
+    batches = [pictures(seed, 8) for seed in range(4)]
+    want = [captured(x) for x in batches]
+    torch.cuda.synchronize()
+    got = []
+    for x in batches:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000)
+            got.append(captured(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_what_a_graph_refuses():
+    model = ragged.RaggedViT(vit("deit_tiny"), build("evit"))
+    captured = model.capture(8)
+    for bad in (pictures(batch=4), pictures(batch=8).float(), pictures(batch=8).cpu()):
+        with pytest.raises(ValueError, match="images"):
+            captured(bad)
+    for pruner, backend in (("ats", "triton"), ("evit", "paper_padded"), ("evit", "reference"), ("evit", "nested")):
+        with pytest.raises(NotImplementedError, match="capture"):
+            ragged.RaggedViT(vit("deit_tiny"), build(pruner), backend=backend).capture(8)
+    with pytest.raises(ValueError, match="batch_size"):
+        model.capture(0)
+
+
+# --- torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evit", "tau"])
+def test_compiled_equals_eager(name):
+    copycat = Copycat(build(name))
+    plain = ragged.RaggedViT(vit("deit_tiny"), copycat, backend="triton")
+    compiled = ragged.RaggedViT(vit("deit_tiny"), copycat, backend="triton").compile()
+    for seed in (0, 1):
+        copycat.memory.clear()
+        want = plain(pictures(seed, 8))
+        difference = (compiled(pictures(seed, 8)) - want).abs().max().item()
+        TABLE.append(f"{name}, compiled against eager: max {difference:.5f}")
+        assert difference < LIMIT
+
+
+@pytest.mark.slow
+def test_a_graph_of_compiled_blocks():
+    model = ragged.RaggedViT(vit("deit_tiny"), build("tau"), backend="triton").compile()
+    captured = model.capture(8, between=(8 * 80, 8 * 120))
+    for seed in (0, 1):
+        images = pictures(seed, 8)
+        difference = (captured(images) - eager(model, captured, images)).abs().max().item()
+        assert difference < LIMIT
