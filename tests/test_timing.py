@@ -1,0 +1,103 @@
+"""The clocks: what each sees, what it does not, and that two ways to the same number agree."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from ragged import timing
+
+
+def spin(us):
+    end = time.perf_counter_ns() + us * 1e3
+    while time.perf_counter_ns() < end:
+        pass
+
+
+def test_quantiles_interpolate_and_nothing_is_nan():
+    assert timing.stats([3.0, 1.0, 2.0]) == (2.0, 1.4, 2.6)
+    assert timing.stats([5.0]) == (5.0, 5.0, 5.0)
+    assert all(math.isnan(value) for value in timing.stats([]))
+
+
+def test_inputs_take_turns():
+    seen = []
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    for call in timing.in_turn(calls, 7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_on_a_cpu_every_host_clock_sees_the_whole_call():
+    calls = [lambda: spin(300)]
+    for clock in (timing.host_us, timing.wall_us, timing.stream_us):
+        assert 290 < timing.stats(clock(calls, 9)).median < 3000
+    assert timing.syncs(calls) == 0
+
+
+@pytest.fixture
+def kernel_of_50_us():
+    """Calls of about 50 µs of GPU time on four inputs."""
+    x = [torch.randn(1 << 25, device="cuda", dtype=torch.float16) for _ in range(4)]
+    out = torch.empty_like(x[0])
+    return [lambda a=a: torch.add(a, 1.0, out=out) for a in x]
+
+
+@pytest.mark.gpu
+def test_graph_replay_and_profiler_agree_on_gpu_time(kernel_of_50_us):
+    replay = timing.record(kernel_of_50_us, 20)
+    graph = timing.stats([us for _ in range(9) for us in timing.gpu_us(replay, 20)]).median
+    profiled = timing.stats([us for _ in range(3) for us in timing.gpu_us_profiled(kernel_of_50_us, 20)]).median
+    assert 15 < graph < 500
+    assert profiled == pytest.approx(graph, rel=0.10)
+
+
+@pytest.mark.gpu
+def test_an_event_pair_does_not_tell_a_slow_host_from_a_slow_gpu():
+    x = torch.ones(32, device="cuda")
+
+    def slow_host():
+        spin(400)
+        x.add_(0)
+
+    def slow_gpu():
+        timing.keep_busy(400)
+        x.add_(0)
+
+    def median(values):
+        return timing.stats(values).median
+
+    for call in (slow_host, slow_gpu):
+        call()
+    events = [median(timing.event_us([call], 15)) for call in (slow_host, slow_gpu)]
+    assert events[0] == pytest.approx(events[1], rel=0.5), "the events see about the same"
+    host = [median(timing.host_us([call], 15)) for call in (slow_host, slow_gpu)]
+    assert host[0] > 390 and host[1] < 100, "the host clock tells them apart"
+    gpu = [median(timing.gpu_us_profiled([call], 5)) for call in (slow_host, slow_gpu)]
+    assert gpu[0] < 50 and gpu[1] > 250, "and so does the GPU clock"
+
+
+@pytest.mark.gpu
+def test_host_time_is_not_the_gpu_s():
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    calls = [lambda: torch.mm(x, x)]  # more than a millisecond of GPU time
+    calls[0]()
+    assert timing.stats(timing.host_us(calls, 20)).median < 200
+    assert timing.stats(timing.wall_us(calls, 5)).median > 700
+
+
+@pytest.mark.gpu
+def test_waits_are_counted():
+    x = torch.ones(32, device="cuda")
+    event = torch.cuda.Event()
+
+    def explicit():
+        event.record()
+        event.synchronize()
+
+    assert timing.syncs([lambda: x.add(1)]) == 0
+    assert timing.syncs([lambda: x.sum().item()]) == 1
+    assert timing.syncs([lambda: (x.nonzero(), x.tolist())]) >= 2
+    assert timing.syncs([explicit]) == 1
