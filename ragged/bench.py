@@ -1,0 +1,114 @@
+"""Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
+
+Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence (accuracy belongs to the trained
+checkpoints and comes with them), and `report`, which prints what the paper states, what was recorded on an H200 and
+what this machine measured, side by side. A recording may be stopped and resumed: rows that this version has written
+already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import data
+from .report import report
+from .runner import Case, Options, Recorder, machine, settle
+from .suite_attention import attention
+from .suite_checks import equivalence, memory
+from .suite_dispatch import dispatch, write_traces
+from .suite_model import model, resolution, sparsity
+from .suite_pack import pack
+
+SUITES: dict[str, Callable[[Options], list[Case]]] = {
+    suite.__name__: suite
+    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence)
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0."""
+    asked = parser().parse_args(arguments)
+    out = Path(asked.out) if asked.out else data.data_dir() / "results"
+    options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
+    repeats = asked.repeats or (3 if asked.quick else 7)
+    recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
+    wake()
+    with torch.no_grad():
+        for suite in [s for s in SUITES if s in asked.suites]:
+            run_suite(suite, options, recorder)
+    if "report" in asked.suites:
+        text = report(out)
+        print(text)
+        if asked.markdown:
+            Path(asked.markdown).write_text(text, encoding="utf-8")
+    return 0
+
+
+def wake(seconds: float = 1.0) -> None:
+    """Work for a moment, so that the GPU's clock is up before the first case."""
+    if torch.cuda.is_available():
+        x, start = torch.randn(4096, 4096, device="cuda", dtype=torch.float16), time.monotonic()
+        while time.monotonic() - start < seconds:
+            torch.mm(x, x)
+            torch.cuda.synchronize()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m ragged.bench", description=__doc__.split("\n\n")[0])
+    p.add_argument("suites", nargs="+", choices=[*SUITES, "report"], metavar="SUITE",
+                   help=", ".join([*SUITES, "report"]))  # fmt: skip
+    p.add_argument("--quick", action="store_true", help="a few small cases, to see that everything runs")
+    p.add_argument("--out", help="folder for the rows, <out>/<gpu>/<suite>.csv (default: the recorded results)")
+    p.add_argument("--model", nargs="+", default=(), help="only these models, such as deit_small")
+    p.add_argument("--batch", nargs="+", type=int, default=(), help="only these batch sizes")
+    p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already")
+    p.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start nothing new after this time; run again to go on"
+    )
+    p.add_argument("--repeats", type=int, help="rounds of measuring (default 7, with --quick 3)")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--markdown", metavar="FILE", help="write the report there too")
+    return p
+
+
+def run_suite(name: str, options: Options, recorder: Recorder) -> None:
+    """All cases of a suite, with a progress bar; stops in between when the time is up."""
+    start, rows, bad = time.monotonic(), 0, 0
+    cases = SUITES[name](options)
+    for case in progress(cases, name):
+        if recorder.late():
+            print(f"{name}: the time is up, run the same command again to go on", file=sys.stderr)
+            break
+        new = recorder.run(case)
+        rows, bad = rows + len(new), bad + sum(row["status"] != "ok" for row in new)
+        settle()
+    if name == "dispatch" and not recorder.late():
+        write_traces(recorder.folder() / "traces", options)
+    seconds = time.monotonic() - start
+    print(f"{name}: {rows} rows, {bad} without a value, {seconds:.0f} s, {machine()['gpu']}", file=sys.stderr)
+
+
+def progress(cases: list[Case], name: str):
+    """The cases, with a tqdm bar where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases
+    bar = tqdm(cases, desc=name, unit="case", leave=False, mininterval=1.0)
+
+    def shown():
+        for case in bar:
+            bar.set_postfix_str(case.name)
+            yield case
+
+    return shown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

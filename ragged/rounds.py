@@ -1,0 +1,91 @@
+"""Taking turns: everything that is compared is timed in the same rounds, warmed up alike, in shuffled order."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .timing import Call, event_us, gpu_us, gpu_us_profiled, host_us, in_turn, stream_us, syncs, wait, wall_us
+
+CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "stream_us", "syncs")
+
+
+@dataclass
+class Subject:
+    """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` recorded calls at once;
+    None where the call cannot be recorded.  around: a context in which the calls run.  clocks: which to read."""
+
+    calls: list[Call]
+    replay: Call | None = None
+    per: int = 1
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    clocks: tuple[str, ...] = CLOCKS
+    waits: float = field(default=0.0, init=False)
+    times: dict[str, list[float]] = field(default_factory=dict, init=False)
+    error: Exception | None = field(default=None, init=False)
+
+    def warm_up(self) -> None:
+        if not self.calls:  # nothing to time: its values were found while it was built
+            return
+        for call in in_turn(self.calls, max(3, len(self.calls))):
+            call()
+        if "syncs" in self.clocks:
+            self.waits = syncs(self.calls)
+            self.times["syncs"] = [self.waits]
+        wait()
+
+    def sample(self, slice_us: float) -> None:
+        """Read every clock once, each for about slice_us."""
+        calls, cuda = self.calls, torch.cuda.is_available()
+        if not calls:
+            return
+        fit = max(1, int(slice_us / max(1.0, wall_us(calls, 1)[0])))
+        readings = {
+            "host_us": lambda: host_us(calls, min(50, fit), self.waits),
+            "wall_us": lambda: wall_us(calls, min(20, fit)),
+            "stream_us": lambda: stream_us(calls, min(30, max(3, fit))),
+        }
+        if cuda:
+            readings["event_us"] = lambda: event_us(calls, min(20, fit))
+            if self.replay is not None:
+                readings["gpu_us"] = lambda: gpu_us(self.replay, self.per)
+        for clock in self.clocks:
+            if clock in readings:
+                self.times.setdefault(clock, []).extend(readings[clock]())
+
+    def finish(self) -> None:
+        if self.calls and "gpu_us" in self.clocks and self.replay is None and torch.cuda.is_available():
+            self.times["gpu_us"] = gpu_us_profiled(self.calls)
+
+
+def measure(subjects: Sequence[Subject], repeats: int = 7, slice_us: float = 4000, seed: int = 0) -> None:
+    """Fill `times` of all subjects: the same warm-up for each, then `repeats` rounds in which every subject has its
+    turn, in an order that is shuffled per round, so that a drifting GPU clock favours nobody. What raises gets an
+    `error` and drops out."""
+    shuffled, rng = list(subjects), random.Random(seed)
+    rounds: list[Callable[[Subject], None]] = [Subject.warm_up]
+    rounds += [lambda subject: subject.sample(slice_us)] * repeats + [Subject.finish]
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for step in rounds:
+            rng.shuffle(shuffled)
+            for subject in shuffled:
+                if subject.error is None:
+                    _guarded(subject, step)
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _guarded(subject: Subject, step: Callable[[Subject], None]) -> None:
+    try:
+        with subject.around():
+            step(subject)
+    except Exception as error:  # one subject's failure is that subject's row, not the end of the recording
+        subject.error = error

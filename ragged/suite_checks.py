@@ -1,0 +1,131 @@
+"""Suites without a clock: `memory`, the peak of every pipeline, and `equivalence`, ragged against padded execution."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import data, pruners
+from .backends import BACKENDS as REGISTRY
+from .loading import load_deit
+from .model import RaggedViT
+from .pipelines import Replay, Workbench, noting
+from .pruners import PRUNERS
+from .rounds import Subject
+from .runner import Candidate, Case, Options, Skip, settle
+from .suite_model import BACKENDS, SINGLE_CUT, equal_counts
+
+DIFFERENCES = ("max_abs_logit_diff", "mean_abs_logit_diff", "top1_agreement")
+
+
+def memory(options: Options) -> list[Case]:
+    """peak_mb: the most memory allocated while a pipeline is built and run, its weights and images included. graph:
+    with all its buckets."""
+    quick, cases = options.quick, []
+    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
+        for batch in options.pick_batches((4,) if quick else (64, 256)):
+            plan: list[tuple] = [("unpruned", None, {"pruner": "none", "tokens": "197", "keep": 1.0})]
+            equal = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
+            plan += [(backend, equal_counts(0.5), equal) for backend in ("dense", *BACKENDS)]
+            lengths = functools.partial(pruners.given_lengths, data.lengths("U(30,168)", batch))
+            ragged = {"pruner": "given_lengths", "tokens": "U(30,168)", "keep": 0.5}
+            plan += [(backend, lengths, ragged) for backend in BACKENDS]
+            bench = functools.cache(functools.partial(Workbench, name, batch, options.dtype, options.device, sets=1))
+            found = [
+                _peak(bench, make, columns | {"backend": backend, "mode": mode})
+                for (backend, make, columns), mode in itertools.product(plan, ("eager", "graph"))
+            ]
+            dtype = str(options.dtype).removeprefix("torch.")
+            cases.append(Case({"suite": "memory", "model": name, "batch": batch, "dtype": dtype}, found))
+    return cases
+
+
+def _peak(bench, make: Callable | None, columns: dict) -> Candidate:
+    found: dict[str, float] = {}
+
+    def build() -> Subject:
+        if not torch.cuda.is_available():
+            raise Skip("peak memory is read from CUDA's allocator")
+        b = bench()
+        settle()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model = b.model(make() if make else None, "auto" if columns["backend"] == "unpruned" else columns["backend"])
+        run = model if columns["mode"] == "eager" else model.capture(b.batch)
+        for _ in range(2):
+            run(b.images[0])
+        torch.cuda.synchronize()
+        own = sum(t.numel() * t.element_size() for t in (*b.vit.parameters(), *b.vit.buffers(), *b.images))
+        found["peak_mb"] = (torch.cuda.max_memory_allocated() - before + own) / 2**20
+        return Subject([], clocks=())
+
+    return Candidate(columns, build, ("peak_mb",), lambda subject: found)
+
+
+def equivalence(options: Options) -> list[Case]:
+    """Logits of ragged backends against sdpa_padded for the same selections, over digit scenes and photographs.
+    max over all images and logits, mean over both, and the share of images with the same first class."""
+    quick = options.quick
+    cuda = options.device == "cuda"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32) if cuda else (torch.float32,)
+    images = functools.cache(functools.partial(pictures, 8 if quick else 1008))
+    cases = []
+    for name in options.pick_models(("deit_tiny",) if quick else ("deit_small", "deit_tiny_digits")):
+        for dtype in dtypes:
+            columns = {"suite": "equivalence", "model": name, "batch": 8 if quick else 127, "mode": "eager",
+                       "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+            vit = functools.cache(functools.partial(_network, name, dtype, options.device))
+            found = []
+            for pruner, backend in itertools.product(PRUNERS, ("triton", "flash_attn", "torch_varlen", "paper_triton")):
+                extra = {
+                    "pruner": pruner,
+                    "backend": backend,
+                    "tokens": "ragged" if pruner == "ats" else "",
+                    "keep": 0.5,
+                }
+                build = _difference(vit, images, columns["batch"], dtype, extra)
+                found.append(build)
+            cases.append(Case(columns, found))
+    return cases
+
+
+def _network(name: str, dtype: torch.dtype, device: str):
+    trained = name.endswith("_digits")
+    return load_deit(name.removesuffix("_digits"), weights="digits" if trained else "random").to(device, dtype)
+
+
+def pictures(scenes: int) -> Tensor:
+    """Normalised digit scenes and all photographs, float32 (n, 3, 224, 224)."""
+    photographs, _ = data.photographs()
+    return data.normalise(torch.cat((photographs, data.digit_scenes(scenes, "test").images)))
+
+
+def _difference(vit, images, batch: int, dtype: torch.dtype, columns: dict) -> Candidate:
+    found: dict[str, float] = {}
+
+    def build() -> Subject:
+        network = vit()
+        device = network.patch_embed.proj.weight.device
+        why = REGISTRY[columns["backend"]].why_not(device, dtype, network.embed_dim // network.blocks[0].attn.num_heads)
+        if why is not None:
+            raise Skip(why)
+        ats = columns["pruner"] == "ats"
+        pruner = PRUNERS[columns["pruner"]](**({"samples": 98} if ats else {"keep": 0.5}), **SINGLE_CUT)
+        padded = RaggedViT(network, pruner, "sdpa_padded").to(device, dtype)
+        largest, total, agree, seen = 0.0, 0.0, 0, 0
+        for chunk in images().split(batch):
+            x = chunk.to(device, dtype)
+            with noting(pruner) as taken:
+                a = padded(x).float()
+            b = RaggedViT(network, Replay(pruner, taken), columns["backend"])(x).float()
+            gap = (a - b).abs()
+            largest, total = max(largest, gap.max().item()), total + gap.mean().item() * len(x)
+            agree, seen = agree + (a.argmax(1) == b.argmax(1)).sum().item(), seen + len(x)
+        found.update(zip(DIFFERENCES, (largest, total / seen, agree / seen)))
+        return Subject([], clocks=())
+
+    return Candidate(columns, build, DIFFERENCES, lambda subject: found)
