@@ -79,9 +79,10 @@ def test_refusals_hold_on_later_calls_too():
         (q, k, v, cu_q.long(), cu_k, *longest), (q, k, v, cu_q, cu_k.cpu(), *longest), (q, k, v, cu_q, cu_k, 0, 9),
         (q, k, v[:-1], cu_q, cu_k, *longest), (q, k, v, cu_q, cu_k[:-1], *longest), (q, k, v, cu_q[:1], cu_k[:1], 9, 9),
         (q, k, v, cu_q, cu_k, 9.0, 9), (q, k, v.float(), cu_q, cu_k, *longest), (q, grown, v, cu_q, cu_k, *longest),
+        (q, k, v, cu_q, cu_k, 9, None), (q, k, v, cu_q, cu_k, 9, "9"), (q, k, v, cu_q, cu_k, True, 9),
     ]  # fmt: skip
     for i, arguments in enumerate(bad):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, ValueError), match=r"^(q|k|v|cu_seqlens_[qk]|max_seqlen_[qk]):"):
             pytest.fail(f"case {i} was accepted: {ragged.varlen_attention(*arguments).shape}")
     with pytest.raises(ValueError, match="softmax_scale"):
         ragged.varlen_attention(q, k, v, cu_q, cu_k, *longest, softmax_scale=-1.0)

@@ -16,7 +16,7 @@ BATCH = 16
 TABLE = []
 
 PUBLISHED = {
-    "threshold_l2": {"keep": 0.5}, "dynamicvit": {"keep": 0.7}, "evit": {"keep": 0.7}, "ats": {"samples": 100},
+    "threshold_l2": {"keep": 0.5}, "dynamicvit": {"keep": 0.7}, "evit": {"keep": 0.7}, "ats": {"samples": 196},
     "tau": {"tau": 1.0},
 }  # fmt: skip
 SINGLE_CUT = {"at": (3,), "where": "after"}
