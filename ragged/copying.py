@@ -20,7 +20,7 @@ def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """x[rows], ids[rows] for x (n, dim), ids int64 (n,), rows int64 (total,). No wait."""
     if not launch.usable(x.device):
         return x.index_select(0, rows), ids.index_select(0, rows)
-    from .kernel import copy_kernel
+    from .kernel_simple import copy_kernel
 
     x, ids = x.contiguous(), ids.contiguous()
     total, dim = rows.shape[0], x.shape[1]
@@ -39,7 +39,7 @@ def scatter_rows(x: Tensor, ids: Tensor, keep: Tensor, place: Tensor, total: int
         rows = target.new_empty(total + 1)
         rows[target] = torch.arange(x.shape[0], device=x.device)
         return x.index_select(0, rows[:total]), ids.index_select(0, rows[:total])
-    from .kernel import pack_kernel
+    from .kernel_simple import pack_kernel
 
     x, ids = x.contiguous(), ids.contiguous()
     n, dim = x.shape

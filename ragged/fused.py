@@ -25,25 +25,64 @@ except ImportError:  # then every call takes the long way
 
 
 class Tiles(NamedTuple):
-    """Tile shapes of `attention_kernel`: M query rows, N keys, TAIL keys at the end, and how to compile it."""
+    """Which attention kernel, its grid and its tile shapes. split: programs per head and image, or 0 for one per query
+    tile.  shape: the kernel's own compile-time constants.  options: Triton's."""
 
-    M: int
-    N: int
-    TAIL: int
-    num_warps: int
-    num_stages: int
+    kernel: str
+    rows: int
+    split: int
+    shape: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int], ...]
 
 
-@functools.cache
-def choose_tiles(max_seqlen_k: int, headdim: int, dtype: torch.dtype) -> Tiles:
-    """A small table, measured once; nothing is tuned in a user's first call."""
-    if dtype == torch.float32:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
-        return Tiles(32, 32, 16, 4, 2)
+FEW = 264  # programs: two for each multiprocessor of an H200; with fewer, one head's queries are shared out
+# Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is masked,
+# so all others must be full: a piece list fits max_k keys if without its last piece it is shorter than they are.
+PIECES = (
+    (16, 0, 0), (32, 0, 0), (32, 0, 16), (64, 0, 0), (64, 0, 16), (64, 0, 32), (64, 32, 16), (64, 0, 64),
+    (128, 0, 16), (128, 0, 32), (128, 0, 64), (128, 64, 16),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tiles(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> Tiles:
+    """A small table, measured once on an H200 with head dimension 64; nothing is tuned in a user's first call.
+
+    programs: heads times images.  equal: whether the token counts allow all images to be equally long. The resident
+    kernel pays for the longest image everywhere, the stream kernel follows each length. Lengths choose only among a
+    few dozen shapes, and each of them is compiled once.
+    """
+    tiles = -(-max_q // 64)
+    if itemsize == 4:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
+        return _stream(32, 32, 16, 1)
     if headdim > 64:
-        return Tiles(64, 64, 32, 4, 2)
-    if max_seqlen_k <= 64:
-        return Tiles(64, 64, 64, 4, 2)
-    return Tiles(64, 64, 16, 4, 3)
+        return _stream(64, 32, 16, 2)
+    few = programs <= FEW
+    crowded = not (few and max_k > 128 and programs * tiles <= FEW)
+    if tiles <= 4 and (max_k <= 64 or (equal and max_k <= 208)) and crowded:
+        return _resident(max_k, tiles, few, programs, equal)
+    if max_k <= 320 and not (equal and few):  # 96 registers: five programs on a multiprocessor instead of four
+        return _stream(64, 32, 32, 3, maxnreg=96)
+    return _stream(64, 64, 16 if max_k % 64 <= 16 else 32, 3)
+
+
+def _stream(m: int, n: int, tail: int, stages: int, **options: int) -> Tiles:
+    shape = (("M", m), ("N", n), ("TAIL", tail), ("STAGES", stages))
+    return Tiles("stream", m, 0, shape, (("num_warps", 4), ("num_stages", stages), *options.items()))
+
+
+def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> Tiles:
+    a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
+    split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
+    # 128 registers a thread let a fourth program onto a multiprocessor
+    limit = {"maxnreg": 128} if 64 < max_k <= 112 and programs > 1.5 * FEW else {}
+    shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
+    options = {"num_warps": 4, "num_stages": 1, **limit}
+    return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
+
+
+def _grid(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int]:
+    return (tiles.split or -(-max_q // tiles.rows)) * heads, images
 
 
 def new_output(q: Tensor) -> Tensor:
@@ -57,29 +96,33 @@ def new_output(q: Tensor) -> Tensor:
 @functools.cache
 def _constants(tiles: Tiles, q_stride: tuple, k_stride: tuple, v_stride: tuple, heads: int, dim: int,
                dtype: torch.dtype, has_lse: bool) -> tuple[dict, dict]:  # fmt: skip
-    """Compile-time constants and options of `attention_kernel` for one model and tile choice."""
+    """Compile-time constants, in the kernel's order, and options of an attention kernel for one model and tile
+    choice."""
     names = [f"{x}_{part}" for x in "QKV" for part in ("TOKEN", "HEAD", "DIM")]
     constants = dict(zip(names, (*q_stride, *k_stride, *v_stride), strict=True))
-    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length())}
-    constants |= {"M": tiles.M, "N": tiles.N, "TAIL": tiles.TAIL, "HAS_LSE": has_lse}
+    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "HAS_LSE": has_lse}
     constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
-    return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return constants | dict(tiles.shape), dict(tiles.options)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
            scale: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`attention_kernel` on checked arguments: (total_q, nheads, headdim), and the log-sum-exp or None."""
-    from .kernel import attention_kernel
+    """This collection's attention on checked arguments: (total_q, nheads, headdim), and the log-sum-exp or None."""
+    from . import kernel
 
     total, heads, dim = q.shape
-    tiles = choose_tiles(max_k, dim, q.dtype)
+    images = cu_q.shape[0] - 1
+    equal = total == images * max_q and k.shape[0] == images * max_k
+    tiles = choose_tiles(max_q, max_k, dim, images * heads, equal, q.element_size())
     key = (tiles, q.stride(), k.stride(), v.stride(), heads, dim, q.dtype, want_lse)
     constants, options = _constants(*key)
     out = new_output(q)
     lse = torch.full((heads, total), -math.inf, device=q.device) if want_lse else None
-    grid = (-(-max_q // tiles.M) * heads, cu_q.shape[0] - 1)
+    run = kernel.resident_kernel if tiles.kernel == "resident" else kernel.stream_kernel
     tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
-    launcher = launch.start(attention_kernel, key, grid, tensors, (scale * LOG2_E, total), constants, options)
+    numbers = (scale * LOG2_E, total, max_q, max_k)
+    grid = _grid(tiles, max_q, heads, images) if total else (0, 0)
+    launcher = launch.start(run, key, grid, tensors, numbers, constants, options)
     if launcher is not None and not want_lse:
         _remember(q, k, v, cu_q, cu_k, tiles, launcher)
     return out, lse
@@ -126,11 +169,13 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
     else:
         return None
     total, heads, dim = q.shape
-    tiles = choose_tiles(max_k, dim, q.dtype)
-    launcher, device, images = plan.launchers.get(tiles), q.get_device(), cu_q.shape[0] - 1
+    total_k, images, device = k.shape[0], cu_q.shape[0] - 1, q.get_device()
+    equal = total == images * max_q and total_k == images * max_k
+    tiles = choose_tiles(max_q, max_k, dim, images * heads, equal, q.element_size())
+    launcher = plan.launchers.get(tiles)
     if launcher is None or device != launch.current_device() or total == 0 or images < 1:
         return None
-    if cu_k.shape[0] != images + 1 or k.shape[0] != v.shape[0]:
+    if cu_k.shape[0] != images + 1 or total_k != v.shape[0]:
         return None
     if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0 and 0.0 < scale < math.inf):
         return None
@@ -139,13 +184,14 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
     if (a | b | c | d | e | f) & 15:  # compiled kernels assume multiples of 16 bytes
         return None
     stream = launch.current_stream(device)
-    launcher(-(-max_q // tiles.M) * heads, images, stream, a, b, c, d, d, e, f, scale * LOG2_E, total)
+    grid = _grid(tiles, max_q, heads, images)
+    launcher(*grid, stream, a, b, c, d, d, e, f, scale * LOG2_E, total, max_q, max_k)
     return out
 
 
 def paper_attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_q: int, scale: float) -> Tensor:
     """Algorithm 1 the way the paper runs it: three contiguous copies, then `kernel[grid](...)` through the JIT."""
-    from .kernel import paper_kernel
+    from .kernel_simple import paper_kernel
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     _, heads, dim = q.shape
@@ -168,7 +214,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     rows, heads, dim = q.shape
     if not launch.usable(q.device):
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
-    from .kernel import cls_kernel
+    from .kernel_simple import cls_kernel
 
     probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
     names = [f"{x}_{part}" for x in "QK" for part in ("TOKEN", "HEAD", "DIM")]

@@ -1,78 +1,135 @@
-"""The Triton kernels. Each is written to be read: start with `attention_kernel`.
+"""The attention kernels. Read `paper_kernel` in kernel_simple.py first; `stream_kernel` here is the same idea for any
+lengths, made lean, and `resident_kernel` is what short sequences allow.
 
 Shapes in the comments: M query rows of a tile, N key rows of a tile, D head dimension (padded to a power of two).
-Strides are compile-time constants, because they depend on the model and never on the batch. Lengths and totals are
-ordinary arguments that Triton is told not to specialise on: by itself it would compile a second kernel for multiples
-of 16, and nothing shall be recompiled when a batch is longer, shorter or larger.
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .kernel_simple import load_tile, number
 
 
 @triton.jit
-def _number(x):
-    """A computed number, fit to be the bound of a loop. Compiled code needs nothing for that; Triton 3.6's interpreter
-    holds it as an array of one element, which NumPy 2.4 no longer turns into an int by itself."""
-    if INTERPRETED:
-        return x.handle.data.item()
-    else:
+def _narrow(x, WIDTH: tl.constexpr, MAXIMUM: tl.constexpr):
+    """(M, N) -> (M, WIDTH): maximum or sum over the columns WIDTH apart. They belong to one thread, so unlike a full
+    row reduction this costs no exchange between threads."""
+    if x.shape[1] == WIDTH:
         return x
+    y = tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH])
+    return tl.max(y, 1) if MAXIMUM else tl.sum(y, 1)
 
 
 @triton.jit
-def _tile(base, first, rows: tl.constexpr, limit, stride: tl.constexpr, stride_d: tl.constexpr,
-          D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """Load rows first .. first + rows of one head as (rows, BLOCK_D); rows at or past `limit` read as zero.
-
-    The mask matters for more than bounds: the next image's tokens stand right behind, and a NaN there times a
-    probability of zero is still NaN.
-    """
-    row = first + tl.arange(0, rows)
-    column = tl.arange(0, BLOCK_D)
-    pointers = base + row[:, None] * stride + column[None, :] * stride_d
-    if CHECK and D != BLOCK_D:
-        return tl.load(pointers, mask=(row[:, None] < limit) & (column[None, :] < D), other=0.0)
-    elif CHECK:
-        return tl.load(pointers, mask=row[:, None] < limit, other=0.0)
-    elif D != BLOCK_D:
-        return tl.load(pointers, mask=column[None, :] < D, other=0.0)
-    else:
-        return tl.load(pointers)
+def _exponent(top, scale_log2, SOME_EMPTY: tl.constexpr):
+    """What is subtracted from scaled scores before exp2. A row that saw no key has the maximum -inf, and -inf minus
+    -inf would be NaN."""
+    if SOME_EMPTY:
+        top = tl.where(top == float("-inf"), 0.0, top)
+    return top * scale_log2
 
 
 @triton.jit
-def _attend(q, k, v, acc, top, total, scale_log2, keys_left, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def _attend(q, k, v, acc, top, total, scale_log2, keys_left, MASK: tl.constexpr, FIRST: tl.constexpr,
+            SOME_EMPTY: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax: fold a tile of keys and values into the running result.
 
-    acc (M, D) unnormalised output, top (M,) largest score so far, total (M,) sum of exponentials so far.
+    acc (M, D) unnormalised output, top (M,) largest score so far, total (M, WIDTH) partial sums of exponentials,
+    added up once at the end. FIRST: there is nothing yet to fold into. keys_left: the tile's columns from there on
+    are no keys.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N), not yet scaled
     if MASK:
         scores = tl.where(tl.arange(0, k.shape[0])[None, :] < keys_left, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores * scale_log2 - (new_top * scale_log2)[:, None])  # (M, N), at most 1
-    shrink = tl.exp2((top - new_top) * scale_log2)  # what was summed relative to the old maximum
-    total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_top, total
+    new_top = tl.max(scores, 1)
+    if not FIRST:
+        new_top = tl.maximum(top, new_top)
+    shift = _exponent(new_top, scale_log2, SOME_EMPTY)
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])  # (M, N), at most 1
+    sums = _narrow(weights, WIDTH, False)
+    if FIRST:
+        return tl.dot(weights.to(v.dtype), v, input_precision=PRECISION), new_top, sums
+    else:
+        shrink = tl.exp2(top * scale_log2 - shift)[:, None]  # what was summed relative to the old maximum
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
+        return acc, new_top, total * shrink + sums
 
 
-@triton.jit(do_not_specialize=["total_q"])
-def attention_kernel(
-    Q, K, V, Out, Lse, CuQ, CuK, scale_log2, total_q,
+@triton.jit
+def _attend_two(q, k, v, k_tail, v_tail, scale_log2, keys, tail_keys, MASK: tl.constexpr, SOME_EMPTY: tl.constexpr,
+                WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Two pieces of keys in one softmax: one maximum for both, so nothing is rescaled in between."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    tail = tl.dot(q, tl.trans(k_tail), input_precision=PRECISION)
+    if MASK:
+        scores = tl.where(tl.arange(0, k.shape[0])[None, :] < keys, scores, float("-inf"))
+    tail = tl.where(tl.arange(0, k_tail.shape[0])[None, :] < tail_keys, tail, float("-inf"))
+    top = tl.max(tl.maximum(_narrow(scores, WIDTH, True), _narrow(tail, WIDTH, True)), 1)
+    shift = _exponent(top, scale_log2, SOME_EMPTY)[:, None]
+    weights = tl.exp2(scores * scale_log2 - shift)
+    tail = tl.exp2(tail * scale_log2 - shift)
+    acc = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    acc = tl.dot(tail.to(v.dtype), v_tail, acc, input_precision=PRECISION)
+    return acc, top, _narrow(weights, WIDTH, False) + _narrow(tail, WIDTH, False)
+
+
+@triton.jit
+def _store(Out, Lse, acc, top, total, scale_log2, start, first, head, rows, total_q, HEADS: tl.constexpr,
+           D: tl.constexpr, BLOCK_D: tl.constexpr, SOME_EMPTY: tl.constexpr, HAS_LSE: tl.constexpr):
+    """Normalise a query tile and write it; out (total, HEADS, D) contiguous, lse (HEADS, total_q)."""
+    row = first + tl.arange(0, acc.shape[0])
+    column = tl.arange(0, BLOCK_D)
+    total = tl.sum(total, 1)
+    inverse = 1.0 / total  # one division a row; dividing every element would cost three times the instructions
+    if SOME_EMPTY:
+        inverse = tl.where(total > 0.0, inverse, 0.0)  # no keys at all: zeros, not NaN
+    pointers = Out + (start * HEADS + head) * D + row[:, None] * (HEADS * D) + column[None, :]
+    out = (acc * inverse[:, None]).to(Out.dtype.element_ty)
+    tl.store(pointers, out, mask=(row[:, None] < rows) & (column[None, :] < D))
+    if HAS_LSE:  # log of the sum of exponentials, natural base
+        lse = (_exponent(top, scale_log2, SOME_EMPTY) + tl.log2(total)) * 0.6931471805599453
+        tl.store(Lse + head.to(tl.int64) * total_q + start + row, lse, mask=row < rows)
+
+
+@triton.jit
+def _stream(Q, K, V, Out, Lse, q_start, q_len, k_start, k_len, first, head, scale_log2, total_q,
+            Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr, K_TOKEN: tl.constexpr,
+            K_HEAD: tl.constexpr, K_DIM: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
+            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+            TAIL: tl.constexpr, STAGES: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr):
+    """Attention of M queries from row `first` of one head of one image; keys and values stream through in tiles."""
+    q = load_tile(Q + q_start * Q_TOKEN + head * Q_HEAD, first, M, q_len, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
+    k_head = K + k_start * K_TOKEN + head * K_HEAD
+    v_head = V + k_start * V_TOKEN + head * V_HEAD
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M, 16], tl.float32)
+    whole = k_len // N * N
+    for j in tl.range(0, number(whole), N, num_stages=STAGES):  # whole tiles need no mask
+        k = load_tile(k_head, j, N, k_len, K_TOKEN, K_DIM, D, BLOCK_D, False)
+        v = load_tile(v_head, j, N, k_len, V_TOKEN, V_DIM, D, BLOCK_D, False)
+        acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, False, False, False, 16, PRECISION)
+    for j in tl.range(number(whole), number(k_len), TAIL, num_stages=1):  # 577 = 9 * 64 + 1: 16 more columns, not 64
+        k = load_tile(k_head, j, TAIL, k_len, K_TOKEN, K_DIM, D, BLOCK_D, True)
+        v = load_tile(v_head, j, TAIL, k_len, V_TOKEN, V_DIM, D, BLOCK_D, True)
+        acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, True, False, False, 16, PRECISION)
+    _store(Out, Lse, acc, top, total, scale_log2, q_start, first, head, q_len, total_q,
+           HEADS, D, BLOCK_D, True, HAS_LSE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_q", "max_q", "max_k"])
+def stream_kernel(
+    Q, K, V, Out, Lse, CuQ, CuK, scale_log2, total_q, max_q, max_k,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Bidirectional attention of one query tile of one head of one image.
+    """Bidirectional attention for any lengths: one program for each query tile of each head of each image.
 
     Grid: (query tiles of the longest image * HEADS, batch). Programs of neighbouring tiles run at the same time and
-    find each other's keys in the L2 cache.
+    find each other's keys in the L2 cache. An image with fewer tiles than the longest leaves its last programs idle.
     """
     tiles = tl.num_programs(0) // HEADS
     head = tl.program_id(0) // tiles
@@ -80,134 +137,85 @@ def attention_kernel(
     image = tl.program_id(1)
     q_start = tl.load(CuQ + image)
     q_len = tl.load(CuQ + image + 1) - q_start
-    if first >= q_len:  # this image has fewer tiles than the longest
+    if first >= q_len:
         return
     k_start = tl.load(CuK + image)
     k_len = tl.load(CuK + image + 1) - k_start
-
-    # 64-bit from here: token * stride passes 2**31 elements in large batches
-    q_head = Q + q_start.to(tl.int64) * Q_TOKEN + head * Q_HEAD
-    k_head = K + k_start.to(tl.int64) * K_TOKEN + head * K_HEAD
-    v_head = V + k_start.to(tl.int64) * V_TOKEN + head * V_HEAD
-    q = _tile(q_head, first, M, q_len, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
-
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    whole = k_len // N * N
-    for j in range(0, _number(whole), N):  # whole tiles need no mask
-        k = _tile(k_head, j, N, k_len, K_TOKEN, K_DIM, D, BLOCK_D, False)
-        v = _tile(v_head, j, N, k_len, V_TOKEN, V_DIM, D, BLOCK_D, False)
-        acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, False, PRECISION)
-    for j in range(_number(whole), _number(k_len), TAIL):  # 197 = 3 * 64 + 5 costs 16 more columns, not 64
-        k = _tile(k_head, j, TAIL, k_len, K_TOKEN, K_DIM, D, BLOCK_D, True)
-        v = _tile(v_head, j, TAIL, k_len, V_TOKEN, V_DIM, D, BLOCK_D, True)
-        acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, k_len - j, True, PRECISION)
-
-    row = first + tl.arange(0, M)
-    column = tl.arange(0, BLOCK_D)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no keys at all: zeros, not NaN
-    pointers = Out + q_start.to(tl.int64) * HEADS * D + head * D + row[:, None] * (HEADS * D) + column[None, :]
-    tl.store(pointers, out.to(Out.dtype.element_ty), mask=(row[:, None] < q_len) & (column[None, :] < D))
-    if HAS_LSE:  # log of the sum of exponentials, natural base: (HEADS, total_q)
-        lse = (top * scale_log2 + tl.log2(total)) / 1.4426950408889634
-        tl.store(Lse + head.to(tl.int64) * total_q + q_start + row, lse, mask=row < q_len)
+    # 64-bit: token * stride passes 2**31 elements in large batches
+    _stream(Q, K, V, Out, Lse, q_start.to(tl.int64), q_len, k_start.to(tl.int64), k_len, first, head, scale_log2,
+            total_q, Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM, HEADS, D, BLOCK_D,
+            M, N, TAIL, STAGES, HAS_LSE, PRECISION)  # fmt: skip
 
 
-@triton.jit
-def paper_kernel(
-    Q, K, V, Out, Cu, scale_log2,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Algorithm 1 of arXiv 2604.15408: one program per (image, head) walks over its query tiles, and for each over
-    all key tiles, every tile 64 wide and masked. q, k, v and out are contiguous (total, HEADS, D)."""
-    image, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(Cu + image)
-    length = tl.load(Cu + image + 1) - start
-    token: tl.constexpr = HEADS * D
-    base = start.to(tl.int64) * token + head * D
-    for first in range(0, _number(length), M):
-        q = _tile(Q + base, first, M, length, token, 1, D, BLOCK_D, True)
-        acc = tl.zeros([M, BLOCK_D], tl.float32)
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        for j in range(0, _number(length), N):
-            k = _tile(K + base, j, N, length, token, 1, D, BLOCK_D, True)
-            v = _tile(V + base, j, N, length, token, 1, D, BLOCK_D, True)
-            acc, top, total = _attend(q, k, v, acc, top, total, scale_log2, length - j, True, PRECISION)
-        row = first + tl.arange(0, M)
-        column = tl.arange(0, BLOCK_D)
-        pointers = Out + base + row[:, None] * token + column[None, :]
-        mask = (row[:, None] < length) & (column[None, :] < D)
-        tl.store(pointers, (acc / total[:, None]).to(Out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def cls_kernel(
-    Q, K, Probs, Starts, Lengths, scale_log2,
+@triton.jit(do_not_specialize=["total_q", "max_q", "max_k"])
+def resident_kernel(
+    Q, K, V, Out, Lse, CuQ, CuK, scale_log2, total_q, max_q, max_k,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, A: tl.constexpr, B: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr,
+    ONE_TILE: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS).
+    """Bidirectional attention for up to 208 keys: a program holds all keys and values of one head of one image, in
+    pieces A, B and TAIL wide (197 = 128 + 64 + 5 of 16), and walks over its query tiles. Keys and values are read once.
 
-    One row of the attention matrix instead of all of them. Grid (HEADS, batch). Two passes over the keys: the first
-    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
+    Grid: (HEADS * SPLIT, batch); SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
+    EQUAL is a guess: the tokens would just suffice for equal lengths. Then every program knows where its tokens begin
+    without looking it up, and its first loads start a memory latency earlier. The look-up confirms the guess while they
+    are under way; where it does not, the program takes the long way.
     """
-    head, image = tl.program_id(0), tl.program_id(1)
-    start = tl.load(Starts + image).to(tl.int64)
-    length = tl.load(Lengths + image)
-    if length == 0:
-        return
-    column = tl.arange(0, BLOCK_D)
-    q = tl.load(Q + start * Q_TOKEN + head * Q_HEAD + column * Q_DIM, mask=column < D, other=0.0)
-    q = q.to(tl.float32) * scale_log2
-    k_head = K + start * K_TOKEN + head * K_HEAD
-    lane = tl.arange(0, N)
-    top = tl.full([N], float("-inf"), tl.float32)
-    total = tl.zeros([N], tl.float32)
-    for j in range(0, _number(length), N):
-        k = _tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, True)
-        score = tl.where(j + lane < length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-        new_top = tl.maximum(top, score)  # one running softmax per lane, merged after the loop
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - safe) + tl.exp2(score - safe)
-        top = new_top
-    best = tl.max(top, 0)
-    norm = tl.sum(total * tl.exp2(top - best), 0)
-    for j in range(0, _number(length), N):
-        k = _tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, True)
-        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
-        tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
-
-
-@triton.jit(do_not_specialize=["total"])
-def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather: row i of Out is row Rows[i] of X, and the ids go along. Grid (rows / ROWS, DIM / BLOCK)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = row < total
-    source = tl.load(Rows + row, mask=real, other=0)
-    mask = real[:, None] & (column[None, :] < DIM)
-    x = tl.load(X + source[:, None] * DIM + column[None, :], mask=mask)
-    tl.store(Out + row.to(tl.int64)[:, None] * DIM + column[None, :], x, mask=mask)
-    if tl.program_id(1) == 0:
-        tl.store(OutIds + row, tl.load(Ids + source, mask=real), mask=real)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Scatter: a kept row of X goes to row Place - 1 of Out, where Place counts the kept rows up to and with it.
-
-    Every program knows from the prefix sum alone where its rows go, so all of them run at once.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = (row < rows) & (tl.load(Keep + row, mask=row < rows, other=0) != 0)
-    target = tl.load(Place + row, mask=keep, other=1).to(tl.int64) - 1
-    mask = keep[:, None] & (column[None, :] < DIM)
-    x = tl.load(X + row.to(tl.int64)[:, None] * DIM + column[None, :], mask=mask)
-    tl.store(Out + target[:, None] * DIM + column[None, :], x, mask=mask)
-    if tl.program_id(1) == 0:
-        tl.store(OutIds + target, tl.load(Ids + row, mask=keep), mask=keep)
+    head = tl.program_id(0) // SPLIT
+    first = tl.program_id(0) % SPLIT * M
+    image = tl.program_id(1)
+    q_start = tl.load(CuQ + image).to(tl.int64)
+    q_len = tl.load(CuQ + image + 1) - q_start.to(tl.int32)
+    k_start = tl.load(CuK + image).to(tl.int64)
+    k_len = tl.load(CuK + image + 1) - k_start.to(tl.int32)
+    if EQUAL:
+        q_row, rows, k_row, keys = image.to(tl.int64) * max_q, max_q, image.to(tl.int64) * max_k, max_k
+    else:
+        q_row, rows, k_row, keys = q_start, q_len, k_start, k_len
+        if first >= q_len:
+            return
+    MASK_A: tl.constexpr = not EQUAL or TAIL == 0
+    WIDTH: tl.constexpr = TAIL if TAIL else 16
+    q_head = Q + q_row * Q_TOKEN + head * Q_HEAD
+    k_head = K + k_row * K_TOKEN + head * K_HEAD
+    v_head = V + k_row * V_TOKEN + head * V_HEAD
+    q = load_tile(q_head, first, M, rows, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
+    k_a = load_tile(k_head, 0, A, keys, K_TOKEN, K_DIM, D, BLOCK_D, MASK_A)
+    if B:
+        k_b = load_tile(k_head, A, B, keys, K_TOKEN, K_DIM, D, BLOCK_D, not EQUAL)
+    if TAIL:
+        k_tail = load_tile(k_head, A + B, TAIL, keys, K_TOKEN, K_DIM, D, BLOCK_D, True)
+    v_a = load_tile(v_head, 0, A, keys, V_TOKEN, V_DIM, D, BLOCK_D, MASK_A)
+    if B:
+        v_b = load_tile(v_head, A, B, keys, V_TOKEN, V_DIM, D, BLOCK_D, not EQUAL)
+    if TAIL:
+        v_tail = load_tile(v_head, A + B, TAIL, keys, V_TOKEN, V_DIM, D, BLOCK_D, True)
+    if EQUAL:
+        if (q_start != q_row) | (q_len != rows) | (k_start != k_row) | (k_len != keys):
+            # the smallest tiles: this must be right, and must not take registers from the path below
+            for r in tl.range(number(first // M * 16), number(q_len), 16 * SPLIT, num_stages=1):
+                _stream(Q, K, V, Out, Lse, q_start, q_len, k_start, k_len, r, head, scale_log2, total_q,
+                        Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM, HEADS, D, BLOCK_D,
+                        16, 16, 16, 1, HAS_LSE, PRECISION)  # fmt: skip
+            return
+    last = first + 1 if ONE_TILE else rows
+    for r in tl.range(number(first), number(last), M * SPLIT, num_stages=1):
+        if not ONE_TILE:  # the next query tile travels while this one is computed
+            q_next = load_tile(q_head, r + M * SPLIT, M, rows, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
+        if TAIL:
+            acc, top, total = _attend_two(q, k_a, v_a, k_tail, v_tail, scale_log2, keys, keys - (A + B),
+                                          not EQUAL, not EQUAL, WIDTH, PRECISION)  # fmt: skip
+        else:
+            acc, top, total = _attend(q, k_a, v_a, 0.0, 0.0, 0.0, scale_log2, keys,
+                                      True, True, not EQUAL, WIDTH, PRECISION)  # fmt: skip
+        if B:
+            acc, top, total = _attend(q, k_b, v_b, acc, top, total, scale_log2, keys - A,
+                                      not EQUAL, False, not EQUAL, WIDTH, PRECISION)  # fmt: skip
+        _store(Out, Lse, acc, top, total, scale_log2, q_row, r, head, rows, total_q,
+               HEADS, D, BLOCK_D, not EQUAL, HAS_LSE)  # fmt: skip
+        if not ONE_TILE:
+            q = q_next

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Reading order. A file imports only from files to its left.
 ORDER = (
-    "kernel launch copying layout packing fused backends attention blocks checkpoints selection pruners graph "
+    "kernel_simple kernel launch copying layout packing fused backends attention blocks checkpoints selection pruners graph "
     "scenes data loading model flops timing rounds runner pipelines suite_attention suite_pack suite_dispatch "
     "suite_model suite_checks report bench "
     "style plots_call plots_model plots_pictures plots notebook_output course train"
