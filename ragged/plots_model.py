@@ -133,7 +133,8 @@ def _panels(title: str, names: list[str], below: str):
         raise ValueError(f"{title}: no panel to draw")
     blank = new_figure(title, below, width=460 + 210 * (len(names) - 1) if len(names) > 1 else 760)
     figure = make_subplots(1, len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03)
-    figure.update_layout(blank.layout)
+    figure.layout.template = blank.layout.template  # update_layout would merge it into plotly's own, which is large
+    figure.update_layout(title=blank.layout.title, width=blank.layout.width)
     figure.update_layout(margin_t=110, legend=dict(orientation="h", y=-0.22, yanchor="top", x=0, xanchor="left"))
     figure.update_layout(height=480)
     return figure.update_annotations(font_size=13)

@@ -13,23 +13,22 @@ import numpy as np
 
 from .style import INK, new_figure
 
+PADDING = "#d9d9d9"
 SEQUENCE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 
 
-def image_patches(image, *, patch=16, gap=5, title="", width=400):
-    """The image taken apart into its patches; patches are numbered row by row, starting at 1."""
+def image_patches(image, *, patch=16, title="", width=400):
+    """The image cut into its patches by white lines; they are numbered row by row, starting at 1."""
     pixels = _pixels(image, patch)
     rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    sheet = np.full((rows * (patch + gap) - gap, columns * (patch + gap) - gap, 3), 255, np.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            top, left = r * (patch + gap), c * (patch + gap)
-            sheet[top : top + patch, left : left + patch] = pixels[r * patch :, c * patch :][:patch, :patch]
     below = f"{rows} × {columns} = {rows * columns} patches of {patch} × {patch} pixels"
-    figure = new_figure(title or "An image becomes a sequence", below, width, round(width * rows / columns) + 92)
+    side = (width - 32) / columns
+    figure = new_figure(title or "An image becomes a sequence", below, width, round(side * rows) + 92)
     figure.update_layout(margin=dict(l=16, r=16, t=76, b=16))
-    _place(figure, sheet, 0, 0, 1, 1)
-    return _bare(figure, 1, 1)
+    _place(figure, pixels, 0, 0, columns, rows)
+    lines = [f"M{c},0V{rows}" for c in range(1, columns)] + [f"M0,{r}H{columns}" for r in range(1, rows)]
+    figure.add_shape(type="path", path="".join(lines), line=dict(color="white", width=max(2, round(side / 6))))
+    return _bare(figure, columns, rows)
 
 
 def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title="Kept patches", below=""):
@@ -45,16 +44,16 @@ def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title=
         raise ValueError(f"images: expected one, or one for each of {count} lists of ids, got {len(images)}")
     columns = min(count, columns or count)
     rows = -(-count // columns)
-    figure = new_figure(title, below, columns * (side + 12) + 20, rows * (side + 46) + 76)
-    figure.update_layout(margin=dict(l=16, r=16, t=72, b=12))
+    figure = new_figure(title, below, columns * (side + 12) + 20, rows * (side + 46) + (76 if below else 56))
+    figure.update_layout(margin=dict(l=16, r=16, t=72 if below else 52, b=12))
     step_x, step_y = (side + 12) / side, (side + 46) / side
     for i, (image, kept, name) in enumerate(zip(images, ids, names)):
         x, y = (i % columns) * step_x, (rows - 1 - i // columns) * step_y
         pixels, real = _washed(image, kept, patch)
-        _place(figure, pixels, x, y, 1, 1)
+        _place(figure, pixels, x, y, 1, 1, drawn=side)
         total = (pixels.shape[0] // patch) * (pixels.shape[1] // patch)
         fused = " + 1 fused" if np.any(np.asarray(kept) == -1) else ""
-        text = f"<b>{name}</b><br>{real} of {total} patches{fused}"
+        text = f"<b>{name}</b><br>{real} of {total}{fused or ' patches'}"
         figure.add_annotation(x=x, y=y + 1.01, text=text, showarrow=False, xanchor="left", yanchor="bottom",
                               align="left", font=dict(size=12))  # fmt: skip
     return _bare(figure, columns * step_x - 12 / side, rows * step_y)
@@ -71,17 +70,17 @@ def batch_lengths(lengths, *, seqlen=197, names=None, title="The lengths of a ba
     longest, total = max(lengths), sum(lengths)
     waste = 1 - total / (longest * len(lengths)) if longest else 0.0
     said = f"{total:,} tokens kept, {longest * len(lengths):,} rows when padded to the longest: {waste:.0%} of the rows"
-    figure = new_figure(title, f"{below + ' · ' if below else ''}{said} are padding", height=360)
+    figure = new_figure(title, f"{below + ' · ' if below else ''}{said} are padding", height=380)
     x = list(range(len(lengths))) if names is None else list(names)
     padding = [longest - n for n in lengths]
     figure.add_bar(x=x, y=lengths, name="kept tokens", marker=dict(color="#d55e00"))
-    hatch = dict(color="#009e73", pattern=dict(shape="/", fgcolor="#009e73", bgcolor="white", size=6))
-    figure.add_bar(x=x, y=padding, name="padding to the longest", marker=hatch)
+    figure.add_bar(x=x, y=padding, name="padding to the longest", marker=dict(color=PADDING))
     figure.add_hline(y=seqlen, line=dict(color=INK, width=1, dash="dash"))
     figure.add_annotation(x=1, xref="paper", xanchor="right", y=seqlen, yanchor="bottom", showarrow=False,
                           text=f"before pruning: {seqlen}", font=dict(size=11))  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.15, legend=dict(orientation="h", y=-0.25, x=0))
-    figure.update_xaxes(title_text="image of the batch" if names is None else None, showgrid=False)
+    keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0)
+    figure.update_layout(barmode="stack", bargap=0.15, legend=keys, margin_t=104)
+    figure.update_xaxes(title_text="image of the batch" if names is None else None, showgrid=False, tickangle=-45)
     return figure.update_yaxes(title_text="tokens", range=[0, seqlen * 1.1])
 
 
@@ -128,7 +127,7 @@ def _packed_bar(figure, counts, left, width, bottom):
     for i, n in enumerate(counts):
         x = left + i * longest * scale
         _box(figure, x, x + n * scale, bottom - 98, SEQUENCE_COLOURS[i])
-        _box(figure, x + n * scale, x + longest * scale, bottom - 98, "#dddddd")
+        _box(figure, x + n * scale, x + longest * scale, bottom - 98, PADDING)
 
 
 def _box(figure, left, right, bottom, colour):
@@ -204,12 +203,16 @@ def _washed(image, kept, patch: int):
     return np.where(mask, pixels, 225 + 0.1 * grey).astype(np.uint8), int(stay.sum())
 
 
-def _place(figure, pixels, x, y, width, height):
-    """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y); JPEG keeps a saved figure small."""
+def _place(figure, pixels, x, y, width, height, drawn=None):
+    """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y). A saved figure stays small: the image
+    travels as JPEG, halved where `drawn`, its width on the screen, is small. (Other factors would tear the edges of the
+    patches off the 8-pixel grid of JPEG and cost more than they save.)"""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=82)
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if drawn is not None and drawn <= 0.7 * image.width:
+        image = image.reduce(2)
+    image.save(file, "JPEG", quality=74)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     figure.add_layout_image(source=source, x=x, y=y, sizex=width, sizey=height, xref="x", yref="y", xanchor="left",
                             yanchor="bottom", sizing="stretch", layer="below")  # fmt: skip

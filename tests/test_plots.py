@@ -160,7 +160,7 @@ def test_an_image_taken_apart():
 def test_kept_patches_are_counted_without_cls_and_fused():
     figure = plots.kept_patches(IMAGE, [[0, 1, 24], np.array([0, 5, -1])], ["one", "two"])
     texts = [note.text for note in figure.layout.annotations]
-    assert texts == ["<b>one</b><br>2 of 24 patches", "<b>two</b><br>1 of 24 patches + 1 fused"]
+    assert texts == ["<b>one</b><br>2 of 24 patches", "<b>two</b><br>1 of 24 + 1 fused"]
     assert len(figure.layout.images) == 2
 
 
