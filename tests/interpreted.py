@@ -69,6 +69,26 @@ def test_more_keys_than_the_short_tiles_take():
         assert_lse(lse, arguments)
 
 
+# Lengths around those at which a tile or a piece of keys is just full; in a large batch and in a small one.
+STEPS = [(n, True) for n in (1, 16, 17, 33, 64, 65, 81, 97, 129, 161, 197)] + [(n, False) for n in (5, 48, 96, 128)]
+
+
+@pytest.mark.parametrize("n, many", STEPS)
+def test_equal_lengths_and_lengths_that_only_look_equal(n, many, monkeypatch):
+    """A buffer with room for equal lengths, whatever the offsets say: from them alone an image knows its keys."""
+    if many:  # choose as for a large batch
+        monkeypatch.setattr(fused, "FEW", 0, raising=False)
+    fused.choose_tiles.cache_clear()
+    for lengths in ([n, n], [n // 3, n]):
+        q, k, v, *sizes = inputs(lengths, heads=1, dtype=torch.float16)
+        surplus = torch.full((2 * n - sum(lengths), 1, 16), math.nan, dtype=torch.float16)
+        wide = (torch.cat((x, surplus)) for x in (q, k, v))
+        out, lse = ragged.varlen_attention(*wide, *sizes, return_lse=True, backend="triton")
+        assert_in_budget(out[: len(q)], (q, k, v, *sizes))
+        assert_lse(lse[:, : len(q)], (q, k, v, *sizes))
+    fused.choose_tiles.cache_clear()
+
+
 @pytest.mark.parametrize("backend", ["triton", "paper_triton"])
 def test_every_kind_of_strides(backend):
     q, k, v, *sizes = inputs(TINY, dim=24)

@@ -4,6 +4,10 @@ The package's own launching code runs with a recorder in place of the launcher, 
 run: the same constants, tile shapes and compiler options, for whatever kernels `ragged/kernel.py` holds.
 """
 
+import importlib
+import itertools
+import pkgutil
+
 import pytest
 import torch
 
@@ -25,23 +29,25 @@ HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 
 
 class Recorder:
-    """Stands in for a kernel and for `launch.start`; keeps what was asked for as (kernel, arguments, constants,
+    """Stands in for every kernel and for `launch.start`; keeps what was asked for as (kernel, arguments, constants,
     options)."""
 
     def __init__(self, monkeypatch):
-        from ragged import kernel
-
         self.asked, self.kernels = {}, {}
         monkeypatch.setattr(launch, "usable", lambda device: True)
         monkeypatch.setattr(launch, "start", self.start)
-        for name, fn in vars(kernel).items():
-            if isinstance(fn, triton.runtime.JITFunction) and not name.startswith("_"):
+        for info in pkgutil.iter_modules(ragged.__path__):
+            if info.name.startswith("kernel"):
+                self.replace(importlib.import_module(f"ragged.{info.name}"), monkeypatch)
+
+    def replace(self, module, monkeypatch):
+        for name, fn in list(vars(module).items()):
+            if isinstance(fn, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 self.kernels[name] = fn
-        for name, fn in self.kernels.items():
-            monkeypatch.setattr(kernel, name, Through(fn, self))
+                monkeypatch.setattr(module, name, Through(fn, self))
 
     def start(self, kernel, key, grid, tensors, numbers, constants, options):
-        self.note(getattr(kernel, "fn", kernel), (*tensors, *numbers), constants, options)
+        self.note(kernel.fn, (*tensors, *numbers), constants, options)
 
     def note(self, fn, arguments, constants, options):
         kinds = tuple(f"*{TYPES[x.dtype]}" if isinstance(x, torch.Tensor) else type(x) for x in arguments)
@@ -66,10 +72,11 @@ class Through:
         return call
 
 
-def attend(dim, dtype, want_lse, longest, heads=12):
-    """One call as a model makes it: q, k and v are views of one projection."""
-    q, k, v = torch.empty(16, 3, heads, dim, dtype=dtype).unbind(1)
-    cu = torch.tensor([0, 16], dtype=torch.int32)
+def attend(dim, dtype, want_lse, longest, images, spare, heads=12):
+    """One call as a model makes it: q, k and v are views of one projection. spare: rows fewer than equal lengths would
+    fill, so that the images cannot all be equally long. On the meta device nothing is allocated."""
+    q, k, v = torch.empty(images * longest - spare, 3, heads, dim, dtype=dtype, device="meta").unbind(1)
+    cu = torch.empty(images + 1, dtype=torch.int32, device="meta")
     fused.attend(q, k, v, cu, cu, longest, longest, dim**-0.5, want_lse)
 
 
@@ -78,10 +85,11 @@ def recorder(monkeypatch):
     return Recorder(monkeypatch)
 
 
-def record_attention(recorder, cases, lengths=LENGTHS):
+def record_attention(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256)):
     for dim, dtype, want_lse in cases:
-        for longest in lengths:
-            attend(dim, dtype, want_lse, longest)
+        for longest, images, spare in itertools.product(lengths, batches, (0, 1)):
+            if images * longest > spare:
+                attend(dim, dtype, want_lse, longest, images, spare)
     return list(recorder)
 
 
@@ -137,28 +145,37 @@ def test_numbers_are_not_specialised_on(recorder):
 
 
 def test_lengths_and_batches_choose_among_few_kernels(recorder):
-    """What is compiled depends on the model and, in few steps, on the longest image; never on totals."""
-    assert len(record_attention(recorder, [(64, HALF, False)], range(1, 1025))) <= 6
-    assert len(record_attention(recorder, [(64, HALF, False)], range(1025, 1100))) <= 6
+    """What is compiled depends on the model and, in steps, on the longest image and the batch; never on totals."""
+    assert len(record_attention(recorder, [(64, HALF, False)], range(1, 1025), range(1, 100, 9))) <= 48
+    few = len(recorder.asked)
+    record_attention(recorder, [(64, HALF, False)], range(1, 1025), (3, 77, 1000))
+    assert len(recorder.asked) <= few + 4
 
 
-# The subset for every day: all choices of the default head dimension in half precision on the tightest chips and the
-# newest, and the most demanding choice everywhere.
-@pytest.mark.parametrize("chip", [86, 90, 120])
-def test_attention_of_a_deit(recorder, chip):
-    for one in record_attention(recorder, [(64, HALF, False)]):
+# For every day: what a DeiT compiles at its usual lengths on three chips, each kernel's largest tiles on all.
+@pytest.mark.parametrize("chip, lengths", [(86, [39, 99]), (90, [197, 577]), (120, [197])])
+def test_attention_of_a_deit(recorder, chip, lengths):
+    for one in record_attention(recorder, [(64, HALF, False)], lengths, [64]):
         assert_fits(chip, one)
+
+
+def rows_held(one):
+    """How much a launch may keep in shared memory, roughly: the larger its tiles, the deeper its pipeline, the more."""
+    _, _, constants, options = one
+    tiles = sum(constants.get(name, 0) for name in ("M", "N", "A", "B", "TAIL"))
+    return tiles * constants["BLOCK_D"] * max(1, options.get("num_stages", 1))
 
 
 @pytest.mark.parametrize("chip", SHARED)
-def test_attention_with_wide_heads(recorder, chip):
-    for one in record_attention(recorder, [(128, HALF, True)], [197]):
-        assert_fits(chip, one)
+def test_attention_at_its_largest(recorder, chip):
+    everything = record_attention(recorder, [(64, HALF, True), (128, HALF, True)])
+    for name in {fn.__name__ for fn, *_ in everything}:
+        assert_fits(chip, max((one for one in everything if one[0].__name__ == name), key=rows_held))
 
 
 @pytest.mark.parametrize("chip", [80, 89, 100])
 def test_attention_in_single_precision(recorder, chip):
-    for one in record_attention(recorder, [(128 if chip == 89 else 32, SINGLE, False)], [577]):
+    for one in record_attention(recorder, [(128 if chip == 89 else 32, SINGLE, False)], [577], [8]):
         assert_fits(chip, one)
 
 
@@ -183,9 +200,8 @@ def test_the_whole_matrix(recorder, dtype, chip, request):
 
 def test_a_kernel_too_large_is_noticed(recorder):
     """The check itself: 99 KiB hold no tiles of 256 rows and 128 columns in many stages."""
-    one = record_attention(recorder, [(128, HALF, False)], [577])[0]
-    fn, kinds, constants, options = one
-    tiles = {name: 128 for name in ("M", "N") if name in constants}
+    fn, kinds, constants, options = record_attention(recorder, [(128, HALF, False)], [577])[0]
+    tiles = {name: number for name, number in {"M": 128, "N": 128, "STAGES": 4}.items() if name in constants}
     if not tiles or constants["BLOCK_D"] != 128:
         pytest.skip("the kernel names its tiles differently")
     huge = (fn, kinds, constants | tiles, options | {"num_stages": 4})

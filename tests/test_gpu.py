@@ -68,6 +68,21 @@ def test_other_head_dimensions(backend, dtype, dim):
     assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
 
 
+@pytest.mark.parametrize("images", [2, 100])
+def test_equal_lengths_and_lengths_that_only_look_equal(images):
+    """Every length up to 210: all images that long, and a buffer with room for it but shorter images."""
+    for n in range(1, 211):
+        g = torch.Generator().manual_seed(n)
+        shorter = torch.randint(0, n + 1, (images,), generator=g).tolist()
+        for lengths in ([n] * images, [*shorter[1:], n]):
+            q, k, v, *sizes = inputs(lengths, heads=3, dim=64, dtype=HALF, device="cuda", seed=n)
+            surplus = q.new_full((n * images - sum(lengths), 3, 64), math.nan)
+            wide = [torch.cat((x, surplus)) for x in (q, k, v)]
+            out = ragged.varlen_attention(*wide, *sizes, backend="triton")[: len(q)]
+            want = ragged.varlen_attention(q, k, v, *sizes, backend="sdpa_padded")
+            torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", [b for b in ragged.BACKENDS if b not in ("paper_triton", "dense")])
 def test_separate_query_and_key_lengths(backend, dtype):
