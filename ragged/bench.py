@@ -18,6 +18,7 @@ import torch
 
 from . import data
 from .report import report
+from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
 from .suite_attention import attention
 from .suite_checks import equivalence, memory
@@ -32,7 +33,7 @@ SUITES: dict[str, Callable[[Options], list[Case]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0."""
+    """The command line. Returns 0, or 3 when a provider broke the GPU's context and the rest needs a new process."""
     asked = parser().parse_args(arguments)
     out = Path(asked.out) if asked.out else data.data_dir() / "results"
     options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
@@ -41,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wake()
     with torch.no_grad():
         for suite in [s for s in SUITES if s in asked.suites]:
-            run_suite(suite, options, recorder)
+            try:
+                run_suite(suite, options, recorder)
+            except Broken as error:
+                print(f"{suite}: {error.subject.columns} broke CUDA ({error}); run again for the rest", file=sys.stderr)
+                return 3
     if "report" in asked.suites:
         text = report(out)
         print(text)
@@ -91,7 +96,8 @@ def run_suite(name: str, options: Options, recorder: Recorder) -> None:
     if name == "dispatch" and not recorder.late():
         write_traces(recorder.folder() / "traces", options)
     seconds = time.monotonic() - start
-    print(f"{name}: {rows} rows, {bad} without a value, {seconds:.0f} s, {machine()['gpu']}", file=sys.stderr)
+    spent = ", ".join(f"{what} {s:.0f} s" for what, s in recorder.spent.items())
+    print(f"{name}: {rows} rows, {bad} without a value, {seconds:.0f} s ({spent}), {machine()['gpu']}", file=sys.stderr)
 
 
 def progress(cases: list[Case], name: str):

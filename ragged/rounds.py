@@ -63,10 +63,26 @@ class Subject:
             self.times["gpu_us"] = gpu_us_profiled(self.calls)
 
 
+class Broken(Exception):
+    """The GPU's context is lost with `subject`: nothing more can run in this process."""
+
+    def __init__(self, subject, error: Exception):
+        super().__init__(str(error))
+        self.subject = subject
+
+
+FATAL = ("illegal memory access", "device-side assert", "misaligned address", "launch failure", "illegal instruction")
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether CUDA is unusable in this process after this error."""
+    return any(text in str(error) for text in FATAL)
+
+
 def measure(subjects: Sequence[Subject], repeats: int = 7, slice_us: float = 4000, seed: int = 0) -> None:
     """Fill `times` of all subjects: the same warm-up for each, then `repeats` rounds in which every subject has its
     turn, in an order that is shuffled per round, so that a drifting GPU clock favours nobody. What raises gets an
-    `error` and drops out."""
+    `error` and drops out; `Broken` if it took the GPU's context with it."""
     shuffled, rng = list(subjects), random.Random(seed)
     rounds: list[Callable[[Subject], None]] = [Subject.warm_up]
     rounds += [lambda subject: subject.sample(slice_us)] * repeats + [Subject.finish]
@@ -88,4 +104,6 @@ def _guarded(subject: Subject, step: Callable[[Subject], None]) -> None:
         with subject.around():
             step(subject)
     except Exception as error:  # one subject's failure is that subject's row, not the end of the recording
+        if is_fatal(error):
+            raise Broken(subject, error) from error
         subject.error = error

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .data import RESULT_COLUMNS, write_results
-from .rounds import Subject, measure
+from .rounds import Broken, Subject, is_fatal, measure
 from .timing import Stats, stats, wait
 
 UNITS = {
@@ -89,19 +89,19 @@ class Recorder:
     def __init__(self, out: Path, repeats: int = 7, slice_us: float = 4000, redo: bool = False, budget_s=None):
         self.out, self.repeats, self.slice_us, self.redo = Path(out), repeats, slice_us, redo
         self.deadline = None if budget_s is None else time.monotonic() + budget_s
-        self.machine = machine()
+        self.machine, self.spent = machine(), {"building": 0.0, "timing": 0.0}
 
     def run(self, case: Case) -> list[dict]:
         """Measure what is missing of a case, write it, and return the new rows."""
         missing = [c for c in case.candidates if self.redo or not self._recorded(case, c)]
-        built: list[tuple[Candidate, Subject]] = []
-        rows: list[dict] = []
-        for candidate in missing:
-            try:
-                built.append((candidate, candidate.build()))
-            except Exception as error:  # recorded as a row: one provider's trouble does not stop the others
-                rows += self._failed(case, candidate, error)
-        measure([subject for _, subject in built], self.repeats, self.slice_us)
+        built, rows = self._build(case, missing)
+        start = time.monotonic()
+        try:
+            measure([subject for _, subject in built], self.repeats, self.slice_us)
+        except Broken as error:
+            (culprit,) = [c for c, subject in built if subject is error.subject]
+            self._give_up(case, culprit, error)
+        self.spent["timing"] += time.monotonic() - start
         for candidate, subject in built:
             try:
                 rows += self._rows(case, candidate, subject)
@@ -111,6 +111,26 @@ class Recorder:
         if rows:
             write_results(rows, self.out)
         return rows
+
+    def _build(self, case: Case, candidates: list[Candidate]) -> tuple[list[tuple[Candidate, Subject]], list[dict]]:
+        built: list[tuple[Candidate, Subject]] = []
+        rows: list[dict] = []
+        start = time.monotonic()
+        for candidate in candidates:
+            try:
+                built.append((candidate, candidate.build()))
+                wait()
+            except Exception as error:  # recorded as a row: one provider's trouble does not stop the others
+                if is_fatal(error):
+                    self._give_up(case, candidate, error)
+                rows += self._failed(case, candidate, error)
+        self.spent["building"] += time.monotonic() - start
+        return built, rows
+
+    def _give_up(self, case: Case, candidate: Candidate, error: Exception) -> None:
+        """Record the one that broke the GPU's context; the others are for the next process."""
+        write_results(self._failed(case, candidate, error), self.out)
+        raise Broken(candidate, error) from error
 
     def folder(self) -> Path:
         """Where this machine's rows are."""

@@ -119,15 +119,22 @@ def event_us(calls: Sequence[Call], n: int = 20) -> list[float]:
 
 
 def record(calls: Sequence[Call], n: int = 20) -> Call:
-    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait."""
+    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait.
+
+    The function keeps `calls` alive: a graph reads the memory that its calls read, whoever owns it by then.
+    """
     graph = torch.cuda.CUDAGraph()
     wait()
     with torch.cuda.graph(graph):
         for call in in_turn(calls, n):
             call()
-    graph.replay()
+
+    def replay(alive=tuple(calls)) -> None:
+        graph.replay()
+
+    replay()
     wait()
-    return graph.replay
+    return replay
 
 
 def gpu_us(replay: Call, n: int = 20) -> list[float]:
