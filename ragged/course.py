@@ -150,7 +150,15 @@ def slider(render: Callable, values: Sequence, start=None, label: str = "value")
     widget = ipywidgets.SelectionSlider(options=stops, value=start, description=label, continuous_update=False)
     display(widget)
     picture = display(_shown(render(start)), raw=True, display_id=True)
-    widget.observe(lambda change: picture.update(_shown(render(change["new"])), raw=True), names="value")
+
+    def redraw(change):
+        new = _shown(render(change["new"]))
+        # JupyterLab's plotly renderer keeps the figure it has and ignores an update; other content in between makes it
+        # start afresh
+        picture.update({"text/plain": " "}, raw=True)
+        picture.update(new, raw=True)
+
+    widget.observe(redraw, names="value")
     return widget
 
 

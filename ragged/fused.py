@@ -35,9 +35,9 @@ class Tiles(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
-FEW = 264  # programs: two for each multiprocessor of an H200; with fewer, one head's queries are shared out
-# Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is masked,
-# so all others must be full: a piece list fits max_k keys if without its last piece it is shorter than they are.
+FEW = 264  # programs, two per multiprocessor of an H200: with fewer, the queries of a head are shared out
+# Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is
+# masked, so all others must be full: a piece list fits max_k keys if without its last piece it is shorter than they are.
 PIECES = (
     (16, 0, 0), (32, 0, 0), (32, 0, 16), (64, 0, 0), (64, 0, 16), (64, 0, 32), (64, 32, 16), (64, 0, 64),
     (128, 0, 16), (128, 0, 32), (128, 0, 64), (128, 64, 16),
@@ -129,31 +129,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
 
 
 class Plan(NamedTuple):
-    """A kind of call that went through every check: `same(q, k, v, cu_q, cu_k)` says whether a later call is of that
+    """A kind of call that went through every check: `same(q, k, v, cu_q[, cu_k])` says whether a later call is of that
     kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch), tiles -> launcher."""
 
     same: Callable[..., bool]
     launchers: dict[Tiles, Callable]
 
 
-_plans: list[Plan] = []  # a model needs one or two
+# A model needs one or two. The guard takes every tensor once, so calls whose cu_k is cu_q have plans of their own.
+_plans: dict[bool, list[Plan]] = {True: [], False: []}
 MOST_PLANS = 16
 
 
 def _remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles: Tiles, launcher: Callable) -> None:
     """Note for `quick` how a call was launched. The comparison is the one torch.compile guards its graphs with: one
-    call into C++ looks at all five tensors, in the time that Python needs to look at one."""
+    call into C++ looks at all the tensors, in the time that Python needs to look at one."""
     if TensorGuards is None:
         return
-    tensors = (q, k, v, cu_q, cu_k)
-    plan = next((plan for plan in _plans if plan.same(*tensors)), None)
+    plans = _plans[cu_k is cu_q]
+    tensors = (q, k, v, cu_q) if cu_k is cu_q else (q, k, v, cu_q, cu_k)
+    plan = next((plan for plan in plans if plan.same(*tensors)), None)
     if plan is None:
         sizes = [[None, *x.shape[1:]] for x in tensors]
         strides = [list(x.stride()) for x in tensors]
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        plan = Plan(guard.check, {})
-        _plans.insert(0, plan)
-        del _plans[MOST_PLANS:]
+        plan = Plan(TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check, {})
+        if not plan.same(*tensors):  # q, k and v are not three tensors, say
+            return
+        plans.insert(0, plan)
+        del plans[MOST_PLANS:]
     plan.launchers[tiles] = launcher
 
 
@@ -163,8 +166,9 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
 
     Nothing is left out: what the long way checks is either compared by a plan or looked at here.
     """
-    for plan in _plans:
-        if plan.same(q, k, v, cu_q, cu_k):
+    shared = cu_k is cu_q
+    for plan in _plans[shared]:
+        if plan.same(q, k, v, cu_q) if shared else plan.same(q, k, v, cu_q, cu_k):
             break
     else:
         return None

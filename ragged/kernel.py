@@ -162,8 +162,8 @@ def resident_kernel(
 
     Grid: (HEADS * SPLIT, batch); SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
     EQUAL is a guess: the tokens would just suffice for equal lengths. Then every program knows where its tokens begin
-    without looking it up, and its first loads start a memory latency earlier. The look-up confirms the guess while they
-    are under way; where it does not, the program takes the long way.
+    without looking it up, and its first loads start a memory latency earlier. The look-up comes in meanwhile; where it
+    does not confirm the guess, the program takes the long way.
     """
     head = tl.program_id(0) // SPLIT
     first = tl.program_id(0) % SPLIT * M
@@ -196,7 +196,7 @@ def resident_kernel(
         v_tail = load_tile(v_head, A + B, TAIL, keys, V_TOKEN, V_DIM, D, BLOCK_D, True)
     if EQUAL:
         if (q_start != q_row) | (q_len != rows) | (k_start != k_row) | (k_len != keys):
-            # the smallest tiles: this must be right, and must not take registers from the path below
+            # in the smallest tiles: it must be right, and must not take registers from the path below
             for r in tl.range(number(first // M * 16), number(q_len), 16 * SPLIT, num_stages=1):
                 _stream(Q, K, V, Out, Lse, q_start, q_len, k_start, k_len, r, head, scale_log2, total_q,
                         Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM, HEADS, D, BLOCK_D,

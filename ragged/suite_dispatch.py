@@ -2,7 +2,7 @@
 
 A row's backend is `<provider>` for the public Python function and `<provider>:<layer>` for what lies below it:
 
-    triton       custom_op (what torch.compile calls), quick (arguments of a known kind), known_kind (how it is told),
+    triton       custom_op (what torch.compile calls), quick (arguments of a known kind), guard (how it is told),
                  checked (other arguments, after their checks), argument_packing, output_allocation,
                  cached_launch (launch.start), direct_launch (the launcher it keeps), compiled_run (Triton's
                  CompiledKernel.run), cuLaunchKernel (the driver through ctypes);
@@ -87,11 +87,24 @@ class Started:
 def triton_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
     q, k, v = x.sets[0]
     places, started = (x.cu, x.cu, x.longest, x.longest), functools.cache(lambda: Started(x))
+
+    def quick() -> Callable:
+        varlen_attention(q, k, v, *places, backend="triton")
+        call = functools.partial(fused.quick, q, k, v, *places, SCALE)
+        if call() is None:
+            raise Skip("this kind of call takes the long way")
+        return call
+
+    def guard() -> Callable:
+        quick()
+        same = next(plan.same for plan in fused._plans[True] if plan.same(q, k, v, x.cu))
+        return lambda: same(q, k, v, x.cu)
+
     return {
         "custom_op": lambda: lambda: torch.ops.ragged.varlen_attention(q, k, v, *places, SCALE, False, "triton"),
-        "quick": lambda: lambda: fused.quick(q, k, v, *places, SCALE),
+        "quick": quick,
         "checked": lambda: started().attend,
-        "known_kind": lambda: lambda: fused.kind(q, k, v, x.cu, x.cu),
+        "guard": guard,
         "argument_packing": lambda: started().pack,
         "output_allocation": lambda: lambda: fused.new_output(q),
         "cached_launch": lambda: functools.partial(launch.start, *started().arguments),
@@ -106,7 +119,7 @@ def paper_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
     q, k, v = x.sets[0]
 
     def jit() -> Callable:
-        from .kernel import paper_kernel
+        from .kernel_simple import paper_kernel
 
         args = [t.contiguous() for t in (q, k, v)]
         out = torch.empty_like(args[0])
@@ -174,7 +187,7 @@ def _layer(x: Callable[[], Inputs], provider: str, layer: str, options: Options)
 
 
 LAYERS = {
-    "triton": ("custom_op", "quick", "known_kind", "checked", "argument_packing", "output_allocation", "cached_launch",
+    "triton": ("custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation", "cached_launch",
                "direct_launch", "compiled_run", "cuLaunchKernel", "jit_launch"),
     "flash_attn": ("custom_op", "binding", "aten"), "torch_varlen": ("custom_op", "aten"),
     "paper_triton": ("contiguous_copies", "output_allocation", "jit_launch"),
