@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     out = Path(asked.out) if asked.out else data.data_dir() / "results"
     options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
-    repeats = asked.repeats or (3 if asked.quick else 7)
+    repeats = asked.repeats or (3 if asked.quick else 5)
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
     wake()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start nothing new after this time; run again to go on"
     )
-    p.add_argument("--repeats", type=int, help="rounds of measuring (default 7, with --quick 3)")
+    p.add_argument("--repeats", type=int, help="rounds of measuring (default 5, with --quick 3)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--markdown", metavar="FILE", help="write the report there too")
     return p

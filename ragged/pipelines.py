@@ -143,14 +143,17 @@ class Pipeline:
         if why is not None:
             raise Skip(why)
         model = bench.model(pruner, name)
-        self.trace = model.trace(bench.images[0])
-        self.run = model if self.mode == "eager" else self._capture(model)
+        self.run = self._trace(model) if self.mode == "eager" else self._capture(model)
         bench.check(model, self.run)
         calls = [functools.partial(self.run, images) for images in bench.images]
         queued = None  # recorded passes that wait for nothing can be lined up behind each other
         if self.mode != "eager" and self.run.waits == 0:
             queued = functools.partial(_each, calls)
         return Subject(calls, queued, len(calls), torch.no_grad, CLOCKS)
+
+    def _trace(self, model: RaggedViT) -> RaggedViT:
+        self.trace = model.trace(self.bench().images[0])
+        return model
 
     def _capture(self, model: RaggedViT):
         bench = self.bench()

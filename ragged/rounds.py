@@ -44,11 +44,12 @@ class Subject:
         calls, cuda = self.calls, torch.cuda.is_available()
         if not calls:
             return
-        fit = max(1, int(slice_us / max(1.0, wall_us(calls, 1)[0])))
+        known = self.times.get("wall_us") or wall_us(calls, 1)
+        fit = max(1, int(slice_us / max(1.0, min(known))))
         readings = {
             "host_us": lambda: host_us(calls, min(50, fit), self.waits),
             "wall_us": lambda: wall_us(calls, min(20, fit)),
-            "stream_us": lambda: stream_us(calls, min(30, max(3, fit))),
+            "stream_us": lambda: stream_us(calls, min(30, max(2, fit))),
         }
         if cuda:
             readings["event_us"] = lambda: event_us(calls, min(20, fit))

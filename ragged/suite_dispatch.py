@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 
 from . import fused, launch
+from .attention import varlen_attention
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip
 from .suite_attention import EAGER, HEADDIM, HEADS, Inputs, attention_subject, varlen

@@ -107,7 +107,7 @@ def resolution(options: Options) -> list[Case]:
     """224 and 384 pixels, 196 and 576 patches, at keep 0.5."""
     quick, cases = options.quick, []
     sizes = ((224, 196),) if quick else ((384, 576), (224, 196))
-    modes = ("eager", "graph") if quick else MODES
+    modes = ("eager", "graph") if quick else ("eager", "compile+graph")
     backends = ("triton", "sdpa_padded") if quick else ("dense", *BACKENDS)
     for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
         for (size, patches), batch in itertools.product(sizes, options.pick_batches((2,) if quick else (64, 16, 4, 1))):
