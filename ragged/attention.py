@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-import os
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, launch
 from .backends import BACKENDS, reference
 
-_CHECK_VALUES = os.environ.get("RAGGED_CHECK") == "1"  # look at the offsets on CUDA too, at the price of a wait
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AUTO = ("triton", "flash_attn", "torch_varlen", "sdpa_padded")
 
 
@@ -33,8 +33,8 @@ def varlen_attention(
     cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
     """
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    if (backend == "auto" or backend == "triton") and not return_lse and not _CHECK_VALUES:
+        softmax_scale = _default_scale(q)
+    if (backend == "auto" or backend == "triton") and not return_lse and not launch.CHECK_VALUES:
         if not torch.compiler.is_compiling():
             out = fused.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
             if out is not None:
@@ -43,6 +43,7 @@ def varlen_attention(
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
         return (out, lse) if return_lse else out
+    _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     key = (backend, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape[1:], k.shape[1:], v.shape[1:])
     run = _accepted.get(key)
     if run is None:
@@ -61,7 +62,8 @@ def varlen_attention_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments; float64 CPU
     results."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _default_scale(q) if softmax_scale is None else softmax_scale
+    _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check_kinds(q, k, v)
     _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
     out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, return_lse)
@@ -71,7 +73,11 @@ def varlen_attention_ref(
 @functools.cache
 def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
     """The backend that "auto" stands for: the first of `AUTO` that has no reason against it."""
-    return next(name for name in AUTO if BACKENDS[name].why_not(device, dtype, headdim) is None)
+    reasons = {name: BACKENDS[name].why_not(device, dtype, headdim) for name in AUTO}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise ValueError(f"no backend runs here: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
 
 
 @functools.cache
@@ -95,12 +101,25 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, backend: str):
     return BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])].run
 
 
+def _default_scale(q: Tensor) -> float:
+    try:
+        return q.shape[-1] ** -0.5
+    except (AttributeError, IndexError, ZeroDivisionError):
+        return 1.0  # q is no (total, nheads, headdim), which the checks will say
+
+
+def _check_tensors(q, k, v, cu_q, cu_k) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
+        if x.dim() != 3 or x.shape[2] < 1:
             raise ValueError(f"{name}: expected (total, nheads, headdim), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}")
         if x.device != q.device:
@@ -118,16 +137,19 @@ def _check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> None:
         raise ValueError(f"max_seqlen_q: expected an int >= 1, got {max_q!r}")
     if type(max_k) is not int or max_k < 1:
         raise ValueError(f"max_seqlen_k: expected an int >= 1, got {max_k!r}")
-    if not 0.0 < scale < math.inf:
+    if not isinstance(scale, Real) or not 0.0 < scale < math.inf:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {scale!r}")
     _check_offsets(cu_q, "cu_seqlens_q", q)
     if cu_k is not cu_q:
         _check_offsets(cu_k, "cu_seqlens_k", k)
         if cu_k.shape != cu_q.shape:
             raise ValueError(f"cu_seqlens_k: expected {cu_q.shape[0]} entries like cu_seqlens_q, got {cu_k.shape[0]}")
-    if q.requires_grad and torch.is_grad_enabled():
-        raise ValueError("q: varlen_attention has no backward pass; call it under torch.no_grad() or detach q")
-    if _CHECK_VALUES or not q.is_cuda:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: varlen_attention has no backward pass; use torch.no_grad() or detach it")
+    if q.device.type == "meta":
+        raise ValueError("q: expected tensors that hold numbers, got device 'meta'")
+    if launch.CHECK_VALUES or not q.is_cuda:
         _check_values(cu_q, "cu_seqlens_q", q.shape[0], max_q)
         _check_values(cu_k, "cu_seqlens_k", k.shape[0], max_k)
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused, launch
+from .padded import masked_sdpa, pad_rows, unfused_softmax, unpad_rows
+from .registry import Registry
 
 HALF = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
@@ -33,34 +35,6 @@ class Backend:
     about: str = ""
 
 
-def pad_rows(x: Tensor, cu: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Rows x (total, ...) as (batch, width, ...), and which entries are real, bool (batch, width). No wait."""
-    column = torch.arange(width, device=x.device)
-    real = column < (cu[1:] - cu[:-1])[:, None]
-    if x.shape[0] == 0:
-        return x.new_zeros((real.shape[0], width, *x.shape[1:])), real
-    padded = x[torch.where(real, cu[:-1, None] + column, 0)]
-    return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), padded, 0), real
-
-
-def unpad_rows(x: Tensor, cu: Tensor, total: int) -> Tensor:
-    """The inverse of `pad_rows`: (batch, width, ...) to (total, ...). No wait."""
-    row = torch.arange(total, device=x.device)
-    image = torch.searchsorted(cu[1:], row, right=True)
-    return x[image, row - cu[image]]
-
-
-def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
-    """Fused SDPA on (batch, n, nheads, headdim); real_k bool (batch, n_k) marks the keys that exist (None: all).
-    An image without any key gets zeros."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if real_k is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    some = real_k.any(1)
-    mask = (real_k | ~some[:, None])[:, None, None]  # softmax over nothing is NaN: let such an image see its zeros
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
 def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_zeros((q.shape[1], 0), dtype=torch.float32) if want_lse else None
@@ -73,14 +47,6 @@ def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     scores = torch.einsum("bqhd,bkhd->bqhk", qp.float(), kp.float()) * scale  # SDPA keeps its log-sum-exp to itself
     lse = scores.masked_fill(~real[:, None, None], -math.inf).logsumexp(-1)
     return out, unpad_rows(lse, cu_q, q.shape[0]).T.contiguous()
-
-
-def unfused_softmax(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ) v in three separate operations on (batch, n, nheads, headdim): the paper's padded baseline."""
-    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * scale
-    if real_k is not None:
-        scores = scores.masked_fill(~real_k[:, None, None], -math.inf)
-    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
@@ -96,9 +62,12 @@ def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
         kp[b, :n_k] = k[starts_k[b] : starts_k[b + 1]]
         vp[b, :n_k] = v[starts_k[b] : starts_k[b + 1]]
         real[b, :n_k] = True
-    out = torch.nan_to_num(unfused_softmax(qp, kp, vp, real, scale)) if max_k else qp
-    pieces = [out[b, : starts_q[b + 1] - starts_q[b]] for b in range(batch)]
-    return torch.cat(pieces), None
+    padded = unfused_softmax(qp, kp, vp, real, scale)
+    out = torch.zeros_like(q)  # an image without keys gets zeros, not the softmax of nothing
+    for b in range(batch):
+        if starts_k[b + 1] > starts_k[b]:
+            out[starts_q[b] : starts_q[b + 1]] = padded[b, : starts_q[b + 1] - starts_q[b]]
+    return out, None
 
 
 def _dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
@@ -113,9 +82,27 @@ def _dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     return masked_sdpa(*shaped, None, scale).flatten(0, 1), None
 
 
+def _sixteen(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as libraries want them: dense last dimension, rows and start on multiples of 16 bytes. Views of an
+    ordinary qkv projection are passed on as they are, others are copied: a misaligned one would stop the whole GPU
+    context with an error."""
+    return [x if _on_sixteen(x) else x.contiguous().clone() for x in tensors]
+
+
+def _on_sixteen(x: Tensor) -> bool:
+    numbers = 16 // x.element_size()
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % numbers == 0 for s in x.stride()[:-1])
+
+
+def _minus_inf(lse: Tensor) -> Tensor:
+    """FlashAttention marks a sequence without keys by +inf; the logarithm of an empty sum is -inf."""
+    return lse.masked_fill(lse == math.inf, -math.inf)
+
+
 def _nested(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     """NestedTensor SDPA, with the zero-copy constructor."""
     _refuse_lse("nested", want_lse)
+    q, k, v = _sixteen(q, k, v)
     make = torch.nested.nested_tensor_from_jagged
     nq = make(q, cu_q.long(), min_seqlen=1, max_seqlen=max_q)
     nk, nv = (make(x, cu_k.long(), min_seqlen=1, max_seqlen=max_k) for x in (k, v))
@@ -126,18 +113,19 @@ def _nested(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 def _flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     from flash_attn import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, return_attn_probs=want_lse
-    )  # fmt: skip
-    return (out[0], out[1]) if want_lse else (out, None)
+    sizes = (cu_q, cu_k, max_q, max_k)
+    out = flash_attn_varlen_func(*_sixteen(q, k, v), *sizes, softmax_scale=scale, return_attn_probs=want_lse)
+    return (out[0], _minus_inf(out[1])) if want_lse else (out, None)
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    arguments = (*_sixteen(q, k, v), cu_q, cu_k, max_q, max_k)
     if not want_lse:
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale), None
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, return_aux=AuxRequest(lse=True))
+        return varlen_attn(*arguments, scale=scale), None
+    out, lse = varlen_attn(*arguments, scale=scale, return_aux=AuxRequest(lse=True))
+    return out, _minus_inf(lse)
 
 
 def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
@@ -174,21 +162,29 @@ def _refuse_lse(name: str, want_lse: bool) -> None:
 
 
 def _anywhere(device, dtype, headdim) -> str | None:
-    return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
+    if torch.device(device).type == "meta":
+        return "device 'meta' holds no numbers"
+    known = (*HALF, torch.float32, torch.float64)
+    return None if dtype in known else f"dtype {dtype} is not one of float16, bfloat16, float32, float64"
+
+
+def _no_cuda(device: torch.device | str) -> str | None:
+    """Why nothing can run on CUDA for this device, or None."""
+    if torch.device(device).type != "cuda":
+        return f"device {torch.device(device).type!r} is not CUDA"
+    return None if torch.cuda.is_available() else "PyTorch finds no usable CUDA device or driver here"
 
 
 def _why_not_nested(device, dtype, headdim) -> str | None:
-    if torch.device(device).type != "cuda":
-        return f"device {torch.device(device).type!r} is not CUDA, and NestedTensor SDPA picks among CUDA kernels"
-    return _anywhere(device, dtype, headdim)
+    return _no_cuda(device) or _anywhere(device, dtype, headdim)
 
 
 def _why_not_triton(device, dtype, headdim) -> str | None:
     device = torch.device(device)
     if not launch.installed("triton"):
         return "Triton is not installed (it exists for Linux only)"
-    if device.type != "cuda" and not launch.usable(device):
-        return f"device {device.type!r} is not CUDA; set TRITON_INTERPRET=1 before importing to interpret it on the CPU"
+    if not (device.type == "cpu" and launch.INTERPRET) and (reason := _no_cuda(device)):
+        return f"{reason}; set TRITON_INTERPRET=1 before importing to interpret it on CPU tensors"
     if device.type == "cuda" and _capability(device) < (8, 0):
         return (
             f"compute capability {'.'.join(map(str, _capability(device)))} has no tensor-core path in Triton "
@@ -210,8 +206,8 @@ def _why_not_flash_package(device, dtype, headdim) -> str | None:
 
 
 def _why_not_flash(device, dtype, headdim) -> str | None:
-    if torch.device(device).type != "cuda":
-        return f"device {torch.device(device).type!r} is not CUDA"
+    if reason := _no_cuda(device):
+        return reason
     if _capability(torch.device(device)) < (8, 0):
         return "needs compute capability 8.0"
     if dtype not in HALF:
@@ -241,4 +237,4 @@ _ALL = (
     Backend("paper_padded", _paper_padded, _anywhere, "padded", "the paper's padded baseline: loops, unfused"),
     Backend("dense", _dense, _anywhere, "padded", "fused SDPA, equal counts only"),
 )
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
+BACKENDS: Registry[str, Backend] = Registry("backend", {backend.name: backend for backend in _ALL})

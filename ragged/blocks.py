@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import varlen_attention
-from .backends import masked_sdpa, unfused_softmax
+from .padded import masked_sdpa, unfused_softmax
 
 
 def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are not its own
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {why}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

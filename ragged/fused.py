@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .tiles import Tiles, choose_tiles, grid_of
 
 LOG2_E = 1.4426950408889634
 
@@ -22,67 +23,6 @@ try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # then every call takes the long way
     TensorGuards = None
-
-
-class Tiles(NamedTuple):
-    """Which attention kernel, its grid and its tile shapes. split: programs per head and image, or 0 for one per query
-    tile.  shape: the kernel's own compile-time constants.  options: Triton's."""
-
-    kernel: str
-    rows: int
-    split: int
-    shape: tuple[tuple[str, int], ...]
-    options: tuple[tuple[str, int], ...]
-
-
-FEW = 264  # programs, two per multiprocessor of an H200: with fewer, the queries of a head are shared out
-# Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is
-# masked, so all others must be full: a piece list fits max_k keys if without its last piece it is shorter than they are.
-PIECES = (
-    (16, 0, 0), (32, 0, 0), (32, 0, 16), (64, 0, 0), (64, 0, 16), (64, 0, 32), (64, 32, 16), (64, 0, 64),
-    (128, 0, 16), (128, 0, 32), (128, 0, 64), (128, 64, 16),
-)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_tiles(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> Tiles:
-    """A small table, measured once on an H200 with head dimension 64; nothing is tuned in a user's first call.
-
-    programs: heads times images.  equal: whether the token counts allow all images to be equally long. The resident
-    kernel pays for the longest image everywhere, the stream kernel follows each length. Lengths choose only among a
-    few dozen shapes, and each of them is compiled once.
-    """
-    tiles = -(-max_q // 64)
-    if itemsize == 4:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
-        return _stream(32, 32, 16, 1)
-    if headdim > 64:
-        return _stream(64, 32, 16, 2)
-    few = programs <= FEW
-    crowded = not (few and max_k > 128 and programs * tiles <= FEW)
-    if tiles <= 4 and (max_k <= 64 or (equal and max_k <= 208)) and crowded:
-        return _resident(max_k, tiles, few, programs, equal)
-    if max_k <= 320 and not (equal and few):  # 96 registers: five programs on a multiprocessor instead of four
-        return _stream(64, 32, 32, 3, maxnreg=96)
-    return _stream(64, 64, 16 if max_k % 64 <= 16 else 32, 3)
-
-
-def _stream(m: int, n: int, tail: int, stages: int, **options: int) -> Tiles:
-    shape = (("M", m), ("N", n), ("TAIL", tail), ("STAGES", stages))
-    return Tiles("stream", m, 0, shape, (("num_warps", 4), ("num_stages", stages), *options.items()))
-
-
-def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> Tiles:
-    a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
-    split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
-    # 128 registers a thread let a fourth program onto a multiprocessor
-    limit = {"maxnreg": 128} if 64 < max_k <= 112 and programs > 1.5 * FEW else {}
-    shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
-    options = {"num_warps": 4, "num_stages": 1, **limit}
-    return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
-
-
-def _grid(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int]:
-    return (tiles.split or -(-max_q // tiles.rows)) * heads, images
 
 
 def new_output(q: Tensor) -> Tensor:
@@ -107,9 +47,17 @@ def _constants(tiles: Tiles, q_stride: tuple, k_stride: tuple, v_stride: tuple, 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
            scale: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """This collection's attention on checked arguments: (total_q, nheads, headdim), and the log-sum-exp or None."""
+    """This collection's attention on checked arguments: (total_q, nheads, headdim), and the log-sum-exp or None.
+
+    Token-major tensors are read in place. Where a head's tokens stand together instead, the head stride is the total of
+    the batch, and to compile that in would mean a new kernel for every batch: such tensors are copied.
+    """
     from . import kernel
 
+    if q.is_cuda and q.get_device() != launch.current_device():
+        with torch.cuda.device(q.device):
+            return attend(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse)
+    q, k, v = (x.contiguous() if x.stride(0) < x.stride(1) else x for x in (q, k, v))
     total, heads, dim = q.shape
     images = cu_q.shape[0] - 1
     equal = total == images * max_q and k.shape[0] == images * max_k
@@ -121,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
     run = kernel.resident_kernel if tiles.kernel == "resident" else kernel.stream_kernel
     tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
     numbers = (scale * LOG2_E, total, max_q, max_k)
-    grid = _grid(tiles, max_q, heads, images) if total else (0, 0)
+    grid = grid_of(tiles, max_q, heads, images) if total else (0, 0)
     launcher = launch.start(run, key, grid, tensors, numbers, constants, options)
     if launcher is not None and not want_lse:
         _remember(q, k, v, cu_q, cu_k, tiles, launcher)
@@ -144,7 +92,7 @@ MOST_PLANS = 16
 def _remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles: Tiles, launcher: Callable) -> None:
     """Note for `quick` how a call was launched. The comparison is the one torch.compile guards its graphs with: one
     call into C++ looks at all the tensors, in the time that Python needs to look at one."""
-    if TensorGuards is None:
+    if TensorGuards is None or q.requires_grad or k.requires_grad or v.requires_grad:
         return
     plans = _plans[cu_k is cu_q]
     tensors = (q, k, v, cu_q) if cu_k is cu_q else (q, k, v, cu_q, cu_k)
@@ -172,6 +120,8 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
             break
     else:
         return None
+    if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0):
+        return None
     total, heads, dim = q.shape
     total_k, images, device = k.shape[0], cu_q.shape[0] - 1, q.get_device()
     equal = total == images * max_q and total_k == images * max_k
@@ -181,20 +131,23 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
         return None
     if cu_k.shape[0] != images + 1 or total_k != v.shape[0]:
         return None
-    if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0 and 0.0 < scale < math.inf):
+    if scale.__class__ is not float or not 0.0 < scale < math.inf:
         return None
     out = new_output(q)
     a, b, c, d, e, f = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
     if (a | b | c | d | e | f) & 15:  # compiled kernels assume multiples of 16 bytes
         return None
     stream = launch.current_stream(device)
-    grid = _grid(tiles, max_q, heads, images)
+    grid = grid_of(tiles, max_q, heads, images)
     launcher(*grid, stream, a, b, c, d, d, e, f, scale * LOG2_E, total, max_q, max_k)
     return out
 
 
 def paper_attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_q: int, scale: float) -> Tensor:
     """Algorithm 1 the way the paper runs it: three contiguous copies, then `kernel[grid](...)` through the JIT."""
+    if q.is_cuda and q.get_device() != launch.current_device():
+        with torch.cuda.device(q.device):
+            return paper_attend(q, k, v, cu, max_q, scale)
     from .kernel_simple import paper_kernel
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -226,7 +179,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "N": 64}
     key = (q.dtype, *constants.values())
     tensors = (q, k, probs, starts, lengths)
-    launch.start(cls_kernel, key, (heads, starts.shape[0]), tensors, (scale * LOG2_E,), constants, {})
+    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, (scale * LOG2_E,), constants, {})
     return probs
 
 
@@ -240,3 +193,10 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
     out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device)
     # padding columns all land in one extra row, which is cut off
     return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
+
+
+def forget() -> None:
+    """Drop every kept launcher and plan, so that the next call is a first call (for tests and measurements)."""
+    launch.forget()
+    for plans in _plans.values():
+        plans.clear()

@@ -128,13 +128,14 @@ def stream_kernel(
 ):  # fmt: skip
     """Bidirectional attention for any lengths: one program for each query tile of each head of each image.
 
-    Grid: (query tiles of the longest image * HEADS, batch). Programs of neighbouring tiles run at the same time and
-    find each other's keys in the L2 cache. An image with fewer tiles than the longest leaves its last programs idle.
+    Grid: query tiles of the longest image, times HEADS, times batch. Programs of neighbouring tiles run at the same
+    time and find each other's keys in the L2 cache. An image with fewer tiles than the longest leaves its last
+    programs idle.
     """
-    tiles = tl.num_programs(0) // HEADS
-    head = tl.program_id(0) // tiles
+    tiles = tl.cdiv(max_q, M)
+    image = tl.program_id(0) // (tiles * HEADS)
+    head = tl.program_id(0) // tiles % HEADS
     first = tl.program_id(0) % tiles * M
-    image = tl.program_id(1)
     q_start = tl.load(CuQ + image)
     q_len = tl.load(CuQ + image + 1) - q_start
     if first >= q_len:
@@ -160,14 +161,14 @@ def resident_kernel(
     """Bidirectional attention for up to 208 keys: a program holds all keys and values of one head of one image, in
     pieces A, B and TAIL wide (197 = 128 + 64 + 5 of 16), and walks over its query tiles. Keys and values are read once.
 
-    Grid: (HEADS * SPLIT, batch); SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
+    Grid: SPLIT * HEADS * batch; SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
     EQUAL is a guess: the tokens would just suffice for equal lengths. Then every program knows where its tokens begin
     without looking it up, and its first loads start a memory latency earlier. The look-up comes in meanwhile; where it
     does not confirm the guess, the program takes the long way.
     """
-    head = tl.program_id(0) // SPLIT
+    image = tl.program_id(0) // (SPLIT * HEADS)
+    head = tl.program_id(0) // SPLIT % HEADS
     first = tl.program_id(0) % SPLIT * M
-    image = tl.program_id(1)
     q_start = tl.load(CuQ + image).to(tl.int64)
     q_len = tl.load(CuQ + image + 1) - q_start.to(tl.int32)
     k_start = tl.load(CuK + image).to(tl.int64)

@@ -88,10 +88,10 @@ def cls_kernel(
 ):  # fmt: skip
     """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS).
 
-    One row of the attention matrix instead of all of them. Grid (HEADS, batch). Two passes over the keys: the first
+    One row of the attention matrix instead of all of them. Grid (HEADS * batch,). Two passes over the keys: the first
     finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
     """
-    head, image = tl.program_id(0), tl.program_id(1)
+    head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
     length = tl.load(Lengths + image)
     if length == 0:
@@ -132,8 +132,9 @@ def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.co
         tl.store(OutIds + row, tl.load(Ids + source, mask=real), mask=real)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "total"])
+def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, total,
+                DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Scatter: a kept row of X goes to row Place - 1 of Out, where Place counts the kept rows up to and with it.
 
     Every program knows from the prefix sum alone where its rows go, so all of them run at once.
@@ -142,6 +143,7 @@ def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, DIM: tl.constexpr, ROWS:
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = (row < rows) & (tl.load(Keep + row, mask=row < rows, other=0) != 0)
     target = tl.load(Place + row, mask=keep, other=1).to(tl.int64) - 1
+    keep = keep & (target < total)  # whatever count the host was told
     mask = keep[:, None] & (column[None, :] < DIM)
     x = tl.load(X + row.to(tl.int64)[:, None] * DIM + column[None, :], mask=mask)
     tl.store(Out + target[:, None] * DIM + column[None, :], x, mask=mask)

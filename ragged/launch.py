@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CHECK_VALUES = os.environ.get("RAGGED_CHECK") == "1"  # look at numbers on CUDA too, at the price of a wait
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # device -> stream as an integer
 

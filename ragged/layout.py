@@ -147,7 +147,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
         rows = (state.starts[:, None] + index).flatten()
         steps = torch.arange(batch + 1, device=index.device, dtype=torch.int32)
         new_tokens, new_ids = copy_rows(tokens, ids, rows)
-        packed = Packed(new_tokens, new_ids, steps * counts, counts, batch, state.seqlen, counts)
+        packed = Packed(new_tokens, new_ids, steps * counts, max(counts, 1), batch, state.seqlen, counts)
         return _append_fused(packed, state, selection.blend)
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
@@ -158,7 +158,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
     rows = state.starts[image] + index[image, column]
     new_tokens, new_ids = copy_rows(tokens, ids, rows)
-    return Packed(new_tokens, new_ids, cu_seqlens, longest, batch, state.seqlen)
+    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen)
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:

@@ -14,6 +14,10 @@ DEITS = ("deit_tiny", "deit_small", "deit_base")
 WEIGHTS = ("digits", "imagenet", "random")
 
 
+class NotAViT(ValueError):
+    """The model asked for is no plain Vision Transformer."""
+
+
 def load_deit(
     name: str = "deit_tiny", weights: str | Path = "random", img_size: int = 224, *, num_classes: int | None = None,
     sha256: str | None = None, seed: int = 0,
@@ -26,6 +30,10 @@ def load_deit(
     Raises ValueError for unknown names, wrong keys or a wrong hash, FileNotFoundError, and ConnectionError if a
     download is impossible.
     """
+    if not isinstance(weights, (str, Path)):
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)} or a path, got {weights!r}")
+    if sha256 is not None and str(weights) in WEIGHTS:
+        raise ValueError(f"sha256: is for a checkpoint given by its path, got weights={weights!r}")
     timm_name = _timm_name(name, img_size)
     if weights == "imagenet":
         return check_supported(_download(timm_name, img_size, num_classes))
@@ -64,13 +72,13 @@ def _create(timm_name: str, img_size: int, num_classes: int, pretrained: bool = 
     try:
         return timm.create_model(timm_name, pretrained=pretrained, img_size=img_size, num_classes=num_classes).eval()
     except TypeError as error:  # models that are no ViT take no img_size
-        raise ValueError(f"name: {timm_name} is not a plain Vision Transformer ({error})") from error
+        raise NotAViT(f"name: {timm_name} is not a plain Vision Transformer ({error})") from error
 
 
 def _download(timm_name: str, img_size: int, num_classes: int | None) -> nn.Module:
     try:
         return _create(timm_name, img_size, 1000 if num_classes is None else num_classes, pretrained=True)
-    except (ValueError, NotImplementedError):
+    except NotAViT:
         raise
     except Exception as error:  # the hub client has many ways to say that there is no network
         raise ConnectionError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
+from . import launch
 from .copying import scatter_rows
 from .layout import Packed, Padded, Selection, read_sizes, take_packed
 
@@ -20,11 +23,15 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
     _check(x, "x", 3, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
     _check(keep, "keep", 2, (torch.bool, torch.int64))
     batch, n, _ = x.shape
+    if batch == 0:
+        raise ValueError(f"x: expected at least one image, got shape {tuple(x.shape)}")
     if keep.device != x.device:
         raise ValueError(f"keep: expected on {x.device} like x, got {keep.device}")
     ids = torch.arange(n, device=x.device).expand(batch, n)
     dense = Padded(x, ids, n, count=n)
     if keep.dtype == torch.int64:
+        if counts is not None:
+            raise ValueError("counts: an index already says how many rows every image keeps")
         if keep.shape[0] != batch:
             raise ValueError(f"keep: expected {batch} rows of row numbers like x, got {tuple(keep.shape)}")
         if keep.device.type == "cpu" and keep.numel() and not (0 <= keep.min() and keep.max() < n):
@@ -43,7 +50,11 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
     keep: bool (total,).  counts: as in `pack`; without it, exactly one device-to-host wait. Rows keep their order and
     their ids. The position of a row in the output is the number of kept rows before it: a prefix sum, no `nonzero`.
     """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
     _check(keep, "keep", 1, (torch.bool,))
+    if keep.device != packed.tokens.device:
+        raise ValueError(f"keep: expected on {packed.tokens.device} like the tokens, got {keep.device}")
     if keep.shape[0] != packed.tokens.shape[0]:
         raise ValueError(f"keep: expected one entry per row, {packed.tokens.shape[0]}, got {keep.shape[0]}")
     place = keep.cumsum(0, dtype=torch.int32)
@@ -51,10 +62,8 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
     if counts is None:
         total, longest = read_sizes(cu_seqlens[1:] - cu_seqlens[:-1])
     else:
-        if len(counts) != packed.batch:
-            raise ValueError(f"counts: expected {packed.batch} numbers, one per image, got {len(counts)}")
-        total, longest = sum(counts), max(counts)
-        if keep.device.type == "cpu" and cu_seqlens.diff().tolist() != list(counts):
+        total, longest = _host_sizes(counts, packed.batch)
+        if (launch.CHECK_VALUES or keep.device.type == "cpu") and cu_seqlens.diff().tolist() != list(counts):
             raise ValueError("counts: they do not agree with keep")
     tokens, ids = scatter_rows(packed.tokens, packed.ids, keep, place, total)
     equal = longest if total == longest * packed.batch else None
@@ -64,6 +73,8 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     """Put every row back where it stood before pruning: (batch, seqlen, dim), `fill` where a row was dropped.
     Fused tokens (id -1) have no place in the original sequence and are left out. No wait."""
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
     dim, slots = packed.tokens.shape[1], packed.batch * packed.seqlen
     row = torch.arange(packed.tokens.shape[0], device=packed.ids.device)
     image = torch.searchsorted(packed.cu_seqlens[1:], row, right=True)
@@ -72,6 +83,14 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     slot = torch.where(gone, slots, image * packed.seqlen + packed.ids)
     out = packed.tokens.new_full((slots + 1, dim), fill)
     return out.index_copy_(0, slot, packed.tokens)[:slots].unflatten(0, (packed.batch, packed.seqlen))
+
+
+def _host_sizes(counts: list[int], batch: int) -> tuple[int, int]:
+    if not isinstance(counts, (list, tuple)) or not all(isinstance(n, Integral) and n >= 0 for n in counts):
+        raise TypeError(f"counts: expected a list of {batch} ints >= 0, got {counts!r}")
+    if len(counts) != batch:
+        raise ValueError(f"counts: expected {batch} numbers, one per image, got {len(counts)}")
+    return int(sum(counts)), int(max(counts))
 
 
 def _check(x: Tensor, name: str, rank: int, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoints import load_state
 from .layout import Selection
+from .registry import Registry
 from .selection import View, at_least, inverse_cdf, top_k, with_prefix
 
 PLACES = ("before", "inside", "after")
@@ -208,11 +209,14 @@ def given_lengths(lengths: Sequence[int], at=(3,), where: str = "after", seed: i
     return GivenLengths(lengths, at, where, seed)
 
 
-PRUNERS = {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS}
+PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS})
 
 
 def _stages(at: int | Iterable[int]) -> tuple[int, ...]:
-    stages = (at,) if isinstance(at, int) else tuple(operator.index(i) for i in at)
+    try:
+        stages = (at,) if isinstance(at, Integral) else tuple(operator.index(i) for i in at)
+    except TypeError:
+        raise TypeError(f"at: expected a block index or several, got {at!r}") from None
     if not stages or min(stages) < 0 or list(stages) != sorted(set(stages)):
         raise ValueError(f"at: expected rising block indices >= 0, got {at!r}")
     return stages

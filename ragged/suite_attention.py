@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import data
 from .attention import varlen_attention, varlen_attention_ref
-from .backends import BACKENDS, masked_sdpa, pad_rows
+from .backends import BACKENDS
 from .layout import offsets
+from .padded import masked_sdpa, pad_rows
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip, Wrong
 from .timing import record, syncs

@@ -21,10 +21,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Reading order. A file imports only from files to its left.
 ORDER = (
-    "kernel_simple kernel launch copying layout packing fused backends attention blocks checkpoints selection pruners graph "
-    "scenes data loading model flops timing rounds runner pipelines suite_attention suite_pack suite_dispatch "
-    "suite_model suite_checks report bench "
-    "style plots_call plots_model plots_pictures plots notebook_output course train"
+    "registry kernel_simple kernel launch copying layout packing tiles fused padded backends attention blocks "
+    "checkpoints selection pruners graph scenes data loading model flops timing rounds runner pipelines "
+    "suite_attention suite_pack suite_dispatch suite_model suite_checks report bench style plots_call plots_model "
+    "plots_pictures plots notebook_output course train "
 ).split()
 
 MAX_FILE_LINES = 250

@@ -1,0 +1,68 @@
+"""Which attention kernel runs with which tiles: one small table, measured once."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """Which attention kernel, its grid and its tile shapes. split: programs per head and image, or 0 for one per query
+    tile.  shape: the kernel's own compile-time constants.  options: Triton's."""
+
+    kernel: str
+    rows: int
+    split: int
+    shape: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+FEW = 264  # programs, two per multiprocessor of an H200: with fewer, the queries of a head are shared out
+# Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is
+# masked, so all others must be full: no list is chosen for fewer keys than it has without its last piece.
+PIECES = (
+    (16, 0, 0), (32, 0, 0), (32, 0, 16), (64, 0, 0), (64, 0, 16), (64, 0, 32), (64, 32, 16), (64, 0, 64),
+    (128, 0, 16), (128, 0, 32), (128, 0, 64), (128, 64, 16),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tiles(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> Tiles:
+    """A small table, measured once on an H200 with head dimension 64; nothing is tuned in a user's first call.
+
+    programs: heads times images.  equal: whether the token counts allow all images to be equally long. The resident
+    kernel pays for the longest image everywhere, the stream kernel follows each length. Lengths choose only among a
+    few dozen shapes, and each of them is compiled once.
+    """
+    tiles = -(-max_q // 64)
+    if itemsize == 4:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
+        return _stream(32, 32, 16, 1)
+    if headdim > 64:
+        return _stream(64, 32, 16, 2)
+    few = programs <= FEW
+    crowded = not (few and max_k > 128 and programs * tiles <= FEW)
+    if tiles <= 4 and (max_k <= 64 or (equal and max_k <= 208)) and crowded:
+        return _resident(max_k, tiles, few, programs, equal)
+    if max_k <= 320 and not (equal and few):  # 96 registers: five programs on a multiprocessor instead of four
+        return _stream(64, 32, 32, 3, maxnreg=96)
+    return _stream(64, 64, 16 if max_k % 64 <= 16 else 32, 3)
+
+
+def _stream(m: int, n: int, tail: int, stages: int, **options: int) -> Tiles:
+    shape = (("M", m), ("N", n), ("TAIL", tail), ("STAGES", stages))
+    return Tiles("stream", m, 0, shape, (("num_warps", 4), ("num_stages", stages), *options.items()))
+
+
+def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> Tiles:
+    a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
+    split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
+    # 128 registers a thread let a fourth program onto a multiprocessor
+    limit = {"maxnreg": 128} if 64 < max_k <= 112 and programs > 1.5 * FEW else {}
+    shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
+    options = {"num_warps": 4, "num_stages": 1, **limit}
+    return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
+
+
+def grid_of(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int]:
+    """The grid that covers `images` images of up to max_q queries and `heads` heads."""
+    return (tiles.split or -(-max_q // tiles.rows)) * heads * images, 1
