@@ -137,9 +137,12 @@ def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None)
     rows, width = images.shape[0] * result.width, result.width
     sizes = [*range(WIDTH_STEP, width, WIDTH_STEP), width] if captured.padded else bucket_sizes(rows)
     captured.sizes = sizes if between is None else _needed(sizes, *between)
-    for size in captured.sizes:
+    total, longest = need.tolist()
+    for size in reversed(captured.sizes):
         how = (images.shape[0] * size, size) if captured.padded else (size, width)
-        captured.buckets[size] = _record_back(result, how, stream, pool)
+        # run once before recording; but a bucket that these images overflow would read and write past its end
+        dry = size >= (longest if captured.padded else total)
+        captured.buckets[size] = _record_back(result, how, stream, pool, dry)
     return captured
 
 
@@ -154,11 +157,14 @@ def _needed(sizes: list[int], least: int, most: int) -> list[int]:
     return sizes[bisect_left(sizes, least) : bisect_left(sizes, most) + 1]
 
 
-def _record_back(pending, how: tuple[int, int], stream: torch.cuda.Stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        pending.resume(*how)
-    torch.cuda.current_stream().wait_stream(stream)
+def _record_back(
+    pending, how: tuple[int, int], stream: torch.cuda.Stream, pool, dry: bool
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    if dry:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            pending.resume(*how)
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         output = pending.resume(*how)
