@@ -56,8 +56,9 @@ def _stream(m: int, n: int, tail: int, stages: int, **options: int) -> Tiles:
 def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> Tiles:
     a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
     split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
-    # 128 registers a thread let a fourth program onto a multiprocessor
-    limit = {"maxnreg": 128} if 64 < max_k <= 112 and programs > 1.5 * FEW else {}
+    limit = {}
+    if 64 < max_k <= 112 and programs > 1.5 * FEW:  # 128 registers let a fourth program onto a multiprocessor, 96 a fifth
+        limit = {"maxnreg": 96 if programs > 6 * FEW else 128}
     shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
     options = {"num_warps": 4, "num_stages": 1, **limit}
     return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
