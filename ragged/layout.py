@@ -11,7 +11,7 @@ Two layouts hold the same thing, and everything after this file works on either:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,6 +130,13 @@ class Padded:
         """The first `count` rows of every image, (batch, count, dim)."""
         return self.tokens[:, :count]
 
+    def flat(self) -> Packed:
+        """A dense batch seen as a packed one: the same memory, all images equally long."""
+        if self.lengths is not None:
+            raise ValueError("flat: expected a dense batch, this one is padded")
+        tokens, ids, n = self.tokens.flatten(0, 1), self.ids.flatten(), self.width
+        return Packed(tokens, ids, self.cu_seqlens, n, self.batch, self.seqlen, n)
+
 
 Sizes = Callable[[Tensor], tuple[int, int]]
 
@@ -183,6 +190,22 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
     if known:
         lengths = None if rows == width else torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
     return Padded(tokens, ids, state.seqlen, lengths, rows)
+
+
+def take_by_loop(state: Padded, selection: Selection) -> Padded:
+    """`take_padded` to the present width as the paper's padded baseline does it, kept faithfully slow: the counts are
+    read from the GPU, and one Python loop copies image after image into zeros."""
+    sizes = take_padded(replace(state, tokens=state.tokens[..., :1]), replace(selection, blend=None), state.width)
+    counts = selection.counts
+    counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
+    tokens, ids, lengths = torch.zeros_like(state.tokens), sizes.ids, sizes.lengths
+    for b, n in enumerate(counts):
+        tokens[b, :n] = state.tokens[b, selection.index[b, :n]]
+    if selection.blend is not None:
+        tokens[:, counts[0]], ids[:, counts[0]] = _fuse(state, selection.blend)[:, 0], -1
+        lengths = torch.full_like(selection.index[:, 0], counts[0] + 1, dtype=torch.int32)
+    count = int(lengths[0]) if isinstance(selection.counts, int) and lengths is not None else sizes.count
+    return Padded(tokens, ids, state.seqlen, lengths, count)
 
 
 def offsets(counts: Tensor) -> Tensor:

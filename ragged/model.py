@@ -14,7 +14,7 @@ from .backends import BACKENDS
 from .blocks import PIECES
 from .fused import cls_attention
 from .graph import Captured, capture
-from .layout import Packed, Padded, Selection, read_sizes, take_packed, take_padded
+from .layout import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
 from .loading import check_supported
 from .pruners import Pruner
 from .selection import View
@@ -104,6 +104,8 @@ class RaggedViT(nn.Module):
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         n = x.shape[1]
         state = Padded(x, torch.arange(n, device=x.device).expand(x.shape[0], n), n, count=n)
+        if self.pruner is not None and self._resolved(state) == "triton":
+            state = state.flat()  # our kernel is ahead of dense SDPA too, so the early blocks use it as well
         if -1 in self._cuts:
             selection = self.pruner.select(View(state, prefix, self._cuts[-1]))
             return self._cut(state, selection, -1, stages, lambda new: self._blocks(new, 0, stages))
@@ -183,7 +185,7 @@ class RaggedViT(nn.Module):
             return go(state)
         backend = BACKENDS[self._resolved(state)]
         if backend.name == "paper_padded":  # the paper pads to the original length, always
-            return go(take_padded(state, selection, state.width))
+            return go(take_by_loop(state, selection))
         known = isinstance(selection.counts, int)
         if backend.layout == "padded":
             if known:

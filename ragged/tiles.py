@@ -57,7 +57,7 @@ def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> 
     a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
     split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
     limit = {}
-    if 64 < max_k <= 112 and programs > 1.5 * FEW:  # 128 registers let a fourth program onto a multiprocessor, 96 a fifth
+    if 64 < max_k <= 112 and programs > 1.5 * FEW:  # 128 registers let a fourth program onto a multiprocessor, 96 five
         limit = {"maxnreg": 96 if programs > 6 * FEW else 128}
     shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
     options = {"num_warps": 4, "num_stages": 1, **limit}
