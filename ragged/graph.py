@@ -42,7 +42,8 @@ class Captured:
     padding included.
     """
 
-    def __init__(self, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
+    def __init__(self, model, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
+        self.model = model  # a graph remembers addresses only: weights and predictors must live as long as it does
         self.images, self.front, self.output = images, front, output
         self.waits = 0 if output is not None else 1
         self.buckets: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -130,8 +131,8 @@ def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None)
         result = model.begin(images)
         need = None if isinstance(result, Tensor) else torch.stack((result.counts.sum(), result.counts.max()))
     if need is None:
-        return Captured(images, front, result)
-    captured = Captured(images, front, None)
+        return Captured(model, images, front, result)
+    captured = Captured(model, images, front, None)
     captured.need, captured.padded = need, _is_padded(model)
     front.replay()
     rows, width = images.shape[0] * result.width, result.width

@@ -169,6 +169,16 @@ def test_a_graph_equals_eager(name, single, backend):
     assert torch.equal(results[0], results[3]) and not torch.equal(results[0], results[1]), "results are copies"
 
 
+def test_a_graph_outlives_the_variables_it_was_made_from():
+    """A graph remembers addresses: were the pruner's tensors freed, others would be written over them."""
+    vit, images = ragged.load_deit("deit_tiny").to("cuda", torch.float16), torch.randn(8, 3, 224, 224).cuda().half()
+    for make in (lambda: given_lengths([30, 60, 90, 120, 150, 50, 70, 100]), lambda: ragged.PRUNERS["dynamicvit"]()):
+        want = ragged.RaggedViT(vit, make())(images)
+        fast = ragged.RaggedViT(vit, make()).capture(8)
+        junk = [torch.full((n,), 2**30, dtype=torch.int32, device="cuda") for n in range(8, 4096, 8)]
+        assert torch.equal(fast(images), want), len(junk)
+
+
 def test_a_graph_for_every_total():
     """Lengths from the smallest to the largest bucket: each call takes the tightest graph there is."""
     images, used = pictures(batch=4), set()
