@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import data
-from .report import report
+from .report import report, write_summary
 from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
 from .suite_attention import attention
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         if asked.markdown:
             Path(asked.markdown).write_text(text, encoding="utf-8")
+        if asked.readme:
+            write_summary(Path(asked.readme))
     return 0
 
 
@@ -79,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, help="rounds of measuring (default 5, with --quick 3)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--markdown", metavar="FILE", help="write the report there too")
+    p.add_argument("--readme", metavar="FILE", help="renew the table of recorded rows in this README")
     return p
 
 

@@ -10,6 +10,7 @@ from . import data
 from .runner import machine, slug
 
 RECORDED = "NVIDIA H200"
+BEGIN, END = "<!-- measured: python -m ragged.bench report --readme README.md -->", "<!-- end measured -->"
 
 
 def report(out: Path) -> str:
@@ -25,6 +26,26 @@ def report(out: Path) -> str:
     for section in (attention_call, floors, throughput, peaks, speedups, differences):
         parts.append(section(sources))
     return "\n\n".join(parts) + "\n"
+
+
+def summary() -> str:
+    """The recorded H200 in one small table: host and GPU time of one call, batch 32, 12 heads of 64, float16."""
+    frame = read(data.data_dir() / "results" / slug(RECORDED))
+    names = ("flash_attn", "paper_triton", "dense", "triton")
+    header = ["tokens", *(f"{clock}, {name}" for clock in ("host", "GPU") for name in names)]
+    rows = []
+    for tokens in ("39", "99", "197"):
+        where = {"suite": "attention", "batch": 32, "tokens": tokens, "dtype": "float16", "mode": "eager"}
+        values = [pick(frame, metric, backend=b, **where) for metric in ("host_us", "gpu_us") for b in names]
+        rows.append([tokens, *values])
+    return table("", header, rows, _about([(RECORDED, frame)]).splitlines()[-1] + " Medians in µs.").strip()
+
+
+def write_summary(readme: Path) -> None:
+    """Put `summary` between the two marks in the README."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def read(folder: Path):
@@ -73,7 +94,7 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence], note: str
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n\n".join(part for part in (f"## {title}", note, "\n".join(text)) if part)
+    return "\n\n".join(part for part in (title and f"## {title}", note, "\n".join(text)) if part)
 
 
 def _shown(cell) -> str:

@@ -1,6 +1,7 @@
 """The bench: what it writes, what it leaves alone, and that trouble becomes a row."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,3 +212,10 @@ def test_quick_suites_on_a_gpu(suite, tmp_path):
     ours = [r for r in found if r["backend"] == "triton" and r["metric"] != "images_per_s"]
     assert ours and all(r["status"] == "ok" for r in ours if r["mode"] == "eager")
     assert not [r for r in found if r["status"].startswith("wrong")]
+
+
+def test_the_readme_shows_the_recorded_rows():
+    from ragged.report import BEGIN, END, summary
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert text.split(BEGIN)[1].split(END)[0].strip() == summary()
