@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Bidirectional attention inside each sequence of a packed batch (forward only).
 
-    q: (total_q, nheads, headdim); k, v: (total_k, nheads, headdim); float16, bfloat16 or float32, one dtype and device,
-    any strides: views of a fused qkv projection are read in place.
+    q: (total_q, nheads, headdim); k, v: (total_k, nheads, headdim); float16, bfloat16, float32 or (not every backend)
+    float64, one dtype and device, any strides: views of a fused qkv projection are read in place.
     cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), exclusive prefix sums of the lengths; a length may be 0.
-    max_seqlen_q, max_seqlen_k: no sequence is longer.  softmax_scale: default 1 / sqrt(headdim).
+    max_seqlen_q, max_seqlen_k: no sequence is longer.  softmax_scale: positive, default 1 / sqrt(headdim).
     backend: a name in `BACKENDS`, which is used or refused with the reason, or "auto" (see `pick_backend`).
 
     Returns (total_q, nheads, headdim), and with return_lse also the natural log of the softmax sums, float32 (nheads,
-    total_q). A sequence without keys gets zeros and -inf. Raises TypeError or ValueError naming the argument; whether
+    total_q). A sequence without keys gets zeros and -inf. Rows past cu_seqlens_q[-1] belong to no sequence, and what is
+    returned for them is undefined. Raises TypeError or ValueError naming the argument; whether
     cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
     """
     if softmax_scale is None:
@@ -44,6 +45,9 @@ def varlen_attention(
         out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
         return (out, lse) if return_lse else out
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    max_seqlen_q, max_seqlen_k = _plain_int(max_seqlen_q), _plain_int(max_seqlen_k)
     key = (backend, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape[1:], k.shape[1:], v.shape[1:])
     run = _accepted.get(key)
     if run is None:
@@ -58,10 +62,10 @@ _accepted: dict[tuple, object] = {}  # argument kinds that passed `_accept` -> t
 
 def varlen_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    *, softmax_scale: float | None = None, return_lse: bool = False,
+    *, softmax_scale: float | None = None, return_lse: bool = False, backend: str = "reference",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments; float64 CPU
-    results."""
+    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments (`backend` is
+    accepted and ignored); float64 CPU results."""
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check_kinds(q, k, v)
@@ -106,6 +110,11 @@ def _default_scale(q: Tensor) -> float:
         return q.shape[-1] ** -0.5
     except (AttributeError, IndexError, ZeroDivisionError):
         return 1.0  # q is no (total, nheads, headdim), which the checks will say
+
+
+def _plain_int(n):
+    """NumPy's integers as Python's; anything else, tensors above all, is left for the checks to refuse."""
+    return int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n
 
 
 def _check_tensors(q, k, v, cu_q, cu_k) -> None:

@@ -157,13 +157,15 @@ def _reference_like(q, *arguments) -> Result:
 
 def _refuse_lse(name: str, want_lse: bool) -> None:
     if want_lse:
-        able = "use 'triton', 'sdpa_padded' or 'reference'"
+        able = "use 'triton', 'flash_attn', 'torch_varlen', 'sdpa_padded' or 'reference'"
         raise ValueError(f"return_lse: backend {name!r} does not compute it; {able}")
 
 
 def _anywhere(device, dtype, headdim) -> str | None:
     if torch.device(device).type == "meta":
         return "device 'meta' holds no numbers"
+    if torch.device(device).type == "cuda" and (reason := _no_cuda(device)):
+        return reason
     known = (*HALF, torch.float32, torch.float64)
     return None if dtype in known else f"dtype {dtype} is not one of float16, bfloat16, float32, float64"
 

@@ -35,7 +35,7 @@ SUITES: dict[str, Callable[[Options], list[Case]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 3 when a provider broke the GPU's context and the rest needs a new process."""
     asked = parser().parse_args(arguments)
-    out = Path(asked.out) if asked.out else data.data_dir() / "results"
+    out = Path(asked.out or ("quick_results" if asked.quick else data.data_dir() / "results"))
     options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
     repeats = asked.repeats or (3 if asked.quick else 5)
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("suites", nargs="+", choices=[*SUITES, "report"], metavar="SUITE",
                    help=", ".join([*SUITES, "report"]))  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a few small cases, to see that everything runs")
-    p.add_argument("--out", help="folder for the rows, <out>/<gpu>/<suite>.csv (default: the recorded results)")
+    p.add_argument("--out", help="folder for the rows, <out>/<gpu>/<suite>.csv (default: the "
+                   "recorded results; with --quick: quick_results)")  # fmt: skip
     p.add_argument("--model", nargs="+", default=(), help="only these models, such as deit_small")
     p.add_argument("--batch", nargs="+", type=int, default=(), help="only these batch sizes")
     p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already")

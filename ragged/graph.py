@@ -15,7 +15,6 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from .attention import resolve_backend
 from .backends import BACKENDS
 
 STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that is surplus on average
@@ -148,9 +147,7 @@ def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None)
 
 
 def _is_padded(model) -> bool:
-    weight, heads = model.vit.patch_embed.proj.weight, model.vit.blocks[0].attn.num_heads
-    name = resolve_backend(model.backend, weight.device, weight.dtype, model.vit.embed_dim // heads)
-    return BACKENDS[name].layout == "padded"
+    return BACKENDS[model.picked].layout == "padded"
 
 
 def _needed(sizes: list[int], least: int, most: int) -> list[int]:

@@ -159,7 +159,8 @@ def resident_kernel(
     ONE_TILE: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional attention for up to 208 keys: a program holds all keys and values of one head of one image, in
-    pieces A, B and TAIL wide (197 = 128 + 64 + 5 of 16), and walks over its query tiles. Keys and values are read once.
+    pieces A, B and TAIL wide (197 = 128 + 64 + 5 of 16), and walks over its query tiles. A program reads its keys and
+    values once.
 
     Grid: SPLIT * HEADS * batch; SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
     EQUAL is a guess: the tokens would just suffice for equal lengths. Then every program knows where its tokens begin

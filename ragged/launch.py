@@ -2,10 +2,9 @@
 
 `kernel[grid](...)`, Triton's own way, looks at every argument of every call: its type, whether an integer is 1 or a
 multiple of 16, whether a pointer is aligned. From that it makes a key, looks the compiled kernel up, and starts it:
-near 20 µs of host time, more than the GPU then computes. But a model calls the same kernel with the same answers
-again and again.
-`start` below asks the questions once per key, which the caller provides, and keeps the compiled kernel. What is left
-per call is a dictionary look-up and the driver's own launch.
+tens of microseconds of host time, at short sequences more than the GPU then computes. But a model calls the same
+kernel with the same answers again and again. `start` below asks the questions once per key, which the caller
+provides, and keeps the compiled kernel. What is left per call is a dictionary look-up and the driver's own launch.
 
 Nothing here depends on lengths or batch: those travel in the grid and in ordinary arguments.
 """

@@ -24,9 +24,10 @@ def load_deit(
 ) -> nn.Module:  # fmt: skip
     """A timm Vision Transformer in eval mode, float32, on the CPU.
 
-    name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (bundled), "imagenet" (timm's
-    download), "random" (from `seed`), or a path to safetensors or a torch checkpoint with timm's names.  num_classes:
-    default 1000, or what the checkpoint's head has.  sha256: expected hash of a checkpoint given by path.
+    name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (trained here;
+    comes with a later version), "imagenet" (timm's download), "random" (from `seed`), or a path to safetensors or a
+    torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.  sha256:
+    expected hash of a checkpoint given by path.
     Raises ValueError for unknown names, wrong keys or a wrong hash, FileNotFoundError, and ConnectionError if a
     download is impossible.
     """
@@ -49,7 +50,8 @@ def load_deit(
         verify_sha256(path, sha256)
     state = load_state(path)
     head = state.get("head.weight")
-    classes = num_classes or (1000 if head is None else head.shape[0])
+    found = 1000 if head is None else head.shape[0]
+    classes = found if num_classes is None else num_classes
     return check_supported(_fill(_create(timm_name, img_size, classes), state, path))
 
 
@@ -81,9 +83,10 @@ def _download(timm_name: str, img_size: int, num_classes: int | None) -> nn.Modu
     except NotAViT:
         raise
     except Exception as error:  # the hub client has many ways to say that there is no network
+        why = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"weights='imagenet': timm could not download {timm_name} ({type(error).__name__}). Without a network use "
-            "weights='digits' (bundled), weights='random', or the path of a checkpoint file."
+            f"weights='imagenet': timm could not load {timm_name} ({type(error).__name__}: {why}). Without a network "
+            "use weights='random', weights='digits' once it is bundled, or the path of a checkpoint file."
         ) from error
 
 

@@ -52,9 +52,10 @@ class Pending:
 class RaggedViT(nn.Module):
     """A timm Vision Transformer that drops tokens on its way.
 
-    vit: a model `check_supported` accepts; its weights are used as they are.  pruner: a pruner from `PRUNERS`, or
-    None for the unpruned model.  backend: a name in `BACKENDS` or "auto"; backends of layout "padded" run the pruned
-    blocks on (batch, n, dim), the others on the packed buffer. Inference only.
+    vit: a model `check_supported` accepts; its weights are used as they are, and it is set to eval mode.
+    pruner: a pruner from `PRUNERS`, or None for the unpruned model.  backend: a name in `BACKENDS` or "auto";
+    backends of layout "padded" run the pruned blocks on (batch, n, dim), the others on the packed buffer. Inference
+    only.
     """
 
     def __init__(self, vit: nn.Module, pruner: Pruner | None = None, backend: str = "auto"):
@@ -62,7 +63,7 @@ class RaggedViT(nn.Module):
         if pruner is not None and not isinstance(pruner, Pruner):
             raise TypeError(f"pruner: expected a pruner such as PRUNERS['evit'](keep=0.7) or None, got {pruner!r}")
         self.vit, self.pruner = check_supported(vit).eval(), pruner
-        if backend != "auto" and backend not in BACKENDS:
+        if backend != "auto" and (not isinstance(backend, str) or backend not in BACKENDS):
             raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "dense" and pruner is not None and pruner.adaptive:
             raise ValueError(f"backend 'dense': needs equal counts, and {pruner.name} keeps what each image needs")
@@ -104,7 +105,7 @@ class RaggedViT(nn.Module):
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         n = x.shape[1]
         state = Padded(x, torch.arange(n, device=x.device).expand(x.shape[0], n), n, count=n)
-        if self.pruner is not None and self._resolved(state) == "triton":
+        if self.pruner is not None and self.picked == "triton":
             state = state.flat()  # our kernel is ahead of dense SDPA too, so the early blocks use it as well
         if -1 in self._cuts:
             selection = self.pruner.select(View(state, prefix, self._cuts[-1]))
@@ -183,7 +184,7 @@ class RaggedViT(nn.Module):
 
         if selection is None:
             return go(state)
-        backend = BACKENDS[self._resolved(state)]
+        backend = BACKENDS[self.picked]
         if backend.name == "paper_padded":  # the paper pads to the original length, always
             return go(take_by_loop(state, selection))
         known = isinstance(selection.counts, int)
@@ -201,7 +202,7 @@ class RaggedViT(nn.Module):
         )  # fmt: skip
 
     def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> Tensor:
-        scale, backend = block.attn.scale, self._resolved(state_q)
+        scale, backend = block.attn.scale, self.picked
         if isinstance(state_q, Padded):
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, backend))
         k, v = (x.flatten(0, -3) for x in (k, v))
@@ -209,7 +210,7 @@ class RaggedViT(nn.Module):
         return self._run["attend_packed"](q, k, v, *arguments)
 
     def _whole_block(self, state: State, block: nn.Module) -> Tensor:
-        scale, backend = block.attn.scale, self._resolved(state)
+        scale, backend = block.attn.scale, self.picked
         if isinstance(state, Packed):
             return self._run["packed_block"](block, state.tokens, state.cu_seqlens, state.max_seqlen, scale, backend)
         return self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))
@@ -227,11 +228,11 @@ class RaggedViT(nn.Module):
             view = replace(view, value_norm=state.grid(torch.linalg.vector_norm(v.float(), dim=(-2, -1))))
         return view
 
-    def _resolved(self, state: State) -> str:
-        """The backend's name, with "auto" decided for the model's device and dtype."""
-        head_dim = self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
-        return resolve_backend(self.backend, state.tokens.device, state.tokens.dtype, head_dim)
-
+    @property
+    def picked(self) -> str:
+        """The backend that runs, with "auto" decided for the model's present device and dtype."""
+        weight, head_dim = self.vit.patch_embed.proj.weight, self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
+        return resolve_backend(self.backend, weight.device, weight.dtype, head_dim)
 
 
 def _unfused(state: Padded, backend: str) -> bool:
