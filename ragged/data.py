@@ -101,7 +101,7 @@ def results(suite=None, gpu=None):
     """
     import pandas
 
-    pattern = f"{_slug(gpu) if gpu else '*'}/{suite or '*'}.csv"
+    pattern = f"{slug(gpu) if gpu else '*'}/{suite or '*'}.csv"
     rows = [row for path in sorted((data_dir() / "results").glob(pattern)) for row in _read_csv(path, RESULT_COLUMNS)]
     frame = pandas.DataFrame(rows, columns=list(RESULT_COLUMNS), dtype=object)
     text = [c for c in RESULT_COLUMNS if c not in _NUMERIC]
@@ -119,7 +119,7 @@ def write_results(rows, out_dir):
     groups = {}
     for row in rows:
         row = _checked_row(row)
-        group = groups.setdefault((_slug(row["gpu"]), row["suite"]), {})
+        group = groups.setdefault((slug(row["gpu"]), row["suite"]), {})
         key = tuple(row[c] for c in _KEY)
         if key in group:
             raise ValueError(f"rows: the same key twice in one call: {dict(zip(_KEY, key, strict=True))}")
@@ -168,7 +168,8 @@ def _by_number(key):
     return [(0, float(cell), cell) if re.fullmatch(r"[\d.]+", cell) else (1, 0.0, cell) for cell in key]
 
 
-def _slug(gpu):
+def slug(gpu):
+    """A GPU's name as a folder's: "NVIDIA H200" is nvidia_h200."""
     return re.sub("[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 

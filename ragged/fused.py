@@ -38,11 +38,22 @@ def _constants(tiles: Tiles, q_stride: tuple, k_stride: tuple, v_stride: tuple, 
                dtype: torch.dtype, has_lse: bool) -> tuple[dict, dict]:  # fmt: skip
     """Compile-time constants, in the kernel's order, and options of an attention kernel for one model and tile
     choice."""
-    names = [f"{x}_{part}" for x in "QKV" for part in ("TOKEN", "HEAD", "DIM")]
-    constants = dict(zip(names, (*q_stride, *k_stride, *v_stride), strict=True))
-    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "HAS_LSE": has_lse}
-    constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+    constants = _strides(Q=q_stride, K=k_stride, V=v_stride) | _head(heads, dim)
+    constants |= {"HAS_LSE": has_lse, "PRECISION": _precision(dtype)}
     return constants | dict(tiles.shape), dict(tiles.options)
+
+
+def _strides(**strides: tuple) -> dict:
+    return {f"{x}_{part}": n for x, s in strides.items() for part, n in zip(("TOKEN", "HEAD", "DIM"), s, strict=True)}
+
+
+def _head(heads: int, dim: int) -> dict:
+    """A tile's last dimension is a power of two, and at least the 16 that a tensor core takes."""
+    return {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length())}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
@@ -155,9 +166,8 @@ def paper_attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_q: int, scale:
     out = torch.empty_like(q)
     side = 32 if q.dtype == torch.float32 else 64
     paper_kernel[(cu.shape[0] - 1, heads)](
-        q, k, v, out, cu, scale * LOG2_E, HEADS=heads, D=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()),
-        M=side, N=side, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
+        q, k, v, out, cu, scale * LOG2_E, **_head(heads, dim), M=side, N=side, PRECISION=_precision(q.dtype)
+    )
     return out
 
 
@@ -174,9 +184,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     from .kernel_simple import cls_kernel
 
     probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
-    names = [f"{x}_{part}" for x in "QK" for part in ("TOKEN", "HEAD", "DIM")]
-    constants = dict(zip(names, (*q.stride(), *k.stride()), strict=True))
-    constants |= {"HEADS": heads, "D": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length()), "N": 64}
+    constants = _strides(Q=q.stride(), K=k.stride()) | _head(heads, dim) | {"N": 64}
     key = (q.dtype, *constants.values())
     tensors = (q, k, probs, starts, lengths)
     launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, (scale * LOG2_E,), constants, {})

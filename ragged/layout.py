@@ -111,7 +111,7 @@ class Padded:
     @property
     def cu_seqlens(self) -> Tensor:
         """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
-        return torch.arange(self.batch + 1, device=self.tokens.device, dtype=torch.int32) * self.width
+        return equal_offsets(self.batch, self.width, self.tokens.device)
 
     @property
     def starts(self) -> Tensor:
@@ -152,9 +152,9 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
     if isinstance(counts, int):
         rows = (state.starts[:, None] + index).flatten()
-        steps = torch.arange(batch + 1, device=index.device, dtype=torch.int32)
         new_tokens, new_ids = copy_rows(tokens, ids, rows)
-        packed = Packed(new_tokens, new_ids, steps * counts, max(counts, 1), batch, state.seqlen, counts)
+        cu_seqlens = equal_offsets(batch, counts, index.device)
+        packed = Packed(new_tokens, new_ids, cu_seqlens, max(counts, 1), batch, state.seqlen, counts)
         return _append_fused(packed, state, selection.blend)
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
@@ -208,6 +208,11 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
     return Padded(tokens, ids, state.seqlen, lengths, count)
 
 
+def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
+    """`offsets` of batch images with count rows each: nothing has to be summed."""
+    return torch.arange(batch + 1, device=device, dtype=torch.int32) * count
+
+
 def offsets(counts: Tensor) -> Tensor:
     """Exclusive prefix sums of counts (batch,) as int32 (batch + 1,): the `cu_seqlens` of flash-attention."""
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -224,5 +229,4 @@ def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None)
     count, batch = packed.count + 1, packed.batch
     tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
     ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
-    steps = torch.arange(batch + 1, device=ids.device, dtype=torch.int32)
-    return Packed(tokens, ids, steps * count, count, batch, packed.seqlen, count)
+    return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count)

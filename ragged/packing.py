@@ -39,9 +39,7 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
         return take_packed(dense, Selection(keep, keep.shape[1]))
     if keep.shape != (batch, n):
         raise ValueError(f"keep: expected shape {(batch, n)} like x, got {tuple(keep.shape)}")
-    steps = torch.arange(batch + 1, device=x.device, dtype=torch.int32)
-    flat = Packed(x.flatten(0, 1), ids.flatten(), steps * n, n, batch, n, n)
-    return repack(flat, keep.flatten(), counts=counts)
+    return repack(dense.flat(), keep.flatten(), counts=counts)
 
 
 def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> Packed:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import data
-from .runner import machine, slug
+from .data import slug
+from .runner import machine
 
 RECORDED = "NVIDIA H200"
 BEGIN, END = "<!-- measured: python -m ragged.bench report --readme README.md -->", "<!-- end measured -->"

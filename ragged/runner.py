@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .data import RESULT_COLUMNS, write_results
+from .data import RESULT_COLUMNS, slug, write_results
 from .rounds import Broken, Subject, is_fatal, measure
 from .timing import Stats, stats, wait
 
@@ -178,11 +178,6 @@ def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["version"] == version]
     return {tuple(_plain(row[c]) for c in _IDENTITY) for row in rows}
-
-
-def slug(gpu: str) -> str:
-    """A GPU's name as a folder's: "NVIDIA H200" is nvidia_h200."""
-    return re.sub("[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
 def _plain(cell) -> str:
