@@ -23,8 +23,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ORDER = (
     "registry kernel_simple kernel launch copying layout packing tiles fused padded backends attention blocks "
     "checkpoints selection pruners graph scenes data loading model flops timing rounds runner pipelines "
-    "suite_attention suite_pack suite_dispatch suite_model suite_checks report bench style plots_call plots_model "
-    "plots_pictures plots notebook_output course train "
+    "suite_attention suite_pack suite_dispatch suite_model suite_checks accuracy suite_accuracy report bench style "
+    "plots_call plots_model plots_pictures plots_launch plots_kernel plots_pruning plots_accuracy plots_paper plots "
+    "notebook_output course notebook_tools site token_training train "
 ).split()
 
 MAX_FILE_LINES = 250
