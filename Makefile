@@ -1,16 +1,18 @@
-# make lab    open the course            make bake   run every notebook and save its outputs
-# make test   lint, tests, notebooks     make clean  remove what make made
+# make lab    open the course            make bake    run every notebook and save its outputs
+# make test   lint, tests, notebooks     make site    the course as web pages, in site/
+# make clean  remove what make made      make badges  write the repository's name into every notebook
 # The first run fills .venv (PyTorch's CUDA build, about 5 GB); later runs skip that until the requirements change.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NOTEBOOKS ?= $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
+NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
+SITE ?= site
 BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test bake clean
+.PHONY: lab test bake site badges clean
 .DELETE_ON_ERROR:
 
 lab: $(STAMP)
@@ -29,8 +31,16 @@ bake: $(STAMP)
 	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec', 'language_info'}" $(NOTEBOOKS)
 
+# From the saved outputs: nothing is run. The pages need no network and no server.
+site: $(STAMP)
+	$(BIN)/python -m ragged.site --out "$(SITE)"
+
+# Colab badges and set-up cells, from the one line `repository` in pyproject.toml.
+badges: $(STAMP)
+	$(BIN)/python -m ragged.notebook_tools
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml requirements.txt
