@@ -1,4 +1,5 @@
-"""How figures reach a notebook: as plotly JSON, and beside it, while outputs are being saved, as a small PNG."""
+"""How figures reach a notebook: as plotly JSON; beside it, while outputs are being saved, as a small PNG and as one
+sentence of text for readers who cannot see them."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import base64
 import os
 
 from .plots_pictures import small_png
+from .style import alt_text
 
 SAVING = "plotly_mimetype+png"  # PLOTLY_RENDERER while notebooks are run in order to be saved
 
@@ -17,9 +19,11 @@ def saving() -> bool:
 
 def use_small_pictures() -> None:
     """Choose the renderer: JSON alone in JupyterLab (plotly's default adds megabytes of JavaScript), whatever plotly
-    found out in Colab and elsewhere. While saving, PNGs are reduced to a palette, a third of their size. Without plotly
-    nothing happens."""
+    found out in Colab and elsewhere. While saving, PNGs are reduced to a palette, a third of their size, and the
+    figure's sentence goes along as text/plain, where every viewer looks for what it can show. Without plotly nothing
+    happens."""
     try:
+        import plotly.graph_objects as go
         import plotly.io as pio
         from plotly.io.base_renderers import PngRenderer
     except ImportError:
@@ -29,7 +33,8 @@ def use_small_pictures() -> None:
         def to_mimebundle(self, fig_dict):
             bundle = super().to_mimebundle(fig_dict)
             small = {kind: small_png(base64.b64decode(text)) for kind, text in bundle.items()}
-            return {kind: base64.b64encode(png).decode() for kind, png in small.items()}
+            pictures = {kind: base64.b64encode(png).decode() for kind, png in small.items()}
+            return pictures | {"text/plain": alt_text(go.Figure(fig_dict))}
 
     if saving():
         pio.renderers["png"] = SmallPng()
