@@ -1,9 +1,11 @@
-"""Figures of the whole model: throughput by batch, speedup against sparsity with its ceiling, memory.
+"""Figures of the whole model: throughput and speedup by batch, speedup against sparsity or image size, memory.
 
 Each takes a frame with the columns of `ragged.data.RESULT_COLUMNS` and returns a plotly figure; see `ragged.plots`.
 """
 
 from __future__ import annotations
+
+import math
 
 from .style import (
     PRUNER_LABELS,
@@ -81,6 +83,79 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
             draw_line(figure, pruned, line, backend, legend=backend not in shown, row=1, col=column)
             shown.add(backend)
     figure.update_xaxes(title_text="pruned tokens, %", dtick=25, range=[-5, 100])
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
+
+
+def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype="float16", **only):
+    """Times the unpruned model's images per second, against the batch; one panel for every mode.
+
+    Needs images_per_s rows of one model with the unpruned one among them; each mode is divided by its own unpruned
+    model. Rows of flops_ratio draw the ceiling. tokens: the distribution of the pruned pipelines.
+    """
+    name = "speedup_by_batch"
+    rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
+    order = ("eager", "graph", "compile", "compile+graph")
+    modes = sorted(set(rows["mode"]), key=lambda m: order.index(m) if m in order else len(order))
+    panels = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
+    return _speedup_panels(panels, name, subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype))
+
+
+def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+graph", dtype="float16", **only):
+    """Times the unpruned model's images per second, against the batch; one panel for every image size.
+
+    Needs rows of the suite `resolution`, whose unpruned rows say how many tokens a size has. ragged: the truly ragged
+    lengths instead of equal counts.
+    """
+    name = "resolution_speedup"
+    rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
+    one_of_each(rows, name, "mode")
+    panels = {}
+    for full in sorted(map(int, set(pick(rows, name, backend="unpruned")["tokens"]))):
+        patches = full - 1
+        kept = f"U({patches * 30 // 196},{patches * 168 // 196})" if ragged else str(1 + patches // 2)
+        label = f"{16 * math.isqrt(patches)} pixels, {full} tokens, pruned: {kept}"
+        panels[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
+    return _speedup_panels(panels, name, subtitle(rows, MODELS.get(model, model), rows["mode"].iloc[0], dtype))
+
+
+def _over_unpruned(rows, name: str, tokens: str):
+    """The rows with these tokens; their images_per_s are divided by the unpruned model's at the same batch."""
+    if not (rows["tokens"] == tokens).any():
+        return rows[:0]
+    one_of_each(rows, name, "gpu", "mode")
+    speeds = rows[rows["metric"] == "images_per_s"]
+    base = pick(speeds, name, backend="unpruned").set_index("batch")["value"]
+    speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
+    whole = base.loc[speeds["batch"]].to_numpy()
+    divided = {column: speeds[column] / whole for column in ("value", "q20", "q80")}
+    ceiling = rows[(rows["metric"] == "flops_ratio") & (rows["tokens"] == tokens)]
+    import pandas
+
+    return pandas.concat([speeds.assign(**divided), ceiling])
+
+
+def _speedup_panels(panels: dict, name: str, below: str):
+    """Lines over the batch with their ceiling, one panel for every name that has rows."""
+    panels = {label: rows for label, rows in panels.items() if not rows.empty}
+    if not panels:
+        raise ValueError(f"{name}: no rows of pruned pipelines with these tokens and this mode")
+    figure, shown = _panels("Speedup over the unpruned model", list(panels), below), set()
+    for column, rows in enumerate(panels.values(), 1):
+        speeds, ceiling = rows[rows["metric"] != "flops_ratio"], rows[rows["metric"] == "flops_ratio"]
+        points = ceiling.groupby("batch")["value"].median()
+        if len(points):
+            figure.add_scatter(x=points.index, y=points, mode="lines", name="ceiling: FLOPs saved", row=1, col=column,
+                               legendgroup="ceiling", showlegend="ceiling" not in shown,
+                               line=dict(color="#cc79a7", dash="dot", width=2.5))  # fmt: skip
+            shown.add("ceiling")
+        figure.add_hline(y=1, line=dict(color="#222222", width=1), row=1, col=column)
+        for backend in in_order(speeds["backend"]):
+            line = speeds[speeds["backend"] == backend].sort_values("batch")
+            draw_line(figure, line["batch"], line, backend, legend=backend not in shown, row=1, col=column)
+            shown.add(backend)
+    batches = sorted({b for rows in panels.values() for b in rows["batch"]})
+    figure.update_xaxes(title_text="batch (log)", type="log", tickvals=batches, ticktext=[f"{b:g}" for b in batches])
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
 

@@ -1,0 +1,159 @@
+"""Figures that weigh pipelines and claims against each other, on invented complete rows."""
+
+import math
+
+import pytest
+
+pytest.importorskip("plotly")
+import figure_frames as frames
+import pandas
+
+from ragged import plots, plots_paper
+
+MODES = (("eager", 5e-3), ("graph", 6e-4), ("compile+graph", 5e-4))
+SPEEDS = {"unpruned": 10e3, "dense": 15e3, "triton": 15.3e3, "sdpa_padded": 14.8e3, "paper_padded": 4.8e3}
+
+
+def complete(suite, sizes, models=("deit_base", "deit_small", "deit_tiny"), modes=MODES):
+    """Every model, batch, mode and backend; sizes: (full, equal, spread) token counts."""
+    records = []
+    for model in models:
+        for batch in (1.0, 4.0, 16.0, 64.0, 256.0):
+            for mode, host_s in modes:
+                for full, equal, spread in sizes:
+                    for backend, peak in SPEEDS.items():
+                        if backend == "paper_padded" and mode != "eager":
+                            continue
+                        for tokens in [full] if backend == "unpruned" else [equal, spread]:
+                            if tokens == spread and backend == "dense":
+                                continue
+                            slow = 0.7 if tokens == spread and backend == "sdpa_padded" else 1.0
+                            value = batch / max(host_s, batch / (peak * slow))
+                            shared = dict(suite=suite, model=model, batch=batch, mode=mode, backend=backend,
+                                          tokens=tokens, keep=1.0 if tokens == full else 0.5)  # fmt: skip
+                            records.append(shared | dict(metric="images_per_s", value=value, q20=value, q80=value))
+                            ratio = 1.0 if tokens == full else 1.5
+                            records.append(shared | dict(metric="flops_ratio", value=ratio))
+    return frames.rows(records)
+
+
+MODEL = complete("model", [("197", "99", "U(30,168)")])
+RESOLUTION = complete(
+    "resolution", [("197", "99", "U(30,168)"), ("577", "289", "U(88,493)")], ("deit_base",), MODES[::2]
+)
+CLAIMS = pandas.DataFrame([
+    dict(claim="a", claimed=1.5, paper_setup=1.4, fair=1.3, verdict=plots_paper.STANDS),
+    dict(claim="b", claimed=85.0, paper_setup=67.0, fair=1.2, verdict=plots_paper.BASELINE),
+    dict(claim="c", claimed=0.6, paper_setup=1.1, fair=1.3, verdict=plots_paper.NOT_HERE),
+    dict(claim="d", claimed=1.2, paper_setup=math.nan, fair=math.nan, verdict=plots_paper.UNTESTED),
+])  # fmt: skip
+
+
+def trace(figure, name):
+    return next(t for t in figure.data if t.name and t.name.startswith(name))
+
+
+@pytest.mark.parametrize("tokens", ["99", "U(30,168)"])
+def test_speedup_by_batch_is_divided_within_a_mode(tokens):
+    figure = plots.speedup_by_batch(MODEL, model="deit_tiny", tokens=tokens)
+    assert [note.text for note in figure.layout.annotations[:3]] == ["eager", "graph", "compile+graph"]
+    ours = trace(figure, "ours")
+    assert ours.y[0] == pytest.approx(1.0) and ours.y[-1] == pytest.approx(1.53)  # host-bound, then not
+    assert set(trace(figure, "ceiling").y) == {1.5}
+    assert "DeiT-Ti" in figure.layout.title.subtitle.text and tokens in figure.layout.title.subtitle.text
+
+
+def test_a_mode_without_pruned_rows_has_no_panel():
+    few = MODEL[(MODEL["mode"] == "eager") | (MODEL["backend"] == "unpruned")]
+    figure = plots.speedup_by_batch(few)
+    assert [n.text for n in figure.layout.annotations] == ["eager"]
+
+
+def test_an_image_size_is_told_from_its_unpruned_rows():
+    for ragged, kept in ((False, ("99", "289")), (True, ("U(30,168)", "U(88,493)"))):
+        figure = plots.resolution_speedup(RESOLUTION, ragged=ragged)
+        names = [n.text for n in figure.layout.annotations]
+        assert names == [f"224 pixels, 197 tokens, pruned: {kept[0]}", f"384 pixels, 577 tokens, pruned: {kept[1]}"]
+
+
+def test_the_best_alternative_is_named():
+    figure = plots.best_choice(MODEL)
+    cells = figure.data[0]
+    assert "DeiT-B, compile+graph" in cells.y and list(cells.x) == ["1", "4", "16", "64", "256"]
+    row = list(cells.y).index("DeiT-B, eager")
+    assert cells.text[row][-1] == "<b>1.02×</b><br>dense, equal counts"
+    ragged = plots.best_choice(MODEL, tokens="U(30,168)", rivals=("unpruned", "sdpa_padded")).data[0]
+    assert "padded to the longest" in ragged.text[row][-1] and ragged.z[row][-1] > 0
+
+
+def test_a_partial_recording_leaves_cells_blank():
+    few = MODEL[(MODEL["batch"] != 4) | (MODEL["model"] == "deit_base")]
+    cells = plots.best_choice(few).data[0]
+    assert cells.text[list(cells.y).index("DeiT-S, eager")][1] == ""
+    assert cells.text[list(cells.y).index("DeiT-B, eager")][1] != ""
+
+
+def test_a_ladder_keeps_its_order_and_says_what_is_missing():
+    steps = pandas.DataFrame({"label": ["a", "b"], "backend": ["paper_padded", "triton"], "value": [4e3, math.nan]})
+    figure = plots.ladder(steps, title="Steps", unit="images/s")
+    assert list(figure.data[0].y) == ["a", "b"] and figure.data[0].text == ("4,000", "not recorded")
+
+
+def test_an_expectation_has_lines_and_recorded_markers():
+    curves = pandas.DataFrame({"keep": [0.1, 1.0], "backend": "triton", "note": "graph", "value": [2.4, 1.0]})
+    points = curves.assign(note="recorded")
+    figure = plots.expectation(curves, points, title="Expected")
+    assert [t.mode for t in figure.data] == ["lines", "markers"]
+    assert len(plots.expectation(curves, points[:0], title="Expected").data) == 1
+
+
+def test_the_paper_s_markers_are_hollow():
+    pairs = pandas.DataFrame([
+        dict(case="batch 4", backend="triton", source=s, value=v) for s, v in (("paper", 40.0), ("NVIDIA H200", 30.0))
+    ])  # fmt: skip
+    figure = plots.paper_beside(pairs, title="A call", unit="µs")
+    assert [t.marker.symbol for t in figure.data] == ["circle-open", "circle"]
+    assert figure.layout.xaxis.type == "log" and "µs (log)" in plots.alt_text(figure)
+    zero = plots.paper_beside(pairs.assign(value=0.0), title="A call", unit="µs")
+    assert zero.layout.xaxis.type is None
+
+
+def test_claims_are_drawn_by_verdict():
+    figure = plots.claims(CLAIMS)
+    named = [t.name for t in figure.data if t.name and t.name.startswith("fair")]
+    assert named == [f"fair: {v} (1)" for v in plots_paper.VERDICTS]
+    assert trace(figure, "fair: not tested").x[0] == 1.2  # on the claim: nothing was measured
+    assert len(set(plots_paper.VERDICT_LOOKS.values())) == 4
+
+
+def test_lines_of_a_small_live_measurement():
+    figure = plots.measured_lines(MODEL[(MODEL["mode"] == "eager") & (MODEL["metric"] == "images_per_s")
+                                        & (MODEL["model"] == "deit_tiny") & (MODEL["tokens"] == "99")],
+                                  x="batch", title="Live", x_title="batch", y_title="images/s")  # fmt: skip
+    assert list(trace(figure, "ours").x) == [1, 4, 16, 64, 256]
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: plots.speedup_by_batch(MODEL, tokens="98"), "no rows of pruned pipelines"),
+        (lambda: plots.speedup_by_batch(MODEL[MODEL["backend"] != "unpruned"]), "backend = unpruned"),
+        (lambda: plots.speedup_by_batch(MODEL[:0]), "no rows at all"),
+        (lambda: plots.resolution_speedup(RESOLUTION, mode=None), "mix mode"),
+        (lambda: plots.resolution_speedup(RESOLUTION[:0]), "no rows at all"),
+        (lambda: plots.best_choice(MODEL, ours="flash_attn"), "backend = flash_attn"),
+        (lambda: plots.best_choice(MODEL[MODEL["backend"] == "triton"]), "in common"),
+        (lambda: plots.ladder(pandas.DataFrame({"label": ["a"]}), title="", unit=""), "lacks the columns"),
+        (lambda: plots.expectation(CLAIMS, CLAIMS, title=""), "lacks the columns"),
+        (lambda: plots.claims(CLAIMS[:0]), "no claim"),
+        (lambda: plots.paper_beside(CLAIMS, title="", unit=""), "lacks the columns"),
+    ],
+)
+def test_what_is_missing_is_named(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_figures_are_small():
+    for figure in (plots.speedup_by_batch(MODEL), plots.best_choice(MODEL), plots.claims(CLAIMS)):
+        assert len(figure.to_json()) < 40_000 and figure.layout.title.text in plots.alt_text(figure)
