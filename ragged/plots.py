@@ -6,13 +6,30 @@ other, and puts the device and the date into the subtitle. Times are medians in 
 and 80 % quantiles. A backend has the same colour everywhere (`LOOKS`). Nothing here needs torch.
 """
 
+from .plots_accuracy import PRUNER_LOOKS, accuracy, count_distribution, counts_against_size, logit_differences, rounding
 from .plots_call import call_anatomy, dispatch_floor, host_against_gpu, kernel_grid, padded_waste, roofline
-from .plots_model import memory, sparsity_speedup, throughput_by_batch
+from .plots_kernel import error_budget, program_schedule, softmax_steps, tile_cover, tile_waste
+from .plots_launch import (
+    capacity_steps,
+    clock_hypotheses,
+    floor_and_slope,
+    forward_clocks,
+    host_or_gpu,
+    launch_paths,
+    timeline,
+    two_clocks,
+)
+from .plots_model import memory, resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
+from .plots_paper import best_choice, claims, expectation, ladder, measured_lines, paper_beside
 from .plots_pictures import batch_lengths, image_patches, kept_patches, pipeline
 from .style import LOOKS, alt_text, paper_rows
 
 __all__ = [
-    "LOOKS", "alt_text", "batch_lengths", "call_anatomy", "dispatch_floor", "host_against_gpu", "image_patches",
-    "kept_patches", "kernel_grid", "memory", "padded_waste", "paper_rows", "pipeline", "roofline", "sparsity_speedup",
-    "throughput_by_batch",
+    "LOOKS", "PRUNER_LOOKS", "accuracy", "alt_text", "batch_lengths", "best_choice", "call_anatomy",
+    "capacity_steps", "claims", "clock_hypotheses", "count_distribution", "counts_against_size", "dispatch_floor",
+    "error_budget", "expectation", "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu",
+    "image_patches", "kept_patches", "kernel_grid", "ladder", "launch_paths", "logit_differences", "measured_lines",
+    "memory", "padded_waste", "paper_beside", "paper_rows", "pipeline", "program_schedule", "resolution_speedup",
+    "roofline", "rounding", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch",
+    "tile_cover", "tile_waste", "timeline", "two_clocks",
 ]  # fmt: skip
