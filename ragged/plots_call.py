@@ -66,15 +66,15 @@ def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float
             continue
         text = [short(t) if t == t else "" for t in times[metric]]
         figure.add_bar(y=labels, x=times[metric], text=text, textposition="outside", cliponaxis=False, orientation="h",
-                       textfont=dict(size=11), constraintext="none", marker=_filling(metric, colours),
+                       textfont=dict(size=11), constraintext="none", marker=filling(metric, colours),
                        showlegend=False)  # fmt: skip
-        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=_filling(metric, "#777777"))
+        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"))
     keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0, traceorder="reversed")
     figure.update_layout(barmode="group", bargap=0.25, legend=keys, margin_t=110)
     return figure.update_xaxes(title_text="time per call, µs", rangemode="tozero")
 
 
-def _filling(metric: str, colour) -> dict:
+def filling(metric: str, colour) -> dict:
     """GPU time is solid, host time hatched, wall-clock time hollow."""
     if metric == "gpu_us":
         return dict(color=colour, line=dict(color=colour, width=1))
