@@ -14,7 +14,7 @@ SPLITS = ("train", "test")
 SCALE_RANGE = (0.15, 0.70)  # longer side of the digit / side of the scene
 CONTRAST = 0.30  # least luma distance between the digit's ink and every background pixel
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_INK = 0.4  # coverage of an 8x8 cell that counts as ink
+INK = 0.4  # coverage of an 8x8 cell that counts as ink
 
 
 class DigitScenes(NamedTuple):
@@ -67,7 +67,7 @@ def _digits():
     cells = (loaded.images / 16).astype(np.float32)
     fine = 8  # samples per cell; the outermost ink reaches at most half a cell beyond the 8x8 grid
     weights = _resample(8, 9 * fine, -0.5, 8.5)
-    ink = np.matmul(np.matmul(weights, cells), weights.T) > _INK
+    ink = np.matmul(np.matmul(weights, cells), weights.T) > INK
     sides = [(line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)) for line in (ink.any(2), ink.any(1))]
     return cells, loaded.target, np.stack([edge / fine - 0.5 for pair in sides for edge in pair], 1)
 
@@ -126,6 +126,17 @@ def _scene(rng, rows, size):
     row = rows[rng.integers(len(rows))]
     side = math.exp(rng.uniform(*np.log(SCALE_RANGE))) * size
     place = rng.uniform(0, 1, 2)
+    image, ink, _ = _background(rng, size)
+    cover = _cover(row, side)
+    y0, x0 = (place * (size + 1 - np.array(cover.shape))).astype(int)
+    y1, x1 = y0 + cover.shape[0], x0 + cover.shape[1]
+    image[:, y0:y1, x0:x1] += cover * (ink[:, None, None] - image[:, y0:y1, x0:x1])
+    steps = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)  # 8 bits also hide rounding differences between CPUs
+    return steps.astype(np.float32) / 255, _digits()[1][row], (x0, y0, x1, y1), row
+
+
+def _background(rng, size):
+    """A picture without its digit (3, size, size), a colour of ink that stands out from it, and its range of luma."""
     swing = rng.uniform(0.02, 0.18)  # texture strength, in luma
     middle = rng.uniform(swing + 0.05, 0.95 - swing)
     gaps = (middle - swing - CONTRAST, 1 - middle - swing - CONTRAST)  # luma left for ink, darker or lighter
@@ -138,12 +149,23 @@ def _scene(rng, rows, size):
     for c in range(3):
         low = dark[0][c] + hue * (dark[1][c] - dark[0][c])
         image[c] = low + tone * (light[0][c] + hue * (light[1][c] - light[0][c]) - low)
-    cover = _cover(row, side)
-    y0, x0 = (place * (size + 1 - np.array(cover.shape))).astype(int)
-    y1, x1 = y0 + cover.shape[0], x0 + cover.shape[1]
-    image[:, y0:y1, x0:x1] += cover * (ink[:, None, None] - image[:, y0:y1, x0:x1])
-    steps = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)  # 8 bits also hide rounding differences between CPUs
-    return steps.astype(np.float32) / 255, _digits()[1][row], (x0, y0, x1, y1), row
+    return image, ink, (middle - swing, middle + swing)
+
+
+def training_background(number, seed, size):
+    """Background `number` of a seed, without a digit: uint8 (3, size, size), and its range of luma."""
+    image, _, luma = _background(np.random.default_rng([seed, len(SPLITS), number]), size)
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), np.array(luma, np.float32)
+
+
+def digit_fields(split="train", samples=144):
+    """The digits of a split as smooth fields (n, samples, samples) over 9 cells, -0.5 to 8.5, float32, whose values
+    above INK are ink; the extents of the ink (n, 4) y0, y1, x0, x1 in cells; and the labels (n,). For drawing digits
+    in bulk."""
+    cells, labels, extents = _digits()
+    rows = digit_split(split)
+    weights = _resample(8, samples, -0.5, 8.5)
+    return np.matmul(np.matmul(weights, cells[rows]), weights.T), extents[rows].astype(np.float32), labels[rows]
 
 
 def _cover(row, side):
@@ -153,7 +175,7 @@ def _cover(row, side):
     scale = side / max(y1 - y0, x1 - x0)  # pixels per cell
     height, width = (max(1, round(extent * scale)) for extent in (y1 - y0, x1 - x0))
     ink = _resample(8, height, y0, y1) @ cells[row] @ _resample(8, width, x0, x1).T
-    return np.clip((ink - _INK) * np.float32(max(1.5, 0.7 * scale)) + 0.5, 0, 1)  # an edge about one pixel wide
+    return np.clip((ink - INK) * np.float32(max(1.5, 0.7 * scale)) + 0.5, 0, 1)  # an edge about one pixel wide
 
 
 def check_int(name, value, least):
