@@ -21,6 +21,13 @@ from .style import (
 )
 
 MODELS = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}
+MODES = ("eager", "graph", "compile", "compile+graph")
+
+
+def place(order):
+    """A sort key: the place of a name in `order`; unknown names last."""
+    known = list(order)
+    return lambda name: (known.index(name) if name in known else len(known), name)
 
 
 def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dtype="float16", **only):
@@ -37,8 +44,7 @@ def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dty
         rows = rows[whole | (rows["tokens"] == tokens)]
     one_of_each(rows, name, "gpu")
     one_of_each(rows[rows["backend"] != "unpruned"], name, "tokens")
-    order = ("eager", "graph", "compile", "compile+graph")
-    modes = sorted(set(rows["mode"]), key=lambda m: order.index(m) if m in order else len(order))
+    modes = sorted(set(rows["mode"]), key=place(MODES))
     figure = _panels("Throughput", modes, subtitle(rows, MODELS.get(model, model), _kept(rows), dtype))
     shown = set()
     for column, mode in enumerate(modes, 1):
@@ -95,10 +101,9 @@ def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype=
     """
     name = "speedup_by_batch"
     rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
-    order = ("eager", "graph", "compile", "compile+graph")
-    modes = sorted(set(rows["mode"]), key=lambda m: order.index(m) if m in order else len(order))
-    panels = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
-    return _speedup_panels(panels, name, subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype))
+    modes = sorted(set(rows["mode"]), key=place(MODES))
+    found = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
+    return _speedup_panels(found, name, subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype))
 
 
 def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+graph", dtype="float16", **only):
@@ -110,13 +115,13 @@ def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+
     name = "resolution_speedup"
     rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
     one_of_each(rows, name, "mode")
-    panels = {}
+    found = {}
     for full in sorted(map(int, set(pick(rows, name, backend="unpruned")["tokens"]))):
         patches = full - 1
         kept = f"U({patches * 30 // 196},{patches * 168 // 196})" if ragged else str(1 + patches // 2)
         label = f"{16 * math.isqrt(patches)} pixels, {full} tokens, pruned: {kept}"
-        panels[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
-    return _speedup_panels(panels, name, subtitle(rows, MODELS.get(model, model), rows["mode"].iloc[0], dtype))
+        found[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
+    return _speedup_panels(found, name, subtitle(rows, MODELS.get(model, model), rows["mode"].iloc[0], dtype))
 
 
 def _over_unpruned(rows, name: str, tokens: str):
@@ -135,13 +140,13 @@ def _over_unpruned(rows, name: str, tokens: str):
     return pandas.concat([speeds.assign(**divided), ceiling])
 
 
-def _speedup_panels(panels: dict, name: str, below: str):
+def _speedup_panels(found: dict, name: str, below: str):
     """Lines over the batch with their ceiling, one panel for every name that has rows."""
-    panels = {label: rows for label, rows in panels.items() if not rows.empty}
-    if not panels:
+    found = {label: rows for label, rows in found.items() if not rows.empty}
+    if not found:
         raise ValueError(f"{name}: no rows of pruned pipelines with these tokens and this mode")
-    figure, shown = _panels("Speedup over the unpruned model", list(panels), below), set()
-    for column, rows in enumerate(panels.values(), 1):
+    figure, shown = _panels("Speedup over the unpruned model", list(found), below), set()
+    for column, rows in enumerate(found.values(), 1):
         speeds, ceiling = rows[rows["metric"] != "flops_ratio"], rows[rows["metric"] == "flops_ratio"]
         points = ceiling.groupby("batch")["value"].median()
         if len(points):
@@ -154,7 +159,7 @@ def _speedup_panels(panels: dict, name: str, below: str):
             line = speeds[speeds["backend"] == backend].sort_values("batch")
             draw_line(figure, line["batch"], line, backend, legend=backend not in shown, row=1, col=column)
             shown.add(backend)
-    batches = sorted({b for rows in panels.values() for b in rows["batch"]})
+    batches = sorted({b for rows in found.values() for b in rows["batch"]})
     figure.update_xaxes(title_text="batch (log)", type="log", tickvals=batches, ticktext=[f"{b:g}" for b in batches])
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .plots_model import MODELS
+from .plots_model import MODELS, MODES, _panels, place
 from .style import (
     INK,
     draw_line,
@@ -58,8 +58,10 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     ratio, best = table.loc[others.index, ours] / others.max(axis=1), others.idxmax(axis=1)
     text = ratio.map("<b>{:.2f}×</b><br>".format) + best.map(lambda b: look(b).label)
     grid, words = (column.unstack("batch") for column in (ratio, text))
+    in_turn = sorted(grid.index, key=lambda row: (place(MODELS)(row[0]), place(MODES)(row[1])))
+    grid, words = grid.loc[in_turn], words.loc[in_turn]
     reach = max(0.3, max(abs(math.log2(r)) for r in ratio))
-    ticks = [r for r in (0.25, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4) if abs(math.log2(r)) <= reach]
+    ticks = [r for r in (0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if abs(math.log2(r)) <= reach]
     below = subtitle(rows, f"pruned: {tokens} tokens", "the cell names the best alternative")
     figure = new_figure(f"{look(ours).label} against the best alternative", below, height=190 + 52 * len(grid))
     figure.add_trace(go.Heatmap(
@@ -98,28 +100,34 @@ def ladder(steps, *, title, unit, below=""):
 # ---- a prediction beside the record ----
 
 
-def expectation(curves, points, *, title, below="", y_title="expected times the unpruned images/s"):
+def expectation(curves, points, *, title, below="", y_title="times the unpruned images/s"):
     """Expected speedup against the share kept, a line for every pipeline, and recorded cells as markers.
 
-    curves, points: frames with keep, backend, note and value; the note says what a line or a marker stands for.
+    curves, points: frames with panel, keep, backend, note and value; the note says what a line or a marker stands for.
+    One panel for every panel that has a curve, in their order.
     """
     for frame in (curves, points):
-        need_columns(frame, "expectation", "keep", "backend", "note", "value")
+        need_columns(frame, "expectation", "panel", "keep", "backend", "note", "value")
     if curves.empty:
         raise ValueError("expectation: no curve to draw")
-    figure = new_figure(title, below, height=440)
-    for (backend, note), line in curves.groupby(["backend", "note"], sort=False):
-        style = look(backend)
-        figure.add_scatter(x=line["keep"], y=line["value"], mode="lines", name=f"{style.label}, {note}",
-                           line=dict(color=style.colour, dash=style.dash, width=2))  # fmt: skip
-    for (backend, note), group in points.groupby(["backend", "note"], sort=False):
-        style = look(backend)
-        figure.add_scatter(x=group["keep"], y=group["value"], mode="markers", name=f"{style.label}, {note}",
-                           marker=dict(color=style.colour, size=12, symbol=style.symbol,
-                                       line=dict(color=INK, width=1.5)))  # fmt: skip
+    names = list(dict.fromkeys(curves["panel"]))
+    figure, shown = _panels(title, names, below), set()
+    for kind, frame in (("lines", curves), ("markers", points[points["panel"].isin(names)])):
+        for (panel, backend, note), line in frame.groupby(["panel", "backend", "note"], sort=False):
+            style, label = look(backend), f"{look(backend).label}, {note}"
+            dash = "dot" if note.startswith("equal") else "solid"
+            figure.add_scatter(
+                x=line["keep"], y=line["value"], mode=kind, name=label, legendgroup=label, row=1,
+                col=names.index(panel) + 1, showlegend=label not in shown,
+                line=dict(color=style.colour, dash=dash, width=2),
+                marker=dict(color=style.colour, size=11, symbol=style.symbol + ("-open" if dash == "dot" else ""),
+                            line=dict(color=style.colour if dash == "dot" else INK, width=1.5)),
+            )  # fmt: skip
+            shown.add(label)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
-    figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.02])
-    return figure.update_yaxes(title_text=y_title, rangemode="tozero")
+    figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_yaxes(title_text=y_title, col=1)
 
 
 # ---- the paper beside the record ----

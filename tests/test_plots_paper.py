@@ -79,7 +79,8 @@ def test_an_image_size_is_told_from_its_unpruned_rows():
 def test_the_best_alternative_is_named():
     figure = plots.best_choice(MODEL)
     cells = figure.data[0]
-    assert "DeiT-B, compile+graph" in cells.y and list(cells.x) == ["1", "4", "16", "64", "256"]
+    assert cells.y[0] == "DeiT-Ti, eager" and cells.y[-1] == "DeiT-B, compile+graph"
+    assert list(cells.x) == ["1", "4", "16", "64", "256"]
     row = list(cells.y).index("DeiT-B, eager")
     assert cells.text[row][-1] == "<b>1.02×</b><br>dense, equal counts"
     ragged = plots.best_choice(MODEL, tokens="U(30,168)", rivals=("unpruned", "sdpa_padded")).data[0]
@@ -100,11 +101,16 @@ def test_a_ladder_keeps_its_order_and_says_what_is_missing():
 
 
 def test_an_expectation_has_lines_and_recorded_markers():
-    curves = pandas.DataFrame({"keep": [0.1, 1.0], "backend": "triton", "note": "graph", "value": [2.4, 1.0]})
+    curves = pandas.DataFrame({"panel": "eager", "keep": [0.1, 1.0], "backend": "triton", "note": "equal counts",
+                               "value": [2.4, 1.0]})  # fmt: skip
     points = curves.assign(note="recorded")
     figure = plots.expectation(curves, points, title="Expected")
     assert [t.mode for t in figure.data] == ["lines", "markers"]
     assert len(plots.expectation(curves, points[:0], title="Expected").data) == 1
+    both = pandas.concat([curves, curves.assign(panel="graph")])
+    figure = plots.expectation(both, points, title="Expected")
+    assert [n.text for n in figure.layout.annotations] == ["eager", "graph"]
+    assert sum(t.showlegend for t in figure.data) == 2  # once in the legend, however many panels
 
 
 def test_the_paper_s_markers_are_hollow():
