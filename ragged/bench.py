@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from . import data
+from . import commandline, data
+from .loading import full_name
 from .report import report, write_summary
 from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
@@ -35,9 +36,12 @@ SUITES: dict[str, Callable[[Options], list[Case]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 3 when a provider broke the GPU's context and the rest needs a new process."""
     asked = parser().parse_args(arguments)
+    check(asked)
     out = Path(asked.out or ("quick_results" if asked.quick else data.data_dir() / "results"))
     options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
     repeats = asked.repeats or (3 if asked.quick else 5)
+    if set(asked.suites) - {"report"}:
+        commandline.check_writable(out)
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
     wake()
     with torch.no_grad():
@@ -57,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check(asked: argparse.Namespace) -> None:
+    """What the parser cannot know. ValueError or OSError before anything is measured, not after."""
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to measure on the CPU")
+    for name in asked.model:
+        full_name(name.removesuffix("_digits"), 224)
+    for file in filter(None, (asked.markdown, asked.readme)):
+        commandline.check_writable(Path(file).resolve().parent)
+
+
 def wake(seconds: float = 1.0) -> None:
     """Work for a moment, so that the GPU's clock is up before the first case."""
     if torch.cuda.is_available():
@@ -74,12 +88,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="folder for the rows, <out>/<gpu>/<suite>.csv (default: the "
                    "recorded results; with --quick: quick_results)")  # fmt: skip
     p.add_argument("--model", nargs="+", default=(), help="only these models, such as deit_small")
-    p.add_argument("--batch", nargs="+", type=int, default=(), help="only these batch sizes")
+    p.add_argument("--batch", nargs="+", type=commandline.positive, default=(), help="only these batch sizes")
     p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already")
     p.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start nothing new after this time; run again to go on"
     )
-    p.add_argument("--repeats", type=int, help="rounds of measuring (default 5, with --quick 3)")
+    p.add_argument("--repeats", type=commandline.positive, help="rounds of measuring (default 5, with --quick 3)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--markdown", metavar="FILE", help="write the report there too")
     p.add_argument("--readme", metavar="FILE", help="renew the table of recorded rows in this README")
@@ -121,4 +135,4 @@ def progress(cases: list[Case], name: str):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commandline.run(main, "ragged.bench"))

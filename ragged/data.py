@@ -6,13 +6,13 @@ torch is imported only by the functions that return tensors, so that plotting co
 """
 
 import csv
-import hashlib
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from .checkpoints import verify_sha256
 from .scenes import DigitScenes, check_int, digit_scenes, digit_split
 
 # fmt: off
@@ -56,7 +56,7 @@ def photographs(size=224):
 
     check_int("size", size, 1)
     folder = data_dir() / "images"
-    records = _read_csv(folder / "attribution.csv")
+    records = read_csv(folder / "attribution.csv")
     files = [Image.open(folder / f"{record['name']}.jpg").convert("RGB") for record in records]
     pixels = np.stack([np.asarray(file.resize((size, size), Image.Resampling.BICUBIC)) for file in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous(), records
@@ -102,7 +102,7 @@ def results(suite=None, gpu=None):
     import pandas
 
     pattern = f"{slug(gpu) if gpu else '*'}/{suite or '*'}.csv"
-    rows = [row for path in sorted((data_dir() / "results").glob(pattern)) for row in _read_csv(path, RESULT_COLUMNS)]
+    rows = [row for path in sorted((data_dir() / "results").glob(pattern)) for row in read_csv(path, RESULT_COLUMNS)]
     frame = pandas.DataFrame(rows, columns=list(RESULT_COLUMNS), dtype=object)
     text = [c for c in RESULT_COLUMNS if c not in _NUMERIC]
     numbers = {c: pandas.to_numeric(frame[c]).astype(float) for c in _NUMERIC}
@@ -151,7 +151,7 @@ def _text(column, value):
 
 
 def _merge_csv(path, new):
-    recorded = _read_csv(path, RESULT_COLUMNS) if path.exists() else []
+    recorded = read_csv(path, RESULT_COLUMNS) if path.exists() else []
     merged = {tuple(row[c] for c in _KEY): row for row in recorded} | new
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: the replacement is then one atomic step
@@ -173,12 +173,20 @@ def slug(gpu):
     return re.sub("[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
-def _read_csv(path, columns=None):
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if columns and tuple(table.fieldnames or ()) != tuple(columns):
-            raise ValueError(f"{path}: expected the columns {tuple(columns)}, got {table.fieldnames}")
-        return list(table)
+def read_csv(path, columns=None):
+    """The rows of a CSV file as dicts of text. ValueError, naming the file, if it is damaged or has other columns."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            rows = list(table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if columns and tuple(table.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"{path}: expected the columns {tuple(columns)}, got {table.fieldnames}")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():  # csv's way to say too many cells, or too few
+            raise ValueError(f"{path} is damaged: row {number} does not have {len(table.fieldnames)} cells")
+    return rows
 
 
 def paper_tables():
@@ -195,7 +203,7 @@ def paper(table):
 
     if table not in paper_tables():
         raise ValueError(f"table: expected one of {paper_tables()}, got {table!r}")
-    frame = pandas.DataFrame(_read_csv(data_dir() / "paper" / f"{table}.csv"))
+    frame = pandas.DataFrame(read_csv(data_dir() / "paper" / f"{table}.csv"))
     return frame.assign(**{c: pandas.to_numeric(frame[c]) for c in ("batch", "tokens", "pruned", "value")})
 
 
@@ -216,21 +224,3 @@ def checkpoint_path(name):
         )
     verify_sha256(path)
     return path
-
-
-def verify_sha256(path, expected=None):
-    """Check a file against a SHA-256 (64 hex digits), by default the first word of <path>.sha256.
-
-    ValueError if they differ, FileNotFoundError without a file to read the expected one from.
-    """
-    path = Path(path)
-    if expected is None:
-        sidecar = path.with_name(path.name + ".sha256")
-        if not sidecar.is_file():
-            raise FileNotFoundError(f"no checksum for {path.name}: expected it in {sidecar}")
-        expected = (sidecar.read_text(encoding="utf-8").split() or [""])[0]
-    if not re.fullmatch("[0-9a-fA-F]{64}", expected):
-        raise ValueError(f"expected: a SHA-256 is 64 hex digits, got {expected!r}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected.lower():
-        raise ValueError(f"{path} is damaged or another file: SHA-256 is {found}, expected {expected.lower()}")

@@ -35,7 +35,7 @@ def load_deit(
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)} or a path, got {weights!r}")
     if sha256 is not None and str(weights) in WEIGHTS:
         raise ValueError(f"sha256: is for a checkpoint given by its path, got weights={weights!r}")
-    timm_name = _timm_name(name, img_size)
+    timm_name = full_name(name, img_size)
     if weights == "imagenet":
         return check_supported(_download(timm_name, img_size, num_classes))
     if weights == "random":
@@ -55,7 +55,8 @@ def load_deit(
     return check_supported(_fill(_create(timm_name, img_size, classes), state, path))
 
 
-def _timm_name(name: str, img_size: int) -> str:
+def full_name(name: str, img_size: int) -> str:
+    """What timm calls a model. Raises ValueError for a name that it does not have."""
     import timm
 
     if not isinstance(img_size, int) or img_size < 16:

@@ -45,6 +45,8 @@ def summary() -> str:
 def write_summary(readme: Path) -> None:
     """Put `summary` between the two marks in the README."""
     text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme}: the table goes between the lines {BEGIN} and {END}, which are not both there once")
     before, rest = text.split(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
@@ -56,7 +58,7 @@ def read(folder: Path):
     files = sorted(folder.glob("*.csv"))
     if not files:
         return None
-    frame = pandas.concat([pandas.read_csv(f, dtype=str, keep_default_na=False) for f in files], ignore_index=True)
+    frame = pandas.DataFrame([row for f in files for row in data.read_csv(f, data.RESULT_COLUMNS)])
     numbers = {c: pandas.to_numeric(frame[c], errors="coerce") for c in ("batch", "keep", "value", "q20", "q80")}
     return frame.assign(**numbers)
 

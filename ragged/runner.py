@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
 import gc
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .data import RESULT_COLUMNS, slug, write_results
+from .data import RESULT_COLUMNS, read_csv, slug, write_results
 from .rounds import Broken, Subject, is_fatal, measure
 from .timing import Stats, stats, wait
 
@@ -175,9 +174,8 @@ def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:
     path = Path(out) / slug(gpu) / f"{suite}.csv"
     if not path.exists():
         return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["version"] == version]
-    return {tuple(_plain(row[c]) for c in _IDENTITY) for row in rows}
+    rows = read_csv(path, RESULT_COLUMNS)
+    return {tuple(_plain(row[c]) for c in _IDENTITY) for row in rows if row["version"] == version}
 
 
 def _plain(cell) -> str:
