@@ -22,14 +22,24 @@ from .plots_launch import (
 from .plots_model import memory, resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
 from .plots_paper import best_choice, claims, expectation, ladder, measured_lines, paper_beside
 from .plots_pictures import batch_lengths, image_patches, kept_patches, pipeline
+from .plots_pruning import (
+    length_strips,
+    pack_picture,
+    packing_ways,
+    sampling_staircase,
+    score_maps,
+    score_profiles,
+    token_schedules,
+)
 from .style import LOOKS, alt_text, paper_rows
 
 __all__ = [
-    "LOOKS", "PRUNER_LOOKS", "accuracy", "alt_text", "batch_lengths", "best_choice", "call_anatomy",
-    "capacity_steps", "claims", "clock_hypotheses", "count_distribution", "counts_against_size", "dispatch_floor",
-    "error_budget", "expectation", "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu",
-    "image_patches", "kept_patches", "kernel_grid", "ladder", "launch_paths", "logit_differences", "measured_lines",
-    "memory", "padded_waste", "paper_beside", "paper_rows", "pipeline", "program_schedule", "resolution_speedup",
-    "roofline", "rounding", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch",
-    "tile_cover", "tile_waste", "timeline", "two_clocks",
+    "LOOKS", "PRUNER_LOOKS", "accuracy", "alt_text", "batch_lengths", "best_choice", "call_anatomy", "capacity_steps",
+    "claims", "clock_hypotheses", "count_distribution", "counts_against_size", "dispatch_floor", "error_budget",
+    "expectation", "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu", "image_patches",
+    "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences", "measured_lines",
+    "memory", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "paper_rows", "pipeline",
+    "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "score_maps",
+    "score_profiles", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch", "tile_cover",
+    "tile_waste", "timeline", "token_schedules", "two_clocks",
 ]  # fmt: skip
