@@ -69,6 +69,8 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
     first.
     """
     scores, real = scores[:, prefix:].float(), real[:, prefix:]
+    if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from
+        return Selection(with_prefix(real.long(), prefix), real.sum(1, dtype=torch.int32) + prefix)
     ranked, order = torch.where(real, scores, math.inf).sort(1)
     real = real.gather(1, order)
     cdf = torch.where(real, ranked, 0.0).cumsum(1)

@@ -5,7 +5,7 @@ import torch
 
 try:
     from hypothesis import settings
-except ImportError:  # a bare GPU machine may have pytest alone; the tests marked gpu need no more
+except ImportError:  # a bare GPU machine may have pytest alone; tests/test_gpu*.py need no more
     pass
 else:
     # A shared two-core machine has no steady clock: a slow example is not a wrong one.

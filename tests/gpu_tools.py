@@ -1,4 +1,4 @@
-"""What the GPU tests share: counting the waits of the host and the kernels that were compiled."""
+"""What the GPU tests share: waits of the host, kernels that were compiled, and the eager twin of a graph."""
 
 import sys
 import warnings
@@ -30,3 +30,14 @@ def compiled_kernels():
     modules = [module for name, module in sys.modules.items() if name.startswith("ragged.kernel")]
     functions = {fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)}
     return sum(len(cache[0]) for fn in functions for cache in fn.device_caches.values())
+
+
+@torch.no_grad()
+def eager(model, captured, images):
+    """The same kernels as the graph's, on the same sizes, started one by one."""
+    result = model.begin(images)
+    if isinstance(result, torch.Tensor):
+        return result
+    rows = int(result.counts.max() if captured.padded else result.counts.sum())
+    size = next(size for size in captured.sizes if size >= rows)
+    return result.resume(*((images.shape[0] * size, size) if captured.padded else (size, result.width)))

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu_tools import waits
+from gpu_tools import eager, waits
 
 import ragged
 from ragged.pruners import Pruner, given_lengths
@@ -138,17 +138,6 @@ def test_how_often_the_host_waits(name, backend):
 
 
 # --- graphs
-
-
-@torch.no_grad()
-def eager(model, captured, images):
-    """The same kernels as the graph's, on the same sizes, started one by one."""
-    result = model.begin(images)
-    if isinstance(result, torch.Tensor):
-        return result
-    rows = int(result.counts.max() if captured.padded else result.counts.sum())
-    size = next(size for size in captured.sizes if size >= rows)
-    return result.resume(*((images.shape[0] * size, size) if captured.padded else (size, result.width)))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa_padded", "flash_attn", "torch_varlen"])
