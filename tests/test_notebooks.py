@@ -1,72 +1,185 @@
 """The form of the notebooks: what a reader finds in each, and what must not be saved in one."""
 
+import ast
 import json
 import re
 import statistics
-import sys
-from pathlib import Path
+from urllib.parse import unquote
 
+import nbformat
 import pytest
+from notebook_files import FIGURE, LESSONS, PICTURE, ROOT, SOLUTIONS, code, outputs, prose, read, tags
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ragged import notebook_tools
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ragged"]["repository"]
+REPOSITORY = notebook_tools.repository(ROOT)
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")  # image?, text (may hold an image), address
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def name(path):
+    return path.relative_to(ROOT / "notebooks").with_suffix("").as_posix()
+
+
+@pytest.fixture(params=LESSONS, ids=name)
+def lesson(request):
+    return read(request.param)
+
+
+@pytest.fixture(params=LESSONS + SOLUTIONS, ids=name)
 def notebook(request):
-    content = json.loads(request.param.read_text(encoding="utf-8"))
-    for cell in content["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return content | {"path": request.param}
+    return read(request.param)
 
 
-def code(notebook):
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+# ---- the form of a lesson ----
 
 
-def prose(notebook):
-    return "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-
-
-def test_the_header(notebook):
-    header = notebook["cells"][0]["source"]
+def test_the_header(lesson):
+    header = lesson["cells"][0]["source"]
     assert len(header.splitlines()) <= 12
-    assert f"colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{notebook['path'].name}" in header
-    for part in ("**The question:**", "you will be able to", "*Prerequisites:*", "*Time:*", "*Hardware:*"):
-        assert part in header, part
+    assert re.match(rf"# {lesson['path'].name[:2]} · .+\n", header), "the title: # NN · …"
+    parts = ("**The question:**", "you will be able to", "*Prerequisites:*", "*Time:*", "*Hardware:*")
+    places = [header.find(part) for part in parts]
+    assert min(places) > 0 and places == sorted(places), dict(zip(parts, places))
 
 
-def test_the_ending(notebook):
-    text = prose(notebook)
-    for part in ("**Recap.**", "**Recall**", "## What next", "## References"):
-        assert part in text, part
+def test_the_ending(lesson):
+    text = prose(lesson)
+    places = [text.find(part) for part in ("## Answer", "**Recap.**", "**Recall**", "## What next", "## References")]
+    assert min(places) > 0 and places == sorted(places), places
+    questions, answers = text[places[2] : places[3]].split("<details>")
+    assert 3 <= len(re.findall(r"^\d\. ", questions, re.MULTILINE)) <= 5 and "</details>" in answers
 
 
-def test_the_measure_of_cells_and_prose(notebook):
-    lines = [len(cell["source"].splitlines()) for cell in code(notebook)]
+def test_the_measure_of_cells_and_prose(lesson):
+    lines = [len(cell["source"].splitlines()) for cell in code(lesson)]
     assert 20 <= len(lines) <= 35 and 6 <= statistics.median(lines) <= 10 and max(lines) <= 40
-    assert 5 <= len(prose(notebook).split()) / sum(lines) <= 9
+    assert 5 <= len(prose(lesson).split()) / sum(lines) <= 9
+
+
+def test_numbers_follow_one_another():
+    assert [path.name[:2] for path in LESSONS] == [f"{number:02d}" for number in range(len(LESSONS))]
+
+
+def test_the_first_notebook_is_the_map():
+    linked = {address for _, _, address in LINK.findall(prose(read(LESSONS[0])))}
+    assert {path.name for path in LESSONS[1:]} <= linked
+
+
+# ---- sliders ----
+
+
+def test_a_slider_stands_alone_after_what_it_draws(lesson):
+    """A cell tagged slider is the call of course.slider; what it renders is defined in one tagged slider-render."""
+    drawn = False
+    for cell in code(lesson):
+        drawn = drawn or "slider-render" in tags(cell)
+        calls = [node for node in ast.walk(parse(cell)) if isinstance(node, ast.Call) and is_slider(node.func)]
+        assert ("slider" in tags(cell)) == bool(calls), f"{cell['id']}: tag and content differ"
+        if calls:
+            assert len(parse(cell).body) == 1 and drawn, cell["id"]
+
+
+def parse(cell):
+    return ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell["source"]))
+
+
+def is_slider(called):
+    return ast.unparse(called) in ("course.slider", "slider")
+
+
+# ---- links ----
+
+
+def test_links_lead_somewhere(notebook):
+    """Relative links meet a file; pictures are local and described; the badge is the one picture from elsewhere."""
+    text = notebook_tools.BADGE.sub("", prose(notebook))
+    for picture, words, address in LINK.findall(text):
+        local = not re.match(r"https?://|mailto:|#|attachment:", address)
+        target = (notebook["path"].parent / unquote(address.split("#")[0])).resolve()
+        assert not local or target.exists(), f"{address} does not exist"
+        assert not picture or (words.strip() and not address.startswith("http")), f"{address}: local, with a text"
+
+
+def test_badge_and_set_up_cell_name_the_repository(lesson):
+    path = lesson["path"].relative_to(ROOT).as_posix()
+    assert notebook_tools.badge(REPOSITORY, path) == lesson["cells"][0]["source"].splitlines()[1]
+    assert code(lesson)[0]["source"] == notebook_tools.setup_cell(REPOSITORY)
+
+
+def test_make_badges_has_nothing_to_do(notebook):
+    """Solutions too: badge and set-up cell are those of the one constant, and the file is as nbformat writes it."""
+    path = notebook["path"]
+    text = path.read_text(encoding="utf-8")
+    parsed = nbformat.reads(text, as_version=nbformat.NO_CONVERT)
+    parsed = notebook_tools.with_repository(parsed, REPOSITORY, path.relative_to(ROOT).as_posix())
+    assert nbformat.writes(parsed) + "\n" == text, "run `make badges`"
+
+
+# ---- what is saved ----
 
 
 def test_saved_outputs(notebook):
-    """All cells ran in order; figures have JSON and a picture; neither HTML nor widget state is saved."""
+    """All cells ran in order; figures have JSON, a picture and a sentence; neither HTML nor widget state is saved."""
     assert notebook["path"].stat().st_size < 300_000
     assert notebook["metadata"]["kernelspec"]["name"] == "python3" and "widgets" not in notebook["metadata"]
     assert [cell["execution_count"] for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
-    for output in (output for cell in code(notebook) for output in cell["outputs"]):
+    for cell, output in outputs(notebook):
         assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", f"{cell['id']}: {''.join(output['text'])[:200]}"
         kinds = set(output.get("data", {}))
         assert not kinds & {"text/html", "application/vnd.jupyter.widget-view+json"}
-        assert ("application/vnd.plotly.v1+json" in kinds) == ("image/png" in kinds)
+        assert (FIGURE in kinds) == (PICTURE in kinds)
+
+
+def test_every_figure_is_described(notebook):
+    """The title and more, as text beside the picture: `ragged.style.alt_text` makes it when outputs are saved."""
+    for cell, output in outputs(notebook):
+        if FIGURE in output.get("data", {}):
+            words = "".join(output["data"].get("text/plain", ""))
+            assert len(words) > 10 and "Figure(" not in words, f"{cell['id']}: bake it again"
+            assert output["data"][FIGURE]["layout"]["title"]["text"].replace("<br>", " ") in words, cell["id"]
 
 
 def test_nothing_of_the_machine_is_saved(notebook):
     """Paths and host names of whoever ran it last have no place in a saved notebook."""
     found = re.findall(r"/(?:home|root|tmp|work|Users)/\S*", notebook["path"].read_text(encoding="utf-8"))
     assert not found
+
+
+# ---- one name of the repository ----
+
+
+def test_renaming_the_repository_changes_badges_and_set_up_cells_only(tmp_path):
+    for path in LESSONS + SOLUTIONS:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (tmp_path / "pyproject.toml").write_text('[tool.ragged]\nrepository = "some-one/else.where"\n')
+    assert notebook_tools.main(["--root", str(tmp_path)]) == 0
+    for path in LESSONS + SOLUTIONS:
+        wanted = path.read_text(encoding="utf-8")
+        for place in ("colab.research.google.com/github/", "git+https://github.com/"):
+            wanted = wanted.replace(place + REPOSITORY, place + "some-one/else.where")
+        assert (tmp_path / path.relative_to(ROOT)).read_text(encoding="utf-8") == wanted
+    assert notebook_tools.write_badges(tmp_path) == []  # once is enough
+
+
+@pytest.mark.parametrize("content", ["", "[tool.ragged]\n", '[tool.ragged]\nrepository = "no slash"\n'])
+def test_a_checkout_without_a_repository_says_so(tmp_path, capsys, content):
+    if content:
+        (tmp_path / "pyproject.toml").write_text(content)
+    assert notebook_tools.main(["--root", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pyproject.toml" in error
+
+
+def test_a_missing_badge_is_put_under_the_title():
+    notebook = {"cells": [{"cell_type": "markdown", "source": "# Title\nText"}]}
+    source = notebook_tools.with_repository(notebook, "a/b", "notebooks/x.ipynb")["cells"][0]["source"]
+    assert source.splitlines()[0] == "# Title" and source.splitlines()[2] == "Text"
+    assert source.splitlines()[1].endswith("/github/a/b/blob/main/notebooks/x.ipynb)")
+
+
+def test_the_saved_json_is_plain(notebook):
+    """No figure hides a NaN, which browsers cannot read."""
+    json.loads(notebook["path"].read_text(encoding="utf-8"), parse_constant=pytest.fail)
