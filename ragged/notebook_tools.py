@@ -27,7 +27,8 @@ def repository(root: Path = ROOT) -> str:
     path = Path(root) / "pyproject.toml"
     if not path.is_file():
         raise NotebookError(f"{path} does not exist: this works in a checkout of the project only")
-    found = re.search(r'^\[tool\.ragged\]\n(?:.*\n)*?repository = "([\w.-]+/[\w.-]+)"', path.read_text(), re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r'^\[tool\.ragged\]\n(?:.*\n)*?repository = "([\w.-]+/[\w.-]+)"', text, re.MULTILINE)
     if found is None:
         raise NotebookError(f'{path} has no line repository = "owner/name" under [tool.ragged]')
     return found[1]
