@@ -39,7 +39,7 @@ def pruner_look(name: str) -> Look:
     return PRUNER_LOOKS[known]._replace(label=PRUNER_LOOKS[known].label + name[len(known) :])
 
 
-def score_maps(images, scores, labels, *, patch=16, side=124, title="Which patches rank high?", below=""):
+def score_maps(images, scores, labels, *, patch=16, side=96, title="Which patches rank high?", below=""):
     """One row per image: the image, then one heat map per score laid over it. Colour is the rank within the image.
 
     scores: for each image a dict of score name -> one number per patch.  labels: one per image.
@@ -49,26 +49,33 @@ def score_maps(images, scores, labels, *, patch=16, side=124, title="Which patch
                          f"{len(labels)}")  # fmt: skip
     names = list(scores[0])
     columns, rows = images[0].shape[-1] // patch, images[0].shape[-2] // patch
-    step_x, step_y = columns + GAP, rows + GAP
+    step_x, step_y = columns + GAP, rows + 3 * GAP  # higher than wide: a line of text between the rows
     width, height = round(side * (len(names) + 1) * step_x / columns + 140), round(side * len(images) * step_y / rows)
-    figure = new_figure(title, below, width, height + 120)
-    figure.update_layout(margin=dict(l=16, r=110, t=104, b=16))
+    figure = new_figure(title, below, width, height + 96)
+    figure.update_layout(margin=dict(l=16, r=110, t=80, b=16))
     for r, (image, given, label) in enumerate(zip(images, scores, labels)):
         y, pixels = (len(images) - 1 - r) * step_y, _pixels(image, patch)
         _place(figure, pixels, 0, y, columns, rows, drawn=side)
-        _say(figure, 0, y + rows + 0.45, label, INK, "left")
-        grey = np.repeat(pixels.mean(2, keepdims=True).astype(np.uint8), 3, 2)
+        _say(figure, 0, y + rows + 1.1, label, INK, "left")
+        faint = _shrunk_grey(pixels)  # behind the colours nobody sees more
         for c, name in enumerate(names, 1):
-            _place(figure, grey, c * step_x, y, columns, rows, drawn=side)
+            _place(figure, faint, c * step_x, y, columns, rows)
             figure.add_heatmap(**_ranked(given[name], rows, columns), x0=c * step_x + 0.5, dx=1, y0=y + rows - 0.5,
                                dy=-1, coloraxis="coloraxis", opacity=0.72, name=name,
                                hovertemplate="score %{customdata:.3g}<br>above %{z} % of the patches")  # fmt: skip
             if r == 0:
                 head = f"<b>{pruner_look(name).label}</b>"
-                _say(figure, c * step_x + columns / 2, len(images) * step_y + 0.9, head, INK, "center")
+                _say(figure, c * step_x + columns / 2, len(images) * step_y - 0.9, head, INK, "center")
     bar = dict(title="rank in<br>the image,<br>%", thickness=14, tickvals=[0, 50, 100], len=0.6)
     figure.update_layout(coloraxis=dict(colorscale="Cividis", cmin=0, cmax=100, colorbar=bar))
-    return _bare(figure, (len(names) + 1) * step_x - GAP, len(images) * step_y + 1.4)
+    return _bare(figure, (len(names) + 1) * step_x - GAP, len(images) * step_y)
+
+
+def _shrunk_grey(pixels):
+    """A quarter of the width and height, in grey: every 4 × 4 pixels become their mean."""
+    height, width, _ = pixels.shape
+    mean = pixels.reshape(height // 4, 4, width // 4, 4, 3).mean((1, 3, 4))
+    return np.repeat(mean[..., None], 3, 2).astype(np.uint8)
 
 
 def _ranked(scores, rows: int, columns: int) -> dict:
@@ -77,13 +84,13 @@ def _ranked(scores, rows: int, columns: int) -> dict:
     if scores.shape != (rows * columns,):
         raise ValueError(f"scores: expected one number for each of {rows * columns} patches, got {scores.shape}")
     rank = scores.argsort().argsort() * 100.0 / max(1, scores.size - 1)
-    texts = [[float(f"{v:.3g}") for v in line] for line in scores.reshape(rows, columns)]
-    return dict(z=rank.round().astype(int).reshape(rows, columns).tolist(), customdata=texts)
+    grid = rows, columns
+    return dict(z=rank.round().astype(np.uint8).reshape(grid), customdata=scores.astype(np.float32).reshape(grid))
 
 
 def score_profiles(scores, *, title="How concentrated is each score?", below=""):
     """What share of the total score the best patches hold. scores: name -> positive numbers, one per patch."""
-    figure = new_figure(title, below)
+    figure = new_figure(title, below, width=640, height=380)
     for name, values in scores.items():
         values, style = np.sort(np.asarray(values, dtype=np.float64))[::-1], pruner_look(name)
         if values.min() < 0 or values.sum() <= 0:
@@ -91,7 +98,7 @@ def score_profiles(scores, *, title="How concentrated is each score?", below="")
         share = 100 * np.r_[0, values.cumsum()] / values.sum()
         best = 100 * np.arange(len(share)) / values.size
         tenth = np.interp(10, best, share)
-        figure.add_scatter(x=best.round(1), y=share.round(1), mode="lines",
+        figure.add_scatter(x=best.astype(np.float32), y=share.astype(np.float32), mode="lines",
                            name=f"{style.label}: the best 10 % hold {tenth:.0f} %",
                            line=dict(color=style.colour, dash=style.dash, width=2.5))  # fmt: skip
     figure.add_scatter(x=[0, 100], y=[0, 100], mode="lines", name="all patches equal",
@@ -130,7 +137,7 @@ def sampling_staircase(cases, *, title="Sampling by the inverse CDF", below=""):
 def token_schedules(schedules, *, saved=None, title="Tokens through the network", below=""):
     """Tokens that leave every block, one step line per schedule. schedules: name -> counts, one per block, the first
     for the embedding.  saved: name -> share of the FLOPs that is left, for the legend."""
-    figure = new_figure(title, below, height=440)
+    figure = new_figure(title, below, width=680, height=400)
     for name, counts in schedules.items():
         style = pruner_look(name)
         label = style.label + (f": {saved[name]:.0%} of the FLOPs" if saved else "")
