@@ -55,12 +55,9 @@ def tile_cover(panels, *, columns=None, title="Tiles over the score matrix", bel
         size, n = (sum(panel["keys"]), sum(panel["rows"])), panel["tokens"]
         _rectangle(figure, *size, WASTED, "computed for nothing", i == 0, place)
         _rectangle(figure, n, n, REAL, "needed: queries × keys", i == 0, place)
-        lines = [((x, x), (0, size[1])) for x in _edges(panel["keys"])]
-        lines += [((0, size[0]), (y, y)) for y in _edges(panel["rows"])]
-        x = [v for (a, b), _ in lines for v in (a, b, None)]
-        y = [v for _, (a, b) in lines for v in (a, b, None)]
-        figure.add_scatter(x=x, y=y, mode="lines", line=dict(color=EDGE, width=1.5), showlegend=False,
-                           hoverinfo="skip", **place)  # fmt: skip
+        lines = [f"M{x},0V{size[1]}" for x in _edges(panel["keys"])]
+        lines += [f"M0,{y}H{size[0]}" for y in _edges(panel["rows"])]
+        figure.add_shape(type="path", path="".join(lines), line=dict(color=EDGE, width=1.5), **place)
         reach = max(size) * 1.02
         figure.update_xaxes(range=[0, reach], showgrid=False, nticks=5, **place)
         figure.update_yaxes(range=[reach, 0], showgrid=False, nticks=5, **place)
@@ -84,13 +81,13 @@ def tile_waste(curves, *, strong=(), title="Arithmetic wasted at the edge of the
     strong = list(strong) or list(curves)
     colours = [look("triton").colour, "#0072b2", "#009e73", "#cc79a7", "#e69f00"]
     dashes = ["solid", "dash", "dot", "dashdot", "longdash"]
-    figure = new_figure(title, below)
+    figure = new_figure(title, below, width=700, height=360)
     for name in sorted(curves, key=lambda name: name in strong):  # grey ones first, so that they lie below
         x, y = zip(*curves[name])
         place = strong.index(name) % len(colours) if name in strong else None
         line = dict(color="#c8c8c8", width=1) if place is None else dict(
             color=colours[place], width=2, dash=dashes[place])  # fmt: skip
-        figure.add_scatter(x=x, y=[100 * share for share in y], mode="lines", name=name, line=line)
+        figure.add_scatter(x=x, y=[round(100 * share, 1) for share in y], mode="lines", name=name, line=line)
     for tokens in marks:
         figure.add_vline(x=tokens, line=dict(color="#888888", width=1, dash="dot"))
         figure.add_annotation(x=tokens, y=1, yref="paper", text=f"{tokens} tokens", showarrow=False, xanchor="right",
@@ -108,8 +105,8 @@ def program_schedule(plans, *, slots, title="Programs on the processors of a GPU
         raise ValueError("plans: expected at least one plan with at least one program")
     ends = {name: max(start + length for _, start, length, _ in bars) for name, bars in plans.items()}
     names = [f"{name}: done after {ends[name]:g} {unit}" for name in plans]
-    figure = _panels(new_figure(title, below, height=150 + len(plans) * (16 * slots + 90)), len(plans), 1, names,
-                     vertical_spacing=0.24)  # fmt: skip
+    figure = _panels(new_figure(title, below, height=150 + len(plans) * (16 * slots + 80)), len(plans), 1, names,
+                     vertical_spacing=0.2)  # fmt: skip
     named = set()
     for i, bars in enumerate(plans.values()):
         for image in sorted({bar[3] for bar in bars}):

@@ -1,5 +1,7 @@
 """Figures of what happens inside a kernel: they show the numbers given to them, and refuse what they cannot draw."""
 
+import re
+
 import pytest
 
 pytest.importorskip("plotly")
@@ -58,9 +60,9 @@ def test_the_waste_is_the_orange_area():
 
 
 def test_lines_between_tiles_stand_where_tiles_end():
-    lines = [trace for trace in plots.tile_cover(PANELS[1:]).data if trace.fill is None]
-    assert {x for x in lines[0].x if x is not None} == {0, 128, 192, 208}
-    assert {y for y in lines[0].y if y is not None} == {0, 64, 128, 192, 256}
+    (lines,) = plots.tile_cover(PANELS[1:]).layout.shapes
+    down, across = (set(re.findall(pattern, lines.path)) for pattern in (r"M(\d+),0V256", r"M0,(\d+)H208"))
+    assert down == {"0", "128", "192", "208"} and across == {"0", "64", "128", "192", "256"}
 
 
 def test_curves_that_are_not_strong_are_grey():
