@@ -151,7 +151,8 @@ class Run:
         self.path.chmod(0o644)  # safetensors writes for the owner alone
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.path.with_name(f"{self.path.name}.sha256").write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
-        asked = {name: value for name, value in vars(self.asked).items() if name not in ("out", "device", "compile", "minutes")}
+        machine_s = ("out", "device", "compile", "minutes")
+        asked = {name: value for name, value in vars(self.asked).items() if name not in machine_s}
         how = {"command": "python -m ragged.train " + _command(asked), "settings": asked, **facts, "sha256": digest}
         text = json.dumps(how | {"made_with": machine()}, indent=2)
         self.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
