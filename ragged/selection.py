@@ -80,8 +80,9 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
     cdf = torch.where(real, cdf, 2.0)  # past every height, so that padding is never the nearest step
     start = torch.where(cdf > 0, cdf, 2.0).amin(1, keepdim=True).clamp_max(1.0)
     height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device)
-    above = torch.searchsorted(cdf, height).clamp_max(cdf.shape[1] - 1)
-    below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0)))  # the first of equal steps
+    last = cdf.shape[1] - 1  # among NaNs a search ends past it
+    above = torch.searchsorted(cdf, height).clamp_max(last)
+    below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0))).clamp_max(last)  # the first of equal steps
     nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
     picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True) & real
     stay = (~picked).byte().argsort(dim=1, stable=True)

@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
 import ragged
+from ragged import launch
 
 LENGTHS = {
     "one": [1],
@@ -17,6 +19,24 @@ LENGTHS = {
 SHORT = [3, 0, 1, 18, 7]
 # Queries and keys of different lengths; image 1 has no queries, image 2 no keys.
 SHORT_Q, SHORT_K = [3, 0, 7, 2, 33], [5, 4, 0, 1, 20]
+
+
+def places(names):
+    """(device, backend): what runs on this CPU, and every backend on CUDA, marked so. Interpreted: the kernels only."""
+    here = [n for n in names if n != "dense" and ragged.BACKENDS[n].why_not("cpu", torch.float32, 16) is None]
+    if launch.INTERPRET:
+        here = [n for n in here if n.endswith("triton")]
+    on_gpu = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in names if n != "dense"]
+    return [("cpu", n) for n in here] + on_gpu
+
+
+everywhere = pytest.mark.parametrize("device, backend", places(ragged.BACKENDS))
+
+
+def skip_unless_usable(device, backend, dtype=None, dim=64):
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    if reason := ragged.BACKENDS[backend].why_not(device, dtype, dim):
+        pytest.skip(reason)
 
 
 def offsets(lengths, device="cpu"):
@@ -69,6 +89,15 @@ def assert_in_budget(out, arguments, **options):
     error, allowed = errors(out, arguments, **options)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # False for NaN too
     return error, allowed
+
+
+def assert_right(out, arguments, rounding=1.0):
+    """The budget, and beside it so many roundings of the largest value: with two keys and one query plain operations
+    can be exact by luck, and a budget made from their error is then nothing at all."""
+    error, allowed = errors(out, arguments)
+    v = arguments[2]
+    slack = rounding * torch.finfo(out.dtype).eps * (float(v.abs().max()) if v.numel() else 0.0)
+    assert error <= allowed + slack, f"error {error:.3g}, allowed {allowed + slack:.3g}"
 
 
 def assert_lse(lse, arguments, **options):

@@ -1,4 +1,4 @@
-"""Runs tests/interpreted.py under TRITON_INTERPRET=1: the kernels' own code, without a GPU."""
+"""The kernels' own code without a GPU: these files under TRITON_INTERPRET=1, each in a process of its own."""
 
 import os
 import subprocess
@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+# What is drawn or checked for whole models says no more about a kernel, and would take minutes.
+FILES = {"interpreted.py": "", "test_properties.py": "not model", "test_numbers.py": "not model"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it exists for Linux only)")
-def test_the_kernels_in_triton_s_interpreter():
+@pytest.mark.parametrize("name", FILES)
+def test_the_kernels_in_triton_s_interpreter(name):
     path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
-    result = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", FILES[name]]
+    result = subprocess.run(
+        [*command, str(HERE / name)], env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, f"\n{result.stdout[-8000:]}\n{result.stderr[-2000:]}"
     assert " passed" in result.stdout and " skipped" not in result.stdout, result.stdout[-500:]

@@ -16,7 +16,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import assert_lse, errors, inputs, layouts, offsets
+from attention_cases import assert_lse, assert_right, everywhere, inputs, layouts, offsets, places, skip_unless_usable
 from gpu_tools import eager
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -35,23 +35,8 @@ FEW = settings(max_examples=8 if launch.INTERPRET else 40)
 gpu = pytest.mark.gpu
 
 
-def places(names):
-    """(device, backend): what runs on this CPU, and every backend on CUDA, marked so. Interpreted: the kernels only."""
-    here = [n for n in names if n != "dense" and ragged.BACKENDS[n].why_not("cpu", torch.float32, 16) is None]
-    if launch.INTERPRET:
-        here = [n for n in here if n.endswith("triton")]
-    return [("cpu", n) for n in here] + [pytest.param("cuda", n, marks=gpu) for n in names if n != "dense"]
-
-
-everywhere = pytest.mark.parametrize("device, backend", places(ragged.BACKENDS))
 exactly = pytest.mark.parametrize("device, backend", places(EXACT))
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-
-
-def skip_unless_usable(device, backend):
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    if reason := ragged.BACKENDS[backend].why_not(device, dtype, 64):
-        pytest.skip(reason)
 
 
 # --- attention equals the reference
@@ -96,15 +81,6 @@ def calls(draw, device, backend):
     k_lengths = None if shared else draw(lengths(device, images=len(q_lengths)))
     q, k, v, *sizes = inputs(q_lengths, heads, dim, dtype, device, k_lengths, draw(st.integers(0, 99)))
     return (*(x if kind == "fused" else layouts(x)[kind] for x, kind in zip((q, k, v), same)), *sizes)
-
-
-def assert_right(out, arguments):
-    """The budget of the other tests, and one rounding of the weights and of the result beside it: with two keys and
-    one query plain operations can be exact by luck, and a budget made from their error is then nothing at all."""
-    error, allowed = errors(out, arguments)
-    v = arguments[2]
-    slack = torch.finfo(out.dtype).eps * (float(v.abs().max()) if v.numel() else 0.0)
-    assert error <= allowed + slack, f"error {error:.3g}, allowed {allowed + slack:.3g}"
 
 
 @everywhere
