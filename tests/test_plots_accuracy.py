@@ -1,0 +1,122 @@
+"""Figures of accuracy and equivalence: what they need, what they draw, and what they refuse."""
+
+import figure_frames as frames
+import pytest
+
+pytest.importorskip("plotly")
+
+from ragged import data, plots
+from ragged.plots_accuracy import pareto_front, pruner_looks
+
+PRUNERS = ("threshold_l2", "threshold_l2_tau", "dynamicvit", "evit", "ats")
+
+
+def equivalence_frame():
+    scale = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
+    return frames.rows([
+        dict(suite="equivalence", model="deit_small", pruner=pruner, backend=backend, batch=127.0, keep=0.5,
+             dtype=dtype, metric=metric, value=size * (1 + i) / (1 if metric[:3] == "max" else 8))
+        for i, pruner in enumerate(("threshold_l2", "dynamicvit", "evit", "ats"))
+        for backend in ("triton", "flash_attn") for dtype, size in scale.items()
+        for metric in ("max_abs_logit_diff", "mean_abs_logit_diff")
+    ])  # fmt: skip
+
+
+def accuracy_frame(schedules=("published", "single cut")):
+    """Invented: every pruner loses accuracy with the square of what it drops, and gains speed in proportion."""
+    shared = dict(suite="accuracy", model="deit_tiny_digits", batch=64.0, unit="1")
+    records = []
+
+    def add(share, speed, kept, **columns):
+        metrics = (("top1", share, "eager"), ("images_per_s", speed, "compile+graph"), ("kept_tokens", kept, "eager"))
+        for metric, value, mode in metrics:
+            bars = dict(q20=value - 0.01, q80=value + 0.01) if metric == "top1" else {}
+            records.append(shared | columns | dict(metric=metric, value=value, mode=mode) | bars)
+
+    add(0.95, 1e4, 197, pruner="none", backend="unpruned", keep=1.0, tokens="197")
+    for p, pruner in enumerate(PRUNERS):
+        for schedule in schedules:
+            for keep in (0.9, 0.5, 0.1):
+                late = 0.0 if schedule == "published" else 0.02
+                add(0.95 - (0.3 + 0.05 * p + late) * (1 - keep) ** 2, 1e4 * (2 - keep), 197 * keep, pruner=pruner,
+                    backend="triton", keep=keep, tokens=schedule)  # fmt: skip
+    return frames.rows(records)
+
+
+def test_differences_have_a_panel_for_each_dtype_and_the_paper_beside_float16():
+    claim = dict(data.paper("v1_equivalence").query("metric == 'max_abs_logit_diff'")[["pruner", "value"]].values)
+    figure = plots.logit_differences(equivalence_frame(), claim=claim)
+    assert [a.text for a in figure.layout.annotations[:3]] == ["float32", "float16", "bfloat16"]
+    assert [t.name for t in figure.data].count("the paper's figure (float16)") == 1
+    assert sum(t.showlegend is not False for t in figure.data) == 3  # two backends and the paper
+    assert "log" in plots.alt_text(figure) and "NVIDIA H200" in figure.layout.title.subtitle.text
+
+
+def test_differences_name_what_is_missing():
+    with pytest.raises(ValueError, match="no rows with model = deit_huge"):
+        plots.logit_differences(equivalence_frame(), model="deit_huge")
+
+
+def test_rounding_draws_an_exact_zero_as_no_bar_and_says_so():
+    errors = [dict(name="float32", padded=1e-6, ragged=2e-6, apart=0.0), dict(name="b", padded=1, ragged=1, apart=1)]
+    figure = plots.rounding(errors)
+    apart = figure.data[2]
+    assert apart.y[0] is None and apart.text[0] == "0" and figure.data[0].y[0] == 1e-6
+    low, high = figure.layout.yaxis.range
+    assert low < -6 and high > 0
+
+
+@pytest.mark.parametrize("against", ["kept_tokens", "images_per_s"])
+def test_accuracy_has_one_line_for_each_pruner_and_schedule(against):
+    frame = accuracy_frame()
+    figure = plots.accuracy(frame, against=against)
+    lines = [t for t in figure.data if t.name != "Pareto front"]
+    assert len(lines) == 1 + 2 * len(PRUNERS)
+    looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in lines}
+    assert len(looks) == len(lines)
+    whole = next(t for t in lines if t.name == "unpruned")
+    assert list(whole.y) == [95.0] and whole.error_y.array[0] == pytest.approx(1.0)
+    assert ("Pareto front" in [t.name for t in figure.data]) == (against == "images_per_s")
+    assert figure.layout.xaxis.title.text and "%" in figure.layout.yaxis.title.text
+
+
+def test_accuracy_joins_only_rows_that_belong_together():
+    frame = accuracy_frame()
+    frame.loc[(frame.metric == "top1") & (frame.pruner == "ats"), "keep"] = 0.77
+    names = {t.name.split(",")[0] for t in plots.accuracy(frame, against="kept_tokens").data}
+    assert "EViT" in names and "ATS" not in names
+    with pytest.raises(ValueError, match="no rows with metric"):
+        plots.accuracy(frame[frame.metric == "images_per_s"])
+
+
+def test_the_front_holds_what_no_other_point_beats():
+    speed, share = [1, 2, 3, 3, 4, 2], [9, 8, 8, 7, 1, 9]
+    front = pareto_front(speed, share)
+    beaten = {
+        i for i in range(6)
+        if any(s >= speed[i] and a >= share[i] and (s, a) != (speed[i], share[i]) for s, a in zip(speed, share))
+    }  # fmt: skip
+    assert set(front) == set(range(6)) - beaten == {2, 4, 5}
+    assert [speed[i] for i in front] == sorted(speed[i] for i in front)
+
+
+def test_counts_are_drawn_for_each_pruner_with_their_correlation():
+    counts = {"ats": ([50, 60, 70], 1.0), "mine": ([70, 60, 50], -1.0)}
+    figure = plots.counts_against_size([20, 60, 120], counts)
+    texts = [a.text for a in figure.layout.annotations]
+    assert texts == ["ATS, rank correlation +1.00", "mine, rank correlation -1.00"]
+    assert list(figure.data[1].y) == [70, 60, 50] and figure.layout.xaxis2.title.text
+
+
+def test_the_distribution_says_what_padding_would_cost():
+    figure = plots.count_distribution({"ats": [50, 100, 150], "threshold_l2": [99, 99, 99]})
+    texts = [a.text for a in figure.layout.annotations]
+    assert "mean 100, longest 150: 33% padding" in texts and "mean 99, longest 99: 0% padding" in texts
+
+
+def test_pruners_look_different_from_each_other_and_from_backends():
+    looks = pruner_looks([*PRUNERS, "none", "own_one", "another"])
+    assert len({(x.colour, x.dash, x.symbol) for x in looks.values()}) == len(looks)
+    backends = {x.colour for name, x in plots.LOOKS.items() if name != "unpruned"}
+    assert not backends & {x.colour for x in looks.values()}
+    assert list(looks)[0] == "none" and list(looks)[-1] == "own_one"
