@@ -1,7 +1,7 @@
 """Figures of launching: host and GPU side by side, the paper's clock explained, timelines, ways to start a kernel.
 
 Those of recorded rows take a frame with the columns of `ragged.data.RESULT_COLUMNS`; see `ragged.plots`. Everywhere
-the host is hollow or hatched and the GPU solid.
+the host is hollow and the GPU solid.
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
         panel = calls[(calls["batch"] == batch) & (calls["tokens"] == tokens)].set_index("backend")
         if panel.empty:
             raise ValueError(f"{name}: no rows with batch {batch} and {tokens} tokens")
-        for backend in in_order(panel.index)[::-1]:
-            style, (host, gpu) = look(backend), panel.loc[backend, ["host_us", "gpu_us"]]
-            rules = f"{'host' if host > gpu else 'GPU'} rules"
-            line = dict(color=style.colour, width=4)
-            marker = dict(size=13, color=["white", style.colour], line=dict(color=style.colour, width=2.5))
-            figure.add_scatter(x=[host, gpu], y=[style.label] * 2, mode="lines+markers", line=line, marker=marker,
-                               text=[f"host {short(host)} µs", f"GPU {short(gpu)} µs"], hoverinfo="text",
-                               showlegend=False, row=1, col=column)  # fmt: skip
-            if len(cases) == 1:
-                text = f"{rules}: host {short(host)}, GPU {short(gpu)}"
-                figure.add_annotation(x=math.log10(max(host, gpu)), y=style.label, text=text, showarrow=False,
-                                      xanchor="right", yshift=18, font=dict(size=11, color=INK))  # fmt: skip
+        order = in_order(panel.index)[::-1]
+        host, gpu = (panel.loc[order, metric].tolist() for metric in ("host_us", "gpu_us"))
+        labels, colours = [look(b).label for b in order], [look(b).colour for b in order]
+        bars = [x for pair in zip(host, gpu) for x in (*pair, None)]  # None lifts the pen
+        figure.add_scatter(x=bars, y=[label for label in labels for _ in range(3)], mode="lines", hoverinfo="skip",
+                           line=dict(color="#bbbbbb", width=3), showlegend=False, row=1, col=column)  # fmt: skip
+        for times, inside in ((host, "white"), (gpu, colours)):
+            marker = dict(size=13, color=inside, line=dict(color=colours, width=2.5))
+            figure.add_scatter(x=times, y=labels, mode="markers", marker=marker, hoverinfo="x", showlegend=False,
+                               row=1, col=column)  # fmt: skip
+        for label, h, g in zip(labels, host, gpu) if len(cases) == 1 else ():
+            text = f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}"
+            figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
+                                  yshift=18, font=dict(size=11, color=INK))  # fmt: skip
     for key, colour in (("host: time to enqueue", "white"), ("GPU: time to run", GREY)):
         marker = dict(size=11, color=colour, line=dict(color=GREY, width=2.5))
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=key)
@@ -65,7 +67,7 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
     if len(cases) > 2:  # narrow panels
         ticks |= dict(tickvals=[1, 10, 100, 1000], ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="µs (log)", range=[math.log10(x) for x in spread], **ticks)
-    return figure.update_layout(height=400, width=760 if len(cases) < 3 else 180 * len(cases) + 160)
+    return figure.update_layout(height=400, width=760 if len(cases) < 3 else 140 * len(cases) + 160)
 
 
 def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype="float16", **only):
@@ -102,8 +104,8 @@ HYPOTHESES = {
 }  # fmt: skip
 
 
-def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "torch_varlen", "paper_triton", "dense",
-                     "triton"), mode="eager", dtype="float16", **only):  # fmt: skip
+def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_triton", "dense", "triton"),
+                     mode="eager", dtype="float16", **only):  # fmt: skip
     """What does a clock measure? Its readings against four guesses from host and GPU time, one panel each; on the
     dashed line a guess is right. The panel's title gives the median miss.
 
@@ -123,7 +125,7 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "torch_v
         for backend in in_order(calls["backend"]):
             at, style = (calls["backend"] == backend).to_numpy().nonzero()[0], look(backend)
             figure.add_scatter(
-                x=[round(guesses[guess][i], 2) for i in at], y=[calls[clock][i] for i in at], mode="markers",
+                x=[round(guesses[guess][i], 1) for i in at], y=[round(calls[clock][i], 1) for i in at], mode="markers",
                 name=style.label, legendgroup=backend, showlegend=column == 1, row=1, col=column,
                 marker=dict(color=style.colour, symbol=style.symbol, size=8),
             )  # fmt: skip
@@ -131,7 +133,7 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "torch_v
     ticks |= dict(ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="guess, µs", **ticks)
     figure.update_yaxes(**ticks)
-    return figure.update_yaxes(title_text=f"{what}, µs (log)", col=1).update_layout(margin_t=130, width=860)
+    return figure.update_yaxes(title_text=f"{what}, µs (log)", col=1).update_layout(margin_t=130, width=780, height=430)
 
 
 def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), tokens="99",
@@ -172,13 +174,13 @@ def timeline(lanes: dict[str, Sequence[tuple[str, float, float]]], *, title: str
     Every scenario has a host lane above a GPU lane."""
     figure = new_figure(title, below, height=150 + 92 * len(lanes))
     for part in ("host", "GPU"):
-        metric = "host_us" if part == "host" else "gpu_us"
+        metric = "wall_us" if part == "host" else "gpu_us"  # hollow and solid
         spans = [(scenario, *span[1:]) for scenario, all_ in lanes.items() for span in all_ if span[0] == part]
         figure.add_bar(
             y=[[s for s, *_ in spans], [part] * len(spans)], base=[a for _, a, _ in spans], name=part,
             x=[b - a for _, a, b in spans], orientation="h", marker=filling(metric, GREY), hoverinfo="x",
         )  # fmt: skip
-    figure.update_traces(marker_line=dict(color="white", width=1.5))
+    figure.data[1].marker.line.color = "white"  # what follows at once stays apart
     figure.update_layout(barmode="overlay", bargap=0.3, legend=dict(orientation="h", y=1, yanchor="bottom", x=0))
     figure.update_yaxes(autorange="reversed", dividercolor="#bbbbbb", title_text="")
     return figure.update_xaxes(title_text="time, µs", rangemode="tozero").update_layout(margin_t=110)
