@@ -135,4 +135,4 @@ def progress(cases: list[Case], name: str):
 
 
 if __name__ == "__main__":
-    sys.exit(commandline.run(main, "ragged.bench"))
+    sys.exit(commandline.run(main, "python -m ragged.bench"))

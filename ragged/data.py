@@ -178,14 +178,14 @@ def read_csv(path, columns=None):
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
-            rows = list(table)
+            names, rows = tuple(table.fieldnames or ()), list(table)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if columns and tuple(table.fieldnames or ()) != tuple(columns):
-        raise ValueError(f"{path}: expected the columns {tuple(columns)}, got {table.fieldnames}")
+    if columns and names != tuple(columns):
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}; got {', '.join(names) or 'none'}")
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():  # csv's way to say too many cells, or too few
-            raise ValueError(f"{path} is damaged: row {number} does not have {len(table.fieldnames)} cells")
+            raise ValueError(f"{path} is damaged: row {number} does not have {len(names)} cells")
     return rows
 
 

@@ -225,6 +225,8 @@ def _bare(figure, right, top):
 
 
 if __name__ == "__main__":  # python -m ragged.plots_pictures data/figures/pipeline.png
-    import sys
+    import argparse
 
-    readme_picture(sys.argv[1])
+    parser = argparse.ArgumentParser("python -m ragged.plots_pictures", description="Draw the picture of the README.")
+    parser.add_argument("file", help="a PNG file, such as data/figures/pipeline.png")
+    readme_picture(parser.parse_args().file)

@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(asked.seed)
     torch.set_float32_matmul_precision("high")
     try:
+        if asked.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
         out = Path(asked.out or data.data_dir() / "checkpoints")
         out.mkdir(parents=True, exist_ok=True)
         run = Run(asked, out / f"{asked.model}_digits{STAGES[asked.stage]}.safetensors")
@@ -137,7 +139,10 @@ class Run:
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         if not self.state.is_file():
             return 0
-        state = torch.load(self.state, map_location=self.asked.device, weights_only=True)
+        try:
+            state = torch.load(self.state, map_location=self.asked.device, weights_only=True)
+        except Exception as error:  # torch raises several kinds for files that are not its own
+            raise ValueError(f"{self.state} cannot be read; remove it to begin anew ({type(error).__name__})") from error
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"going on after step {state['step']} of {self.state}")
