@@ -158,7 +158,7 @@ def pack_picture(keep, *, title="Where does a kept row go?"):
     cell, gap = 44, 24
     figure = new_figure(title, "a number in a box is the row within its image, its id; grey rows are dropped",
                         width=batch * (n * cell + gap) + 150, height=300)  # fmt: skip
-    figure.update_layout(margin=dict(l=110, r=30, t=74, b=10))
+    figure.update_layout(margin=dict(l=16, r=30, t=74, b=10))
     place, start = 0, [0]
     for b in range(batch):
         colour = SEQUENCE_COLOURS[b]
@@ -178,7 +178,8 @@ def pack_picture(keep, *, title="Where does a kept row go?"):
         _say(figure, offset * cell, 46, str(offset), INK, "center")
     for text, y in (("dense", 175), ("packed", 75), ("cu_seqlens", 46)):
         _say(figure, -14, y, text, INK, "right")
-    return _bare(figure, batch * (n * cell + gap) - gap, 200)
+    figure = _bare(figure, batch * (n * cell + gap) - gap, 200)
+    return figure.update_xaxes(range=[-100, batch * (n * cell + gap) - gap])  # room for the names at the left
 
 
 def length_strips(batches, names, *, seqlen=197, title="What padding adds as lengths spread", below=""):
@@ -221,12 +222,12 @@ def packing_ways(frame, *, batch=64, tokens="U(30,168)", clock="host_us", dtype=
     recorded = set(rows[rows["mode"] == "graph"]["backend"])
     ends = {way: "" if way in recorded else ", so no graph" for way in ways}
     labels = {way: f"{WAYS[way]}<br><i>waits per call: {waits.get(way, float('nan')):g}{ends[way]}</i>" for way in ways}
-    styles = {"eager": ("eager", "#666666", "circle-open"),
-              "graph": ("replayed as a graph", look("triton").colour, "circle")}  # fmt: skip
-    for mode, (label, colour, symbol) in styles.items():
+    styles = {"eager": ("eager", "#666666", "circle-open", "top"),
+              "graph": ("replayed as a graph", look("triton").colour, "circle", "bottom")}  # fmt: skip
+    for mode, (label, colour, symbol, side) in styles.items():
         times = rows[rows["mode"] == mode].set_index("backend")["value"].reindex(ways)
         figure.add_scatter(y=list(labels.values()), x=times, name=label, mode="markers+text",
-                           text=[f"{short(t)}" if t == t else "" for t in times], textposition="top center",
+                           text=[f"{short(t)}" if t == t else "" for t in times], textposition=f"{side} center",
                            textfont=dict(size=11), cliponaxis=False,
                            marker=dict(color=colour, symbol=symbol, size=12, line=dict(width=2)))  # fmt: skip
     figure.update_layout(legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
