@@ -51,9 +51,11 @@ class PageMarkdown(IPythonRenderer):
     def formula(self, latex: str, display: str) -> str:
         """MathML, which browsers draw without a script; the LaTeX stays as its label."""
         try:
-            drawn = mathml(latex.strip(), display=display)
+            drawn = mathml(latex.strip(), display=display).replace(r"\_", "_")
         except Exception as error:  # the converter's errors have no common class
             raise NotebookError(f"{self.page.source.name}: cannot convert ${latex}$ ({error!r})") from None
+        if "\\" in drawn or "<mi>&</mi>" in drawn:  # what the converter does not know it passes on as it stands
+            raise NotebookError(f"{self.page.source.name}: cannot convert ${latex}$, use plainer LaTeX")
         return drawn.replace("<math ", f'<math aria-label="{escape(latex.strip())}" ', 1)
 
     def inline_math(self, body: str) -> str:

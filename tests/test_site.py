@@ -1,0 +1,254 @@
+"""The static site: complete, without a request to anywhere, plotly.js once, and clear about what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+pytest.importorskip("plotly")
+pytest.importorskip("nbconvert")
+pytest.importorskip("latex2mathml")
+
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from notebook_files import FIGURE, LESSONS, ROOT, SOLUTIONS, outputs, read
+
+from ragged import site
+from ragged.notebook_tools import NotebookError, badge
+
+FETCHES = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "video": "src",
+           "audio": "src", "object": "data", "embed": "src", "use": "href"}  # fmt: skip
+
+
+def soup(path):
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+# ---- a small course ----
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+TITLE = "# {} · A title with *stress*\n{}\n\n**The question:** why?\n\n*Time:* 5 minutes. *Hardware:* any CPU."
+
+
+def figure_output(alt="A line. x: time."):
+    spec = {"data": [{"y": [1, 3, 2], "type": "scatter", "name": "</script>"}], "config": {},
+            "layout": {"title": {"text": "A line"}, "width": 500, "height": 300}}  # fmt: skip
+    return new_output("display_data", {FIGURE: spec, "image/png": PIXEL, "text/plain": alt})
+
+
+def write(path, title, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notebook = new_notebook(cells=[new_markdown_cell(title), *cells])
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"
+    nbformat.write(notebook, path)
+
+
+def code(source="1", result=None):
+    return new_code_cell(source, execution_count=1, outputs=[result or new_output("stream", text="a < b\n")])
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkout with two lessons, one of them with solutions, a guide, a picture and a Python file."""
+    notebooks = tmp_path / "notebooks"
+    (tmp_path / "pyproject.toml").write_text('[tool.ragged]\nrepository = "some/where"\n')
+    (tmp_path / "code.py").write_text("1\n")
+    (tmp_path / "a picture.png").write_bytes(b"png")
+    text = "See [two](01_two.ipynb#End), [code](../code.py), [data](..), [paper](https://arxiv.org/abs/2604.15408).\n"
+    text += "![a square](../a%20picture.png) ![far](https://example.org/x.png) $n^2 < 3$\n\n$$\\frac{a}{b}$$\n\n## End"
+    write(notebooks / "00_one.ipynb", TITLE.format("00", badge("some/where", "notebooks/00_one.ipynb")),
+          new_markdown_cell(text), code(result=figure_output()))  # fmt: skip
+    write(notebooks / "01_two.ipynb", TITLE.format("01", ""), new_markdown_cell("## End"), code())
+    write(notebooks / "solutions" / "00_one.ipynb", "# 00 · Solutions\n[lesson](../00_one.ipynb)", code())
+    (notebooks / "README.md").write_text("# For instructors\n[first](00_one.ipynb)\n")
+    return tmp_path
+
+
+def test_a_small_course(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert site.main(["--root", str(small), "--out", str(out)]) == 0
+    assert "5 pages" in capsys.readouterr().out
+    page = soup(out / "00_one.html")
+    links = {link.get_text(): link["href"] for link in page.find_all("a")}
+    assert links["two"] == "01_two.html#End" and links["paper"] == "https://arxiv.org/abs/2604.15408"
+    assert links["code"] == "https://github.com/some/where/blob/main/code.py"
+    assert links["data"].startswith("https://github.com/some/where/tree/main/")
+    assert links["Open in Colab"].endswith("/github/some/where/blob/main/notebooks/00_one.ipynb")
+    assert links["solutions"] == "solutions/00_one.html" and links["01 →"] == "01_two.html"
+    assert soup(out / "solutions" / "00_one.html").find("a", string="lesson")["href"] == "../00_one.html"
+    (picture,) = page.select("section img")
+    assert picture["alt"] == "a square" and (out / unquote(picture["src"])).read_bytes() == b"png"
+    assert "far" in page.get_text() and "example.org" not in str(page)
+    assert [m["display"] for m in page.find_all("math")] == ["inline", "block"] and "$" not in page.main.get_text()
+    index = soup(out / "index.html")
+    rows = [[cell.get_text() for cell in row.find_all("td")] for row in index.find_all("tr")]
+    needs = "5 minutes · any CPU"
+    assert rows[1:] == [["00 · A title with stress", "why?", needs, "solutions"],
+                        ["01 · A title with stress", "why?", needs, ""]]  # fmt: skip
+    assert index.find("a", string="For instructors")["href"] == "instructor.html"
+
+
+def test_a_figure_has_its_data_its_words_and_its_picture(small, tmp_path):
+    site.build(tmp_path / "out", small)
+    (figure,) = soup(tmp_path / "out" / "00_one.html").find_all("figure")
+    saved = figure_output()["data"][FIGURE]
+    assert json.loads(figure.script.string) == {"data": saved["data"], "layout": saved["layout"]}
+    assert "<\\/script>" in figure.script.string  # text of a figure cannot end the script
+    assert figure.div["aria-label"] == figure.noscript.img["alt"] == "A line. x: time."
+    assert (tmp_path / "out" / figure.noscript.img["src"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_building_again_leaves_nothing_old(small, tmp_path):
+    out = tmp_path / "out"
+    site.build(out, small)
+    (out / "99_gone.html").write_text("old")
+    site.build(out, small)
+    assert not (out / "99_gone.html").exists() and (out / "index.html").is_file()
+
+
+def spoil_link(small):
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), new_markdown_cell("[x](02_three.ipynb)"))
+
+
+def spoil_outside(small):
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), new_markdown_cell("[x](../../outside.txt)"))
+    (small.parent / "outside.txt").write_text("")
+
+
+def spoil_formula(small):
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), new_markdown_cell("$a^{$"))
+
+
+def spoil_command(small):
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), new_markdown_cell("$\\nosuch{1}$"))
+
+
+def spoil_outputs(small):
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), new_code_cell("1"))
+
+
+def spoil_figure(small):
+    bare = new_output("display_data", {FIGURE: {"data": [], "layout": {}}})
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), code(result=bare))
+
+
+def spoil_file(small):
+    (small / "notebooks" / "01_two.ipynb").write_text("{}{")
+
+
+def spoil_title(small):
+    nbformat.write(new_notebook(cells=[code()]), small / "notebooks" / "01_two.ipynb")
+
+
+def spoil_project(small):
+    (small / "pyproject.toml").unlink()
+
+
+def spoil_folder(small):
+    (small / "notebooks").rename(small / "lessons")
+
+
+WRONG = {
+    spoil_link: r"notebooks/01_two\.ipynb links to 02_three\.ipynb",
+    spoil_outside: r"notebooks/01_two\.ipynb links to \.\./\.\./outside\.txt, which is not in the project",
+    spoil_formula: r"01_two\.ipynb: cannot convert \$a\^\{\$ \(",
+    spoil_command: r"01_two\.ipynb: cannot convert \$\\nosuch\{1\}\$, use plainer LaTeX",
+    spoil_outputs: r"notebooks/01_two\.ipynb has cells without saved outputs: run `make bake`",
+    spoil_figure: r"01_two\.ipynb, cell-01: the figure lacks its picture or its description",
+    spoil_file: r"notebooks/01_two\.ipynb is not a notebook",
+    spoil_title: r"notebooks/01_two\.ipynb does not begin with a title cell",
+    spoil_project: r"pyproject\.toml does not exist",
+    spoil_folder: r"notebooks holds no numbered notebooks",
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG, ids=lambda spoil: spoil.__name__)
+def test_what_is_wrong_is_said_in_one_line(small, tmp_path, capsys, spoil):
+    spoil(small)
+    assert site.main(["--root", str(small), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(WRONG[spoil], error), error
+
+
+def test_a_folder_of_something_else_is_left_alone(small, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for out in (mine, mine / "thesis.txt"):
+        assert site.main(["--root", str(small), "--out", str(out)]) == 1
+        assert "is not a site" in capsys.readouterr().err
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_without_its_packages_the_command_says_what_to_install():
+    hide = "import sys; sys.modules['latex2mathml'] = sys.modules['latex2mathml.converter'] = None; import ragged.site"
+    result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and re.fullmatch(r"ragged\.site: latex2mathml.* is not installed.*\n", result.stderr)
+
+
+# ---- the course itself ----
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "site"
+    site.build(out, ROOT)
+    return out
+
+
+def test_every_notebook_has_its_page_and_every_figure_its_place(course):
+    for path in LESSONS + SOLUTIONS:
+        page = soup(course / path.relative_to(ROOT / "notebooks").with_suffix(".html"))
+        saved = [output["data"][FIGURE] for _, output in outputs(read(path)) if FIGURE in output.get("data", {})]
+        drawn = [json.loads(figure.script.string) for figure in page.find_all("figure")]
+        assert drawn == [{"data": figure["data"], "layout": figure["layout"]} for figure in saved]
+        assert all(len(figure.div["aria-label"]) > 10 for figure in page.find_all("figure"))
+    index = {link["href"] for link in soup(course / "index.html").find_all("a")}
+    assert {path.with_suffix(".html").name for path in LESSONS} <= index
+
+
+def test_nothing_is_fetched_from_elsewhere_and_every_link_inside_leads_somewhere(course):
+    pages = {path: soup(path) for path in course.rglob("*.html")}
+    ids = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
+    for path, page in pages.items():
+        fetched = [tag[FETCHES[tag.name]] for tag in page.find_all(list(FETCHES)) if tag.get(FETCHES[tag.name])]
+        linked = [a["href"] for a in page.find_all("a", href=True) if not re.match("https?:|mailto:", a["href"])]
+        for address in fetched + linked:
+            if address.startswith("data:"):
+                continue
+            file, _, fragment = unquote(address).partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.is_file(), f"{path.name}: {address}"
+            assert not fragment or fragment in ids[target], f"{path.name}: {address}"
+        assert not re.search(r"url\(\s*['\"]?(?!data:)|@import", "".join(map(str, page.find_all("style"))))
+        assert all(image.get("alt") for image in page.find_all("img")), path.name
+    for sheet in course.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(?!data:)|@import", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_plotly_is_there_once(course):
+    large = [path.relative_to(course).as_posix() for path in course.rglob("*") if path.stat().st_size > 1_000_000]
+    assert large == ["assets/plotly.min.js"]
+    for path in course.rglob("*.html"):
+        page = soup(path)
+        scripts = [script["src"].rpartition("/")[2] for script in page.find_all("script", src=True)]
+        assert scripts == (["plotly.min.js", "figures.js"] if page.find("figure") else [])
+        assert {script["type"] for script in page.find_all("script", src=False)} <= {"application/json"}
+
+
+def test_formulas_became_mathml(course):
+    for path in course.rglob("*.html"):
+        page = soup(path)
+        for tag in page.find_all(["code", "pre", "script", "math"]):
+            tag.decompose()
+        assert not re.search(r"(?<!US)\$[^$\n]+\$|\\(frac|sum|text|mathrm)\b", page.get_text()), path.name
+
+
+def test_an_unknown_root_is_an_error():
+    with pytest.raises(NotebookError):
+        site.build(ROOT / "site", ROOT / "nowhere")
