@@ -142,7 +142,8 @@ class Run:
         try:
             state = torch.load(self.state, map_location=self.asked.device, weights_only=True)
         except Exception as error:  # torch raises several kinds for files that are not its own
-            raise ValueError(f"{self.state} cannot be read; remove it to begin anew ({type(error).__name__})") from error
+            why = type(error).__name__
+            raise ValueError(f"{self.state} cannot be read ({why}); remove it to begin anew") from error
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"going on after step {state['step']} of {self.state}")
