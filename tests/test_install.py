@@ -81,7 +81,8 @@ def data_files():
 def test_the_wheel_holds_the_package_and_its_data(archives):
     names = set(zipfile.ZipFile(archives[0]).namelist())
     info = f"ragged_vit-{PROJECT['version']}.dist-info"
-    modules = {f"ragged/{path.name}" for path in (ROOT / "ragged").glob("*.py")}
+    files = (path for path in (ROOT / "ragged").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    modules = {path.relative_to(ROOT).as_posix() for path in files}
     data = {f"ragged/_data/{name}" for name in data_files()}
     others = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     assert names == modules | data | others
