@@ -1,0 +1,171 @@
+"""Every kernel on the smallest inputs that reach all of its branches, for NVIDIA's compute-sanitizer. Not collected:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
+
+tests/test_gpu_sanitizer.py runs it under memcheck, racecheck and initcheck. Every tile choice of ragged/tiles.py is
+started, twice (the first start goes through Triton's JIT, the second straight to the driver), with the choice put in by
+hand: what a program does is decided by its tiles, not by how many programs there are, so two images will do. Inputs are
+made on the host and every tensor has an allocation of its own, so that one row too many is seen; results are read back
+whole and compared with float64, so that a row too few is seen, too.
+
+--part i/n runs every n-th case.  --device cpu works with TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
+"""
+
+import argparse
+from unittest import mock
+
+import torch
+
+from ragged import copying, fused
+from ragged.attention import varlen_attention_ref
+from ragged.tiles import choose_tiles
+
+HEADS = 2
+HALF, SINGLE = torch.float16, torch.float32
+
+
+def tile_choices():
+    """{tiles: (shortest call, longest call)} over everything `choose_tiles` can answer; a call is (max_q, max_k,
+    headdim, itemsize, equal)."""
+    found = {}
+    for headdim, itemsize in ((64, 2), (80, 2), (64, 4)):
+        for programs in (2, 300, 500, 2000):
+            for equal in (False, True):
+                for max_k in range(1, 340):
+                    for max_q in (1, 65, 129, 193, 257):
+                        tiles = choose_tiles(max_q, max_k, headdim, programs, equal, itemsize)
+                        call = (max_q, max_k, headdim, itemsize, equal)
+                        found[tiles] = (found.get(tiles, (call,))[0], call)
+    return found
+
+
+def numbers(device, dtype, *shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def offsets(counts, device):
+    return torch.tensor([0, *counts]).cumsum(0).int().to(device)
+
+
+def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, together=False):
+    """One call with given tiles against float64. room: surplus rows, which belong to no image.  together: q, k and v
+    as views of one projection."""
+    total_q, total_k = sum(counts_q) + room, sum(counts_k) + room
+    if together:
+        q, k, v = numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
+    else:
+        q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
+        k, v = (numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3))
+    arguments = (q, k, v, offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
+    want, want_lse = varlen_attention_ref(*(x.cpu() if torch.is_tensor(x) else x for x in arguments), return_lse=True)
+    rows = sum(counts_q)
+    with mock.patch.object(fused, "choose_tiles", lambda *_: tiles):
+        for _ in range(2):
+            out, sums = fused.attend(*arguments, dim**-0.5, lse)
+            close(out[:rows], want[:rows], dtype)
+            if lse:
+                torch.testing.assert_close(sums.cpu()[:, :rows].double(), want_lse[:, :rows], rtol=1e-5, atol=1e-4)
+
+
+def close(got, want, dtype):
+    """Loose: this is no test of accuracy, but of rows that are missing or foreign."""
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=3e-2 if dtype == HALF else 1e-4)
+
+
+def attention_cases():
+    for tiles, calls in tile_choices().items():
+        shape = " ".join(f"{key}={value}" for key, value in tiles.shape)
+        for max_q, max_k, dim, itemsize, equal in dict.fromkeys(calls):
+            name = f"{tiles.kernel} {shape} {dict(tiles.options).get('maxnreg', '')} q={max_q} k={max_k} D={dim}"
+            dtype = HALF if itemsize == 2 else SINGLE
+            if equal and tiles.kernel == "resident":
+                yield name, attention, (tiles, [max_q] * 2, [max_k] * 2, dim, dtype)
+                less_q, less_k = max_q - max_q // 3, max_k - max_k // 3  # the guess that all are equal is wrong
+                room = max(max_q // 3, max_k // 3)
+                yield name + " wrong guess", attention, (tiles, [less_q, max_q], [less_k, max_k], dim, dtype, room)
+            else:
+                yield name, attention, (tiles, [1, max_q, 0, 3], [2, max_k, 1, 0], dim, dtype)
+
+
+def special_cases():
+    """Narrow heads, views of a projection, log-sum-exp, and the other kernels."""
+    choices = {(t.kernel, dict(t.shape).get("EQUAL"), dict(t.shape).get("ONE_TILE")): (t, c[0]) for t, c in
+               tile_choices().items() if c[0][2] == 64 and c[0][3] == 2}  # fmt: skip
+    for (kernel, equal, _), (tiles, (max_q, max_k, *_)) in choices.items():
+        counts = ([max_q] * 2, [max_k] * 2) if equal else ([1, max_q, 0], [2, max_k, 1])
+        for dim, lse in ((24, False), (64, True)):
+            yield f"{kernel} equal={equal} D={dim} lse={lse}", attention, (tiles, *counts, dim, HALF, 0, lse)
+        both = [max_k] * 2 if equal else [1, max_k, 0]
+        if max_q == max_k or not equal:
+            yield f"{kernel} views of a projection", attention, (tiles, both, both, 64, HALF, 0, False, True)
+    for dtype, dim in ((HALF, 64), (SINGLE, 24)):
+        yield f"paper {dtype} D={dim}", paper, (dtype, dim)
+        yield f"cls {dtype} D={dim}", cls, (dtype, dim)
+        for width in (1, 130, 384):
+            yield f"copies {dtype} dim={width}", copies, (dtype, width)
+
+
+def paper(device, dtype, dim):
+    counts = [70, 1, 0, 64]
+    q, k, v = (numbers(device, dtype, sum(counts), HEADS, dim, seed=seed) for seed in (1, 2, 3))
+    cu = offsets(counts, device)
+    want = varlen_attention_ref(q.cpu(), k.cpu(), v.cpu(), cu.cpu(), cu.cpu(), 70, 70)
+    for _ in range(2):
+        close(fused.paper_attend(q, k, v, cu, 70, dim**-0.5), want, dtype)
+
+
+def cls(device, dtype, dim):
+    counts = [70, 0, 1, 64]
+    q, k = (numbers(device, dtype, sum(counts), HEADS, dim, seed=seed) for seed in (1, 2))
+    cu = offsets(counts, "cpu")
+    starts, lengths = cu[:-1].contiguous().to(device), cu.diff().to(device)
+    for _ in range(2):
+        probs = fused.cls_attention(q, k, starts, lengths, 70, dim**-0.5).cpu()
+    for start, n in zip(cu.tolist(), counts):
+        scores = torch.einsum(
+            "hd,nhd->nh", q.cpu()[start : start + 1].sum(0).float(), k.cpu()[start : start + n].float()
+        )
+        torch.testing.assert_close(probs[start : start + n], (scores * dim**-0.5).softmax(0), rtol=1e-3, atol=1e-5)
+
+
+def copies(device, dtype, width):
+    x, ids = numbers(device, dtype, 29, width), torch.arange(29).to(device)
+    rows, keep = torch.tensor([28, 0, 5, 5, 7]), torch.arange(29) % 3 != 1
+    place = keep.cumsum(0, dtype=torch.int32)
+    for _ in range(2):
+        for (got, got_ids), want in (
+            (copying.copy_rows(x, ids, rows.to(device)), rows),
+            (copying.scatter_rows(x, ids, keep.to(device), place.to(device), int(place[-1])), keep.nonzero()[:, 0]),
+        ):
+            assert torch.equal(got.cpu(), x.cpu()[want]) and torch.equal(got_ids.cpu(), want)
+
+
+def mistakes(device):
+    """What the tools must not let pass: a row far outside, and rows that nobody has written."""
+    x, ids = numbers(device, HALF, 29, 384), torch.arange(29).to(device)
+    blank = torch.empty(29, 384, device=device, dtype=HALF)
+    copying.copy_rows(blank, ids, torch.tensor([1, 2, 3]).to(device))
+    copying.copy_rows(x, ids, torch.tensor([1, 2, 1 << 20]).to(device))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case, from the i-th on")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--wrong", action="store_true", help="make mistakes on purpose")
+    options = parser.parse_args()
+    if options.wrong:
+        return mistakes(options.device)
+    part, parts = map(int, options.part.split("/"))
+    cases = [*attention_cases(), *special_cases()][part::parts]
+    for name, run, arguments in cases:
+        try:
+            run(options.device, *arguments)
+        except Exception as error:
+            error.add_note(f"in case: {name}") if hasattr(error, "add_note") else print(f"in case: {name}")
+            raise
+    print(f"{len(cases)} cases right")
+
+
+if __name__ == "__main__":
+    main()
