@@ -74,7 +74,7 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
     if "speedup" not in set(rows["metric"]):
         base = pick(rows, name, backend="unpruned")["value"].median()
         rows = rows[rows["backend"] != "unpruned"]
-        rows = rows.assign(value=rows["value"] / base, q20=rows["q20"] / base, q80=rows["q80"] / base)
+        rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
     pruners = [p for p in PRUNER_LABELS if p in set(rows["pruner"])] or sorted(set(rows["pruner"]))
     below = subtitle(rows, MODELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
@@ -133,7 +133,7 @@ def _over_unpruned(rows, name: str, tokens: str):
     base = pick(speeds, name, backend="unpruned").set_index("batch")["value"]
     speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
     whole = base.loc[speeds["batch"]].to_numpy()
-    divided = {column: speeds[column] / whole for column in ("value", "q20", "q80")}
+    divided = {column: (speeds[column] / whole).round(4) for column in ("value", "q20", "q80")}
     ceiling = rows[(rows["metric"] == "flops_ratio") & (rows["tokens"] == tokens)]
     import pandas
 

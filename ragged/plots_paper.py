@@ -85,13 +85,10 @@ def ladder(steps, *, title, unit, below=""):
         raise ValueError("ladder: none of the steps has a value")
     figure = new_figure(title, below, height=150 + 38 * len(steps))
     text = [short(v) if v == v else "not recorded" for v in steps["value"]]
-    styles = [look(b) for b in steps["backend"]]
-    patterns = ["" if s.dash == "solid" else "/" for s in styles]  # relatives share a colour
     figure.add_bar(
         y=steps["label"], x=steps["value"].fillna(0), orientation="h", text=text, textposition="outside",
         cliponaxis=False, showlegend=False, constraintext="none",
-        marker=dict(color=[s.colour for s in styles],
-                    pattern=dict(shape=patterns, fgcolor="white", fillmode="overlay", size=6)),
+        marker=dict(color=[look(b).colour for b in steps["backend"]]),
     )  # fmt: skip
     figure.update_xaxes(title_text=unit, rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category")
@@ -125,6 +122,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
             )  # fmt: skip
             shown.add(label)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
+    figure.update_layout(width=max(760, figure.layout.width), legend_y=-0.26)
     figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text=y_title, col=1)
