@@ -27,7 +27,8 @@ from .loading import DEITS, load_deit
 from .model import RaggedViT
 from .pruners import PRUNERS, Pruner
 from .runner import machine
-from .token_training import CLASSES, Masked, Pool, Scenes, Taught, batches, dynamicvit_loss, taught_loss
+from .scene_pool import Pool, Scenes, batches
+from .token_training import CLASSES, Masked, Taught, dynamicvit_loss, taught_loss
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
 HELD_OUT = 2000  # test scenes, made of digits that training never shows
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=1024)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--keep", type=float, default=0.7, help="ratio that the predictors are trained for")
-    p.add_argument("--pool", type=int, default=8192, help="backgrounds on the GPU at a time")
+    p.add_argument("--pool", type=int, default=4096, help="backgrounds on the GPU at a time")
     p.add_argument("--fresh", type=int, default=16, help="backgrounds replaced by new ones in every step")
     p.add_argument("--held-out", type=int, default=HELD_OUT, help="test scenes in the final count")
     p.add_argument("--out", help="folder of the checkpoints (default: data/checkpoints)")
@@ -184,7 +185,7 @@ def dense(run: Run) -> None:
     vit = load_deit(asked.model, weights="random", num_classes=CLASSES, seed=asked.seed).to(asked.device).train()
     module = Taught(vit).to(asked.device)
     network = torch.compile(module) if asked.compile else module
-    run.train(module, list(module.parameters()), lambda x, labels, boxes: taught_loss(*network(x), labels, boxes))
+    run.train(module, list(module.parameters()), lambda x, labels, boxes: taught_loss(network(x), labels, boxes))
     vit.eval()
     run.save(vit.state_dict(), {"top1": top1(vit, None, asked.held_out, asked.device), "held_out": asked.held_out})
 
