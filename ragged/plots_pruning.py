@@ -6,6 +6,9 @@ Images are arrays (3, H, W) in [0, 1]; scores are one number per patch in readin
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 
 from .plots_accuracy import PRUNER_LOOKS
@@ -39,7 +42,7 @@ def pruner_look(name: str) -> Look:
     return PRUNER_LOOKS[known]._replace(label=PRUNER_LOOKS[known].label + name[len(known) :])
 
 
-def score_maps(images, scores, labels, *, patch=16, side=96, title="Which patches rank high?", below=""):
+def score_maps(images, scores, labels, *, patch=16, side=88, title="Which patches rank high?", below=""):
     """One row per image: the image, then one heat map per score laid over it. Colour is the rank within the image.
 
     scores: for each image a dict of score name -> one number per patch.  labels: one per image.
@@ -57,11 +60,10 @@ def score_maps(images, scores, labels, *, patch=16, side=96, title="Which patche
         y, pixels = (len(images) - 1 - r) * step_y, _pixels(image, patch)
         _place(figure, pixels, 0, y, columns, rows, drawn=side)
         _say(figure, 0, y + rows + 1.1, label, INK, "left")
-        faint = _shrunk_grey(pixels)  # behind the colours nobody sees more
         for c, name in enumerate(names, 1):
-            _place(figure, faint, c * step_x, y, columns, rows)
+            _place_faint(figure, pixels, c * step_x, y, columns, rows)
             figure.add_heatmap(**_ranked(given[name], rows, columns), x0=c * step_x + 0.5, dx=1, y0=y + rows - 0.5,
-                               dy=-1, coloraxis="coloraxis", opacity=0.72, name=name,
+                               dy=-1, coloraxis="coloraxis", opacity=0.75, name=name,
                                hovertemplate="score %{customdata:.3g}<br>above %{z} % of the patches")  # fmt: skip
             if r == 0:
                 head = f"<b>{pruner_look(name).label}</b>"
@@ -71,11 +73,17 @@ def score_maps(images, scores, labels, *, patch=16, side=96, title="Which patche
     return _bare(figure, (len(names) + 1) * step_x - GAP, len(images) * step_y)
 
 
-def _shrunk_grey(pixels):
-    """A quarter of the width and height, in grey: every 4 × 4 pixels become their mean."""
+def _place_faint(figure, pixels, x, y, columns: int, rows: int) -> None:
+    """The image in grey and a quarter as large, since colours will cover it; JPEG without colour is half the bytes."""
+    from PIL import Image
+
     height, width, _ = pixels.shape
-    mean = pixels.reshape(height // 4, 4, width // 4, 4, 3).mean((1, 3, 4))
-    return np.repeat(mean[..., None], 3, 2).astype(np.uint8)
+    file = io.BytesIO()
+    grey = pixels.reshape(height // 4, 4, width // 4, 4, 3).mean((1, 3, 4)).astype(np.uint8)
+    Image.fromarray(grey).save(file, "JPEG", quality=55, optimize=True)
+    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    figure.add_layout_image(source=source, x=x, y=y, sizex=columns, sizey=rows, xref="x", yref="y", xanchor="left",
+                            yanchor="bottom", sizing="stretch", layer="below")  # fmt: skip
 
 
 def _ranked(scores, rows: int, columns: int) -> dict:
@@ -98,7 +106,8 @@ def score_profiles(scores, *, title="How concentrated is each score?", below="")
         share = 100 * np.r_[0, values.cumsum()] / values.sum()
         best = 100 * np.arange(len(share)) / values.size
         tenth = np.interp(10, best, share)
-        figure.add_scatter(x=best.astype(np.float32), y=share.astype(np.float32), mode="lines",
+        some = np.unique(np.r_[np.arange(0, len(share), 4), len(share) - 1])  # enough for a smooth line
+        figure.add_scatter(x=best[some].astype(np.float32), y=share[some].astype(np.float32), mode="lines",
                            name=f"{style.label}: the best 10 % hold {tenth:.0f} %",
                            line=dict(color=style.colour, dash=style.dash, width=2.5))  # fmt: skip
     figure.add_scatter(x=[0, 100], y=[0, 100], mode="lines", name="all patches equal",
