@@ -42,7 +42,7 @@ def pruner_look(name: str) -> Look:
     return PRUNER_LOOKS[known]._replace(label=PRUNER_LOOKS[known].label + name[len(known) :])
 
 
-def score_maps(images, scores, labels, *, patch=16, side=88, title="Which patches rank high?", below=""):
+def score_maps(images, scores, labels, *, patch=16, side=84, title="Which patches rank high?", below=""):
     """One row per image: the image, then one heat map per score laid over it. Colour is the rank within the image.
 
     scores: for each image a dict of score name -> one number per patch.  labels: one per image.
@@ -64,7 +64,7 @@ def score_maps(images, scores, labels, *, patch=16, side=88, title="Which patche
             _place_faint(figure, pixels, c * step_x, y, columns, rows)
             figure.add_heatmap(**_ranked(given[name], rows, columns), x0=c * step_x + 0.5, dx=1, y0=y + rows - 0.5,
                                dy=-1, coloraxis="coloraxis", opacity=0.75, name=name,
-                               hovertemplate="score %{customdata:.3g}<br>above %{z} % of the patches")  # fmt: skip
+                               hovertemplate="above %{z} % of the patches")  # fmt: skip
             if r == 0:
                 head = f"<b>{pruner_look(name).label}</b>"
                 _say(figure, c * step_x + columns / 2, len(images) * step_y - 0.9, head, INK, "center")
@@ -87,18 +87,17 @@ def _place_faint(figure, pixels, x, y, columns: int, rows: int) -> None:
 
 
 def _ranked(scores, rows: int, columns: int) -> dict:
-    """Ranks in per cent as a grid for a heat map, the scores themselves for the hover text."""
+    """Ranks in per cent as a grid for a heat map; one byte each, since a saved figure shall stay small."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (rows * columns,):
         raise ValueError(f"scores: expected one number for each of {rows * columns} patches, got {scores.shape}")
     rank = scores.argsort().argsort() * 100.0 / max(1, scores.size - 1)
-    grid = rows, columns
-    return dict(z=rank.round().astype(np.uint8).reshape(grid), customdata=scores.astype(np.float32).reshape(grid))
+    return dict(z=rank.round().astype(np.uint8).reshape(rows, columns))
 
 
 def score_profiles(scores, *, title="How concentrated is each score?", below=""):
     """What share of the total score the best patches hold. scores: name -> positive numbers, one per patch."""
-    figure = new_figure(title, below, width=640, height=380)
+    figure = new_figure(title, below, width=580, height=350)
     for name, values in scores.items():
         values, style = np.sort(np.asarray(values, dtype=np.float64))[::-1], pruner_look(name)
         if values.min() < 0 or values.sum() <= 0:
@@ -122,7 +121,7 @@ def sampling_staircase(cases, *, title="Sampling by the inverse CDF", below=""):
 
     cases: name -> (cdf, heights, picks): the steps in rising order, evenly spaced heights, the step that each picked.
     """
-    figure = new_figure(title, below, width=90 + 330 * len(cases), height=430)
+    figure = new_figure(title, below, width=80 + 290 * len(cases), height=380)
     start = 0.0
     for name, (cdf, heights, picks) in cases.items():
         cdf, heights, picks = (np.asarray(v) for v in (cdf, heights, picks))
@@ -146,7 +145,7 @@ def sampling_staircase(cases, *, title="Sampling by the inverse CDF", below=""):
 def token_schedules(schedules, *, saved=None, title="Tokens through the network", below=""):
     """Tokens that leave every block, one step line per schedule. schedules: name -> counts, one per block, the first
     for the embedding.  saved: name -> share of the FLOPs that is left, for the legend."""
-    figure = new_figure(title, below, width=680, height=400)
+    figure = new_figure(title, below, width=640, height=370)
     for name, counts in schedules.items():
         style = pruner_look(name)
         label = style.label + (f": {saved[name]:.0%} of the FLOPs" if saved else "")
