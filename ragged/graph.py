@@ -64,12 +64,13 @@ class Captured:
         with self._lock, torch.no_grad(), torch.cuda.device(self.images.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)  # an earlier call on another stream still owns the buffers until then
-            self.images.copy_(images, non_blocking=True)
-            self.front.replay()
-            output = self.output if self.output is not None else self._back(stream)
-            result = output.clone()
-            self._done.record(stream)
-        return result
+            try:
+                self.images.copy_(images, non_blocking=True)
+                self.front.replay()
+                output = self.output if self.output is not None else self._back(stream)
+                return output.clone()
+            finally:  # even where memory for the copy is wanting, the replay is under way
+                self._done.record(stream)
 
     def _back(self, stream: torch.cuda.Stream) -> Tensor:
         self._host_need.copy_(self.need, non_blocking=True)

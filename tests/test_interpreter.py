@@ -36,6 +36,6 @@ def test_the_kernels_in_triton_s_interpreter(name):
 
 
 @needs_triton
-def test_an_eighth_of_the_tile_choices():
+def test_some_of_the_tile_choices():
     """tests/sanitize.py is for a GPU; here it shows that it still runs, and that its results are right."""
-    assert "cases right" in interpreted(str(HERE / "sanitize.py"), "--device", "cpu", "--part", "3/8")
+    assert "cases right" in interpreted(str(HERE / "sanitize.py"), "--device", "cpu", "--part", "5/24")
