@@ -249,7 +249,8 @@ out = str(Path.cwd() / "rows")
 assert bench.main(["pack", "--quick", "--device", "cpu", "--batch", "1", "--repeats", "1", "--out", out]) == 0
 assert bench.main(["report", "--out", out]) == 0
 assert not used, used
-assert set(started) <= {"git", "nvidia-smi"}, started
+ours, theirs = {"git", "nvidia-smi"}, {"ldconfig", "gcc", "cc", "ptxas"}  # PyTorch and Triton look for libraries, compile
+assert set(started) <= ours | theirs, started
 
 import time
 time.sleep = lambda seconds: None  # between the tries of the client
