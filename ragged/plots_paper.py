@@ -170,11 +170,12 @@ def claims(table, *, title="Which claims stand?", below=""):
     need_columns(table, "claims", "claim", "claimed", "paper_setup", "fair", "verdict")
     if table.empty:
         raise ValueError("claims: no claim to draw")
-    figure = new_figure(title, below, width=860, height=190 + 26 * len(table))
-    for row in table.itertuples():
-        if row.fair == row.fair:
-            figure.add_scatter(x=[row.claimed, row.fair], y=[row.claim] * 2, mode="lines", showlegend=False,
-                               line=dict(color="#cccccc", width=3), hoverinfo="skip")  # fmt: skip
+    table = table.round({"claimed": 4, "paper_setup": 4, "fair": 4})
+    figure = new_figure(title, below, width=860, height=210 + 22 * len(table))
+    spans = [(row.claim, x) for row in table.itertuples() if row.fair == row.fair
+             for x in (row.claimed, row.fair, None)]  # None ends a stroke
+    figure.add_scatter(x=[x for _, x in spans], y=[claim for claim, _ in spans], mode="lines", showlegend=False,
+                       line=dict(color="#cccccc", width=3), hoverinfo="skip")  # fmt: skip
     grey = dict(color=INK, size=11)
     figure.add_scatter(x=table["claimed"], y=table["claim"], mode="markers", name="the paper's figure",
                        marker=dict(symbol="line-ns-open", line=dict(width=2.5, color=INK), **grey))  # fmt: skip
@@ -190,7 +191,7 @@ def claims(table, *, title="Which claims stand?", below=""):
     figure.add_vline(x=1, line=dict(color=INK, width=1, dash="dot"))
     numbers = table[["claimed", "paper_setup", "fair"]].stack()
     figure.update_xaxes(title_text="ratio (log); 1: no difference", **log_ticks(numbers[numbers > 0]))
-    figure.update_layout(legend=dict(orientation="h", y=-0.12, yanchor="top", x=0))
+    figure.update_layout(legend=dict(orientation="h", y=-70 / (22 * len(table) + 70), yanchor="top", x=0))
     order = list(table["claim"])[::-1]
     return figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, tickfont=dict(size=11))
 
