@@ -249,7 +249,7 @@ out = str(Path.cwd() / "rows")
 assert bench.main(["pack", "--quick", "--device", "cpu", "--batch", "1", "--repeats", "1", "--out", out]) == 0
 assert bench.main(["report", "--out", out]) == 0
 assert not used, used
-ours, theirs = {"git", "nvidia-smi"}, {"ldconfig", "gcc", "cc", "ptxas"}  # PyTorch and Triton look for libraries, compile
+ours, theirs = {"git", "nvidia-smi"}, {"ldconfig", "gcc", "cc", "ptxas"}  # these of PyTorch and Triton
 assert set(started) <= ours | theirs, started
 
 import time
