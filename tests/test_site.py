@@ -31,7 +31,7 @@ def soup(path):
 # ---- a small course ----
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-TITLE = "# {} · A title with *stress*\n{}\n\n**The question:** why?\n\n*Time:* 5 minutes. *Hardware:* any CPU."
+TITLE = "# {} · A *title*\n{}\n\n**The question:** is *this* why?\n\n*Time:* 5 minutes. *Hardware:* any CPU."
 
 
 def figure_output(alt="A line. x: time."):
@@ -88,8 +88,8 @@ def test_a_small_course(small, tmp_path, capsys):
     index = soup(out / "index.html")
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in index.find_all("tr")]
     needs = "5 minutes · any CPU"
-    assert rows[1:] == [["00 · A title with stress", "why?", needs, "solutions"],
-                        ["01 · A title with stress", "why?", needs, ""]]  # fmt: skip
+    assert rows[1:] == [["00 · A title", "Is this why?", needs, "solutions"],
+                        ["01 · A title", "Is this why?", needs, ""]]  # fmt: skip
     assert index.find("a", string="For instructors")["href"] == "instructor.html"
 
 
