@@ -17,6 +17,7 @@ class Tiles(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
+HIGHEST_GRID = 65535  # CUDA's limit for the second dimension of a grid
 FEW = 264  # programs, two per multiprocessor of an H200: with fewer, the queries of a head are shared out
 # Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is
 # masked, so all others must be full: no list is chosen for fewer keys than it has without its last piece.
@@ -34,36 +35,45 @@ def choose_tiles(max_q: int, max_k: int, headdim: int, programs: int, equal: boo
     kernel pays for the longest image everywhere, the stream kernel follows each length. Lengths choose only among a
     few dozen shapes, and each of them is compiled once.
     """
-    tiles = -(-max_q // 64)
+    tiles, flat = -(-max_q // 64), int(programs > HIGHEST_GRID)
     if itemsize == 4:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
-        return _stream(32, 32, 16, 1)
+        return _stream(32, 32, 16, 1, 0, flat)
     if headdim > 64:
-        return _stream(64, 32, 16, 2)
+        return _stream(64, 32, 16, 2, 0, flat)
     few = programs <= FEW
     crowded = not (few and max_k > 128 and programs * tiles <= FEW)
     if tiles <= 4 and (max_k <= 64 or (equal and max_k <= 208)) and crowded:
-        return _resident(max_k, tiles, few, programs, equal)
+        return _resident(max_q, max_k, few, programs, equal)
     if max_k <= 320 and not (equal and few):  # 96 registers: five programs on a multiprocessor instead of four
-        return _stream(64, 32, 32, 3, maxnreg=96)
-    return _stream(64, 64, 16 if max_k % 64 <= 16 else 32, 3)
+        return _stream(64, 32, 32, 3, 0, flat, maxnreg=96)
+    return _stream(64, 64, 16 if max_k % 64 <= 16 else 32, 3, 0, flat)
 
 
-def _stream(m: int, n: int, tail: int, stages: int, **options: int) -> Tiles:
-    shape = (("M", m), ("N", n), ("TAIL", tail), ("STAGES", stages))
-    return Tiles("stream", m, 0, shape, (("num_warps", 4), ("num_stages", stages), *options.items()))
+def _stream(m: int, n: int, tail: int, stages: int, short: int, flat: int, **options: int) -> Tiles:
+    shape = {"M": m, "N": n, "TAIL": tail, "STAGES": stages, "SHORT": short, "FLAT": flat}
+    return Tiles(
+        "stream", m, 0, tuple(shape.items()), (("num_warps", 4), ("num_stages", stages), *options.items())
+    )
 
 
-def _resident(max_k: int, tiles: int, few: bool, programs: int, equal: bool) -> Tiles:
+def _resident(max_q: int, max_k: int, few: bool, programs: int, equal: bool) -> Tiles:
+    tiles = -(-max_q // 64)
     a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
     split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
+    # 197 = 3 * 64 + 5: the last tile of queries needs 16 rows, not 64
+    short = 16 if split == 1 < tiles and 0 < max_q % 64 <= 16 else 0
     limit = {}
     if 64 < max_k <= 112 and programs > 1.5 * FEW:  # 128 registers let a fourth program onto a multiprocessor, 96 five
         limit = {"maxnreg": 96 if programs > 6 * FEW else 128}
-    shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
+    shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal,
+             "SHORT": short}  # fmt: skip
     options = {"num_warps": 4, "num_stages": 1, **limit}
     return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
 
 
 def grid_of(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int]:
     """The grid that covers `images` images of up to max_q queries and `heads` heads."""
-    return (tiles.split or -(-max_q // tiles.rows)) * heads * images, 1
+    if tiles.split:
+        return tiles.split * heads * images, 1
+    parts, pairs = -(-max_q // tiles.rows), heads * images
+    return (parts * pairs, 1) if pairs > HIGHEST_GRID else (parts, pairs)
