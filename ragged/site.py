@@ -38,9 +38,10 @@ def find_pages(root: Path) -> list[Page]:
             (re.search(rf"\*{name}:\*+ +(.+?)(?= \*\w+:\*|$)", header, re.MULTILINE) or ["", ""])[1]
             for name in (r"\*The question", "Time", "Hardware")
         )
+        question = question.strip()
         needs = " · ".join(part.strip().rstrip(".") for part in (time, hardware) if part)
         out = source.relative_to(folder).with_suffix(".html").as_posix()
-        pages.append(Page(source, out, plain_title(header), question[:1].upper() + question[1:].strip(), needs))
+        pages.append(Page(source, out, plain_title(header), question[:1].upper() + question[1:], needs))
     guide = folder / "README.md"
     if guide.is_file():
         pages.append(Page(guide, "instructor.html", plain_title(guide.read_text(encoding="utf-8"))))

@@ -31,7 +31,7 @@ def soup(path):
 # ---- a small course ----
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-TITLE = "# {} · A *title*\n{}\n\n**The question:** is *this* why?\n\n*Time:* 5 minutes. *Hardware:* any CPU."
+TITLE = "# {} · A *title*\n{}\n\n**The question:** a *b* why?\n\n*Time:* 5 minutes. *Hardware:* any CPU."
 
 
 def figure_output(alt="A line. x: time."):
@@ -88,8 +88,8 @@ def test_a_small_course(small, tmp_path, capsys):
     index = soup(out / "index.html")
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in index.find_all("tr")]
     needs = "5 minutes · any CPU"
-    assert rows[1:] == [["00 · A title", "Is this why?", needs, "solutions"],
-                        ["01 · A title", "Is this why?", needs, ""]]  # fmt: skip
+    assert rows[1:] == [["00 · A title", "A b why?", needs, "solutions"],
+                        ["01 · A title", "A b why?", needs, ""]]  # fmt: skip
     assert index.find("a", string="For instructors")["href"] == "instructor.html"
 
 
@@ -214,7 +214,7 @@ def test_every_notebook_has_its_page_and_every_figure_its_place(course):
 
 def test_nothing_is_fetched_from_elsewhere_and_every_link_inside_leads_somewhere(course):
     pages = {path: soup(path) for path in course.rglob("*.html")}
-    ids = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
+    ids = {path: {unquote(tag["id"]) for tag in page.find_all(id=True)} for path, page in pages.items()}
     for path, page in pages.items():
         fetched = [tag[FETCHES[tag.name]] for tag in page.find_all(list(FETCHES)) if tag.get(FETCHES[tag.name])]
         linked = [a["href"] for a in page.find_all("a", href=True) if not re.match("https?:|mailto:", a["href"])]
