@@ -64,8 +64,11 @@ def varlen_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     *, softmax_scale: float | None = None, return_lse: bool = False, backend: str = "reference",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU. Same arguments (`backend` is
-    accepted and ignored); float64 CPU results."""
+    """The truth: `varlen_attention` as a loop over sequences in float64 on the CPU.
+
+    The same arguments and errors: q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+    return_lse; `backend` is accepted and ignored. Returns float64 on the CPU.
+    """
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check_kinds(q, k, v)
@@ -76,7 +79,8 @@ def varlen_attention_ref(
 
 @functools.cache
 def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
-    """The backend that "auto" stands for: the first of `AUTO` that has no reason against it."""
+    """The backend that "auto" stands for: the first of `AUTO` that has no reason against tensors on `device` of this
+    dtype and headdim (numbers per head). Raises ValueError with all reasons where none is left."""
     reasons = {name: BACKENDS[name].why_not(device, dtype, headdim) for name in AUTO}
     for name, reason in reasons.items():
         if reason is None:
@@ -86,8 +90,8 @@ def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -
 
 @functools.cache
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
-    """`name`, or what "auto" stands for. Raises ValueError for an unknown name or one that cannot run here, saying why
-    and what to use instead."""
+    """`name`, or what "auto" stands for on this device, dtype and headdim. Raises ValueError for an unknown name or one
+    that cannot run here, saying why and what to use instead."""
     if name == "auto":
         return pick_backend(device, dtype, headdim)
     if name not in BACKENDS:

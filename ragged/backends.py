@@ -26,7 +26,8 @@ Result = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """One provider. `layout` is how a model's late blocks run under it: on the flat buffer or on a padded batch."""
+    """One provider. run: as this file's beginning says.  why_not: (device, dtype, headdim) -> the reason why it cannot
+    run, or None.  layout: how a model's late blocks run under it, on the flat buffer or on a padded batch."""
 
     name: str
     run: Callable[..., Result]
@@ -135,7 +136,9 @@ def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     return fused.paper_attend(q, k, v, cu_q, max_q, scale), None
 
 
-def reference(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, want_lse: bool
+) -> Result:
     """The one reference: a loop over sequences in float64 on the CPU. Returns float64 CPU tensors."""
     q, k, v = (x.detach().cpu().double() for x in (q, k, v))
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()

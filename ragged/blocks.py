@@ -32,12 +32,13 @@ def finish_block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
-def attend_packed(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scale: float, backend: str) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+                  backend: str) -> Tensor:  # fmt: skip
     """Attention on the packed (total, nheads, headdim)."""
     return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, backend=backend)
 
 
-def attend_padded(q, k, v, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
     """Attention on (batch, n, nheads, headdim); lengths_k (batch,) marks the real keys. unfused: as the paper pads."""
     real = None if lengths_k is None else torch.arange(k.shape[1], device=k.device) < lengths_k[:, None]
     return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)

@@ -29,12 +29,12 @@ def verify_sha256(path: str | Path, expected: str | None = None) -> None:
 
 
 def sidecar(path: Path) -> Path:
-    """Where a file's SHA-256 stands: beside it, with .sha256 after its whole name."""
+    """Where the SHA-256 of the file `path` stands: beside it, with .sha256 after its whole name."""
     return path.with_name(path.name + ".sha256")
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name. A dict stored under "model" or "state_dict" is unwrapped.
+    """The tensors of the checkpoint `path` by name. A dict stored under "model" or "state_dict" is unwrapped.
 
     A file with a .sha256 beside it is held against that before it is read.
     Raises FileNotFoundError, or ValueError for a damaged file and for one that is not a checkpoint.

@@ -42,7 +42,8 @@ class Here:
 
 
 def setup(seed: int = 0, quiet: bool = False) -> Here:
-    """Seed everything, choose light defaults for this machine, and print one line of versions and one of the device.
+    """Seed everything with `seed`, choose light defaults for this machine, and print (unless quiet) versions and
+    device.
 
     On a GPU: float16 and DeiT-S; without: float32, DeiT-Ti and a small batch. Figures get the course's template;
     tables print as text.
@@ -77,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
-    """Every backend and whether it runs here, one line each; the reason where it does not."""
+    """Every backend and whether it runs `here` with head_dim numbers per head, one line each; the reason where not."""
     picked = pick_backend(here.device, here.dtype, head_dim)
     lines = []
     for name, backend in BACKENDS.items():
@@ -91,7 +92,7 @@ def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
 
 
 def table(rows: Sequence[dict], digits: int = 1) -> str:
-    """Records of the same keys as lines of text: words to the left, numbers to the right."""
+    """rows, records of the same keys, as lines of text: words to the left, numbers (to so many digits) to the right."""
     if not rows:
         return "(no rows)"
     texts = [[f"{v:,.{digits}f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -108,8 +109,8 @@ def table(rows: Sequence[dict], digits: int = 1) -> str:
 # ---- recorded results ----
 
 
-def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options):
-    """The figure `draw(rows, **options)` of the recorded rows of a suite; without rows one line that says so, and None.
+def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options: object) -> object | None:
+    """The figure `draw(rows, **options)` of what `gpu` recorded for a suite; without rows a line and None.
 
     What a notebook shows on a machine without a GPU: the subtitle names the device and the date of the recording.
     """
@@ -127,12 +128,13 @@ def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options):
 # ---- sliders ----
 
 
-def slider(render: Callable, values: Sequence, start=None, label: str = "value"):
+def slider(render: Callable, values: Sequence, start: object = None, label: str = "value") -> object | None:
     """A live slider: shows `render(value)` and, on a running kernel, a slider that draws it again.
 
     render: value -> a plotly figure or text, and nothing else: it neither prints nor keeps state, so it can be tested
-    and drawn without a slider. values: the stops. Returns the widget (None in a saved notebook, where only the first
-    picture remains: widget state does not survive a static view).
+    and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider. Returns
+    the widget (None in a saved notebook, where only the first picture remains: widget state does not survive a static
+    view).
     """
     from IPython.display import display
 
@@ -170,11 +172,11 @@ def _shown(result) -> dict:
 # ---- exercises ----
 
 
-def check(spec, yours, *inputs, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
+def check(spec: object, yours: object, *inputs: object, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
     """Compare your answer with the specification and say where they differ. Returns whether they agree.
 
-    spec, yours: tensors, arrays, numbers, lists, or functions, which are both called with `inputs`. An exercise still
-    to be done (None or NotImplementedError) is said to be so.
+    spec, yours: tensors, arrays, numbers, lists, or functions, which are both called with `inputs`.  atol, rtol: as
+    in `torch.allclose`. An exercise still to be done (None or NotImplementedError) is said to be so.
     """
     if callable(yours):
         try:
@@ -190,8 +192,9 @@ def check(spec, yours, *inputs, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
     return verdict is None
 
 
-def difference(spec, yours, atol: float = 1e-5, rtol: float = 1e-4) -> str | None:
-    """What is wrong with `yours` in one line, or None: shape, NaN, largest error and first bad index."""
+def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e-4) -> str | None:
+    """What is wrong with `yours` beside `spec` in one line, or None within atol and rtol: shape, NaN, largest error and
+    first bad index."""
     want, got = (torch.as_tensor(x).detach().cpu() for x in (spec, yours))
     if want.shape != got.shape:
         return f"Wrong shape: expected {tuple(want.shape)}, got {tuple(got.shape)}."

@@ -5,15 +5,23 @@ torch is imported only by the functions that return tensors, so that plotting co
 `data/README.md` lists origins and licences.
 """
 
+from __future__ import annotations
+
 import csv
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .checkpoints import verify_sha256
 from .scenes import DigitScenes, check_int, digit_scenes, digit_split
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 # fmt: off
 __all__ = [
@@ -30,7 +38,7 @@ RESULT_COLUMNS = (*_KEY[:-1], "value", "q20", "q80", "unit", "status", "gpu", "d
                   "torch", "triton", "flash_attn", "version", "date")  # fmt: skip
 
 
-def data_dir():
+def data_dir() -> Path:
     """Path of the data folder: `data/` of a checkout, else the copy inside an installed package.
 
     FileNotFoundError if there is neither.
@@ -46,7 +54,7 @@ def data_dir():
 # ---- photographs ----
 
 
-def photographs(size=224):
+def photographs(size: int = 224) -> tuple[torch.Tensor, list[dict]]:
     """The bundled photographs: float32 tensor (n, 3, size, size) in [0, 1], and a list of n records.
 
     A record is a dict with name, title, author, licence, licence_url and source, all text.
@@ -62,7 +70,9 @@ def photographs(size=224):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous(), records
 
 
-def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalise(
+    images: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
     """(images - mean) / std for a float tensor (..., 3, H, W) in [0, 1]: what the network expects.
 
     Keeps shape, dtype and device. ValueError for anything but floats with three channels.
@@ -75,10 +85,10 @@ def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 # ---- length distributions ----
 
 
-def lengths(spec, batch, seed=0):
+def lengths(spec: str, batch: int, seed: int = 0) -> list[int]:
     """`batch` token counts (CLS included) as a list of ints.
 
-    spec: "197" (all equal) or "U(20,197)" (uniform, both ends included); anything else is a ValueError.
+    spec: "197" (all equal) or "U(20,197)" (uniform, both ends included; drawn from seed); else ValueError.
     """
     check_int("batch", batch, 1)
     found = re.fullmatch(r"\s*(?:U\(\s*(\d+)\s*,\s*(\d+)\s*\)|(\d+))\s*", str(spec))
@@ -93,11 +103,11 @@ def lengths(spec, batch, seed=0):
 # ---- tables: recorded results, and what the paper reports ----
 
 
-def results(suite=None, gpu=None):
+def results(suite: str | None = None, gpu: str | None = None) -> pd.DataFrame:
     """Recorded measurements as a data frame with RESULT_COLUMNS: all of them, or one suite and/or one GPU.
 
-    "NVIDIA H200" and "nvidia_h200" name the same folder. batch, keep, value, q20 and q80 are floats (NaN where blank),
-    the other columns text. Nothing recorded gives an empty frame with the same columns.
+    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder. batch, keep, value, q20 and q80 are floats (NaN where
+    blank), the other columns text. Nothing recorded gives an empty frame with the same columns.
     """
     import pandas
 
@@ -109,7 +119,7 @@ def results(suite=None, gpu=None):
     return frame.assign(**numbers).astype(dict.fromkeys(text, "str"))
 
 
-def write_results(rows, out_dir):
+def write_results(rows: Iterable[dict], out_dir: str | Path) -> list[Path]:
     """Merge rows into out_dir/<gpu>/<suite>.csv and return the paths written.
 
     A row is a dict with RESULT_COLUMNS as keys. The columns up to `metric`, and gpu, must be there ("" or None where
@@ -168,13 +178,14 @@ def _by_number(key):
     return [(0, float(cell), cell) if re.fullmatch(r"[\d.]+", cell) else (1, 0.0, cell) for cell in key]
 
 
-def slug(gpu):
-    """A GPU's name as a folder's: "NVIDIA H200" is nvidia_h200."""
+def slug(gpu: str) -> str:
+    """The name of a gpu as a folder's: "NVIDIA H200" is nvidia_h200."""
     return re.sub("[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
-def read_csv(path, columns=None):
-    """The rows of a CSV file as dicts of text. ValueError, naming the file, if it is damaged or has other columns."""
+def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict]:
+    """The rows of the CSV file `path` as dicts of text. ValueError, naming it, if it is damaged or has other
+    columns."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -189,13 +200,13 @@ def read_csv(path, columns=None):
     return rows
 
 
-def paper_tables():
+def paper_tables() -> list[str]:
     """Names of the tables with the figures that arXiv 2604.15408 reports, v1 and v2."""
     return sorted(path.stem for path in (data_dir() / "paper").glob("*.csv"))
 
 
-def paper(table):
-    """One of paper_tables() as a data frame, one figure per row.
+def paper(table: str) -> pd.DataFrame:
+    """table: one of paper_tables(), else ValueError. Returned as a data frame, one figure per row.
 
     batch, tokens, pruned and value are floats (NaN where blank), the other columns text.
     """
@@ -210,8 +221,8 @@ def paper(table):
 # ---- checkpoints ----
 
 
-def checkpoint_path(name):
-    """Path of a bundled checkpoint, verified against its .sha256 file.
+def checkpoint_path(name: str) -> Path:
+    """Path of the bundled checkpoint `name`, verified against its .sha256 file.
 
     FileNotFoundError, naming the alternatives, if it is not bundled; ValueError if it is damaged.
     """

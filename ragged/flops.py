@@ -23,7 +23,7 @@ def block_flops(
 
 
 def forward_flops(vit: nn.Module, stages: Sequence = (), batch: int = 1, rows_only: bool = False) -> float:
-    """FLOPs of a whole forward pass of a timm ViT for a batch.
+    """FLOPs of a whole forward pass of `vit`, a timm ViT, for a batch.
 
     stages: what `RaggedViT.trace` lists (block, where, counts per image), or nothing for the unpruned model, which
     needs `batch`. rows_only: cuts inside a block drop query rows before the attention product (ATS).

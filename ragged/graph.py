@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends import BACKENDS
 
@@ -35,13 +35,14 @@ def bucket_sizes(rows: int) -> list[int]:
 class Captured:
     """A model's forward pass for one batch size, as CUDA graphs. Call it with images; it returns logits.
 
+    `capture` makes it: model, the buffer that images are copied into, the front, and its output if there is no back.
     Images are copied into the graph's own buffer; the logits returned are a copy, safe to keep. Calls from several
     streams and threads are put one behind the other. `waits` is the number of device-to-host waits per call: 0 when the
     pruner keeps fixed counts, 1 when it is adaptive. `capacity_waste`: surplus rows per real row in the last call,
     padding included.
     """
 
-    def __init__(self, model, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
+    def __init__(self, model: nn.Module, images: Tensor, front: torch.cuda.CUDAGraph, output: Tensor | None):
         self.model = model  # a graph remembers addresses only: weights and predictors must live as long as it does
         self.images, self.front, self.output = images, front, output
         self.waits = 0 if output is not None else 1
@@ -90,13 +91,14 @@ class Captured:
         return self.sizes[place]
 
 
-def capture(model, batch_size: int, *, warmup: int = 2, between: tuple[int, int] | None = None) -> Captured:
+def capture(model: nn.Module, batch_size: int, *, warmup: int = 2, between: tuple[int, int] | None = None) -> Captured:
     """Record `model` (a `RaggedViT` on a GPU) for batches of `batch_size` images.
 
     An adaptive pruner gets one graph per bucket, all in one memory pool: of total tokens (`bucket_sizes`), or for
-    padded backends of rows per image, 8 apart. between: the least and most rows that calls will need, where that is
-    known: other buckets are not recorded, and a call that needs a larger one raises ValueError.
-    Raises ValueError for a model on the CPU, and NotImplementedError for what cannot be recorded, with the reason.
+    padded backends of rows per image, 8 apart. warmup: passes before recording, to compile and fill caches.  between:
+    the least and most rows that calls will need, where that is known: other buckets are not recorded, and a call that
+    needs a larger one raises ValueError. Raises ValueError for a model on the CPU, and NotImplementedError for what
+    cannot be recorded, with the reason.
     """
     weight = model.vit.patch_embed.proj.weight
     if not weight.is_cuda:

@@ -16,6 +16,7 @@ import operator
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def usable(device: torch.device) -> bool:
 _launchers: dict[tuple, Callable] = {}
 
 
-def start(kernel, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tuple, constants: dict,
+def start(kernel: Any, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tuple, constants: dict,
           options: dict) -> Callable | None:  # fmt: skip
     """Launch `kernel` on the current stream of the tensors' device.
 
@@ -74,7 +75,7 @@ def start(kernel, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tu
     return launch
 
 
-def direct(compiled, constants: tuple) -> Callable:
+def direct(compiled: Any, constants: tuple) -> Callable:
     """A function (grid x, grid y, stream, *pointers, *numbers) that starts an already compiled kernel.
 
     `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not

@@ -101,6 +101,7 @@ class Padded:
 
     @property
     def batch(self) -> int:
+        """Images."""
         return self.tokens.shape[0]
 
     @property
@@ -142,7 +143,7 @@ Sizes = Callable[[Tensor], tuple[int, int]]
 
 
 def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes) -> Packed:
-    """The selected rows of every image as a `Packed` batch.
+    """The rows of `state` that `selection` names, image after image, as a `Packed` batch.
 
     Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
     default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
@@ -169,8 +170,8 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:
-    """The selected rows of every image as a `Padded` batch, `width` rows for each (default: the longest, which for
-    unequal counts costs one wait)."""
+    """The rows of `state` that `selection` names as a `Padded` batch, `width` rows an image (default: the longest,
+    which for unequal counts costs one wait)."""
     counts, index, blend = selection.counts, selection.index, selection.blend
     known = isinstance(counts, int)
     if blend is not None and not known:
@@ -193,8 +194,8 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
 
 
 def take_by_loop(state: Padded, selection: Selection) -> Padded:
-    """`take_padded` to the present width as the paper's padded baseline does it, kept faithfully slow: the counts are
-    read from the GPU, and one Python loop copies image after image into zeros."""
+    """`take_padded` of state and selection to the present width as the paper's padded baseline does it, kept faithfully
+    slow: the counts are read from the GPU, and one Python loop copies image after image into zeros."""
     sizes = take_padded(replace(state, tokens=state.tokens[..., :1]), replace(selection, blend=None), state.width)
     counts = selection.counts
     counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
@@ -209,7 +210,7 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
 
 
 def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
-    """`offsets` of batch images with count rows each: nothing has to be summed."""
+    """`offsets` of batch images with count rows each, on `device`: nothing has to be summed."""
     return torch.arange(batch + 1, device=device, dtype=torch.int32) * count
 
 

@@ -26,8 +26,9 @@ def load_deit(
 
     name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (trained here;
     comes with a later version), "imagenet" (timm's download), "random" (from `seed`), or a path to safetensors or a
-    torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.  sha256:
-    expected hash of a checkpoint given by path.
+    torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.  img_size:
+    pixels a side (position embeddings are resized).  sha256: expected hash of a checkpoint given by path.  seed: of
+    random weights.
     Raises ValueError for unknown names, wrong keys or a wrong hash, FileNotFoundError, and ConnectionError if a
     download is impossible.
     """
@@ -56,7 +57,8 @@ def load_deit(
 
 
 def full_name(name: str, img_size: int) -> str:
-    """What timm calls a model. Raises ValueError for a name that it does not have."""
+    """What timm calls the model `name` at img_size pixels a side. Raises ValueError for a name that it does not
+    have."""
     import timm
 
     if not isinstance(img_size, int) or img_size < 16:

@@ -76,7 +76,7 @@ class RaggedViT(nn.Module):
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
         self._run = {piece.__name__: piece for piece in PIECES}
 
-    def compile(self, **options) -> RaggedViT:
+    def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of a block with `torch.compile`, once for all blocks; token counts become dynamic when
         they change. Returns self. options go to `torch.compile`."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -90,16 +90,16 @@ class RaggedViT(nn.Module):
 
     @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
-        """`forward`, and what every cut left."""
+        """`forward` of images (batch, channels, height, width), and what every cut left."""
         stages: list[Stage] = []
         return Trace(self._finish(self.begin(images, stages)), stages)
 
-    def capture(self, batch_size: int, **options) -> Captured:
-        """The whole forward as CUDA graphs for `batch_size` images: see `ragged.graph.capture`."""
+    def capture(self, batch_size: int, **options: object) -> Captured:
+        """The whole forward as CUDA graphs for `batch_size` images; options and errors: see `ragged.graph.capture`."""
         return capture(self, batch_size, **options)
 
     def begin(self, images: Tensor, stages: list[Stage] | None = None) -> Tensor | Pending:
-        """Run until the logits, or until a cut whose size only the GPU knows."""
+        """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`."""
         self._check_images(images)
         vit, prefix = self.vit, self.prefix
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))

@@ -43,10 +43,11 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
 
 
 def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
-    """Drop rows of a packed batch: ragged in, ragged out.
+    """Drop rows of a `Packed` batch: ragged in, ragged out.
 
-    keep: bool (total,).  counts: as in `pack`; without it, exactly one device-to-host wait. Rows keep their order and
-    their ids. The position of a row in the output is the number of kept rows before it: a prefix sum, no `nonzero`.
+    packed: what `pack` or `repack` returned.  keep: bool (total,).  counts: as in `pack`; without it, exactly one
+    device-to-host wait. Rows keep their order and their ids. The position of a row in the output is the number of kept
+    rows before it: a prefix sum, no `nonzero`.
     """
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
@@ -69,7 +70,7 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
 
 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
-    """Put every row back where it stood before pruning: (batch, seqlen, dim), `fill` where a row was dropped.
+    """Put every row of `packed` back where it stood before pruning: (batch, seqlen, dim), `fill` where one was dropped.
     Fused tokens (id -1) have no place in the original sequence and are left out. No wait."""
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")

@@ -21,10 +21,11 @@ from .registry import Registry
 from .selection import View, at_least, inverse_cdf, top_k, with_prefix
 
 PLACES = ("before", "inside", "after")
+Blocks = int | Iterable[int]
 
 
 class Pruner(nn.Module):
-    """Base class. at: block indices, one stage each.  where: before a block, inside it, or after it.
+    """Base class. name: as in `PRUNERS`.  at: block indices, one stage each.  where: before, inside or after the block.
 
     needs: extra parts of the `View`, of "attention" and "values".  rows_only: an inside cut drops query rows before the
     attention product, and the dropped tokens still serve as keys and values there.  adaptive: counts vary by image.
@@ -35,7 +36,7 @@ class Pruner(nn.Module):
     adaptive = False
     trained: bool | None = None  # whether learned parts were trained; None where nothing is learned
 
-    def __init__(self, name: str, at: int | Iterable[int], where: str):
+    def __init__(self, name: str, at: Blocks, where: str):
         super().__init__()
         self.name, self.at, self.where = name, _stages(at), where
         if where not in PLACES:
@@ -49,7 +50,7 @@ class Pruner(nn.Module):
             raise ValueError(f"at: {self.name} scores by attention, and before block 0 there was none")
 
     def select(self, view: View) -> Selection | None:
-        """The rows that stay, or None for no cut."""
+        """The rows of `view` that stay, or None for no cut."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -57,7 +58,10 @@ class Pruner(nn.Module):
 
 
 class ThresholdL2(Pruner):
-    def __init__(self, keep: float | None = None, tau: float | None = None, at=(3,), where: str = "after"):
+    """Keeps patches of large L2 norm: the share `keep` of them, or (tau) those of at least tau times the image's mean.
+    at, where: as for `Pruner`. ValueError for both or for values out of range. Source: arXiv 2604.15408."""
+
+    def __init__(self, keep: float | None = None, tau: float | None = None, at: Blocks = (3,), where: str = "after"):
         super().__init__("threshold_l2", at, where)
         if keep is not None and tau is not None:
             raise ValueError(f"keep and tau: expected one of the two, got keep={keep!r} and tau={tau!r}")
@@ -78,7 +82,7 @@ class ThresholdL2(Pruner):
 
 
 class Predictor(nn.Module):
-    """DynamicViT's scorer: (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep"."""
+    """DynamicViT's scorer: x (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep"."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -96,7 +100,11 @@ class Predictor(nn.Module):
 
 
 class DynamicViT(Pruner):
-    def __init__(self, keep: float = 0.7, at=(3, 6, 9), where: str = "before", predictors=None, seed: int = 0):
+    """A small network scores every patch; stage i keeps keep ** (i + 1) of all. predictors: file of trained
+    scorers (FileNotFoundError, ValueError); None makes random ones from `seed`. Source: arXiv 2106.02034."""
+
+    def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), where: str = "before",
+                 predictors: str | Path | None = None, seed: int = 0):  # fmt: skip
         super().__init__("dynamicvit", at, where)
         self.keep, self.seed = _ratio(keep), seed
         self.score_predictor = nn.ModuleList()
@@ -119,7 +127,6 @@ class DynamicViT(Pruner):
 
     def select(self, view: View) -> Selection | None:
         rows = view.equal_rows("dynamicvit")
-        # the ratio is of the patches at the start, not of the survivors
         count = min(rows - view.prefix, int((view.state.seqlen - view.prefix) * self.keep ** (view.stage + 1)))
         if count == rows - view.prefix:
             return None
@@ -129,8 +136,8 @@ class DynamicViT(Pruner):
 
 
 def load_predictors(modules: nn.ModuleList, path: Path) -> None:
-    """Fill predictors from a file in DynamicViT's format: keys `score_predictor.{stage}...`, alone or among a
-    model's."""
+    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone or among a
+    model's. Raises ValueError for keys that are missing or of another shape."""
     prefix = "score_predictor."
     state = {k[len(prefix) :]: v for k, v in load_state(path).items() if k.startswith(prefix)}
     wanted = modules.state_dict()
@@ -143,9 +150,12 @@ def load_predictors(modules: nn.ModuleList, path: Path) -> None:
 
 
 class EViT(Pruner):
+    """Keeps the share `keep` of the patches to which CLS attends most; the others become one token (`fuse`), their
+    attention-weighted sum, or are dropped. at, where: as for `Pruner`. Source: arXiv 2202.07800."""
+
     needs = frozenset({"attention"})
 
-    def __init__(self, keep: float = 0.7, at=(3, 6, 9), fuse: bool = True, where: str = "inside"):
+    def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
         super().__init__("evit", at, where)
         self.keep, self.fuse = _ratio(keep), fuse
 
@@ -156,18 +166,19 @@ class EViT(Pruner):
             return None
         scores = view.cls_attention[:, :rows].mean(-1)
         chosen = top_k(scores, view.prefix, count)
-        if not self.fuse:
-            return chosen
-        # the dropped tokens live on as one: their sum, each weighted by the attention it got
-        return Selection(chosen.index, chosen.counts, blend=scores.scatter(1, chosen.index, 0.0))
+        blend = scores.scatter(1, chosen.index, 0.0) if self.fuse else None
+        return Selection(chosen.index, chosen.counts, blend)
 
 
 class ATS(Pruner):
+    """Draws at most `samples` patches from the distribution of CLS attention times value norm, so that a plain image
+    keeps fewer. at, where: as for `Pruner`. Source: arXiv 2111.15667."""
+
     needs = frozenset({"attention", "values"})
     rows_only = True
     adaptive = True
 
-    def __init__(self, samples: int = 196, at=range(3, 12), where: str = "inside"):
+    def __init__(self, samples: int = 196, at: Blocks = range(3, 12), where: str = "inside"):
         super().__init__("ats", at, where)
         self.samples = _positive_int(samples, "samples")
 
@@ -177,12 +188,12 @@ class ATS(Pruner):
 
 
 class GivenLengths(Pruner):
-    """Keeps a prescribed number of rows of every image, pseudo-random patches: for timing with chosen distributions.
-    The host is not told the counts, exactly as with a pruner that decides on the GPU."""
+    """Keeps lengths[b] rows of image b, pseudo-random patches (`seed`): for timing with chosen distributions. at,
+    where: as for `Pruner`. The host is not told the counts, exactly as with a pruner that decides on the GPU."""
 
     adaptive = True
 
-    def __init__(self, lengths: Sequence[int], at=(3,), where: str = "after", seed: int = 0):
+    def __init__(self, lengths: Sequence[int], at: Blocks = (3,), where: str = "after", seed: int = 0):
         super().__init__("given_lengths", at, where)
         self.lengths = [_positive_int(n, "lengths") for n in lengths]
         self.register_buffer("counts", torch.tensor(self.lengths, dtype=torch.int32), persistent=False)
@@ -195,8 +206,7 @@ class GivenLengths(Pruner):
             got = f"{min(self.lengths)} to {max(self.lengths)}"
             raise ValueError(f"lengths: expected {view.prefix} to {rows} rows for every image, got {got}")
         if state.batch != self.counts.shape[0]:
-            given = self.counts.shape[0]
-            raise ValueError(f"lengths: given for a batch of {given}, got {state.batch} images")
+            raise ValueError(f"lengths: given for a batch of {self.counts.shape[0]}, got {state.batch} images")
         if (state.batch, state.width, device) not in self._order:
             generator = torch.Generator().manual_seed(self.seed)
             noise = torch.rand(state.batch, state.width - view.prefix, generator=generator)
@@ -204,8 +214,8 @@ class GivenLengths(Pruner):
         return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
 
 
-def given_lengths(lengths: Sequence[int], at=(3,), where: str = "after", seed: int = 0) -> GivenLengths:
-    """A pruner that keeps lengths[b] rows of image b, prefix rows included."""
+def given_lengths(lengths: Sequence[int], at: Blocks = (3,), where: str = "after", seed: int = 0) -> GivenLengths:
+    """A pruner that keeps lengths[b] rows of image b, prefix rows included, chosen by `seed`; at, where: as always."""
     return GivenLengths(lengths, at, where, seed)
 
 

@@ -26,7 +26,7 @@ class DigitScenes(NamedTuple):
     digit_index: object  # int64 (n,): row of the digit in the 1797-image UCI set
 
 
-def digit_scenes(n, split="train", seed=0, size=224, first=0):
+def digit_scenes(n: int, split: str = "train", seed: int = 0, size: int = 224, first: int = 0) -> DigitScenes:
     """Scenes number first .. first+n-1 of a seed, as DigitScenes of torch tensors (0.6 MB a scene at size 224).
 
     Scene i of a (seed, split) is the same whatever n and first are, and shows the same thing at every size. Train and
@@ -46,7 +46,7 @@ def digit_scenes(n, split="train", seed=0, size=224, first=0):
     return DigitScenes(*map(torch.from_numpy, (images, labels, boxes, index)))
 
 
-def digit_split(split):
+def digit_split(split: str) -> np.ndarray:
     """Rows of the 1797-digit set that belong to a split, as an int64 array: every fifth run of ten rows (20 %) is test.
 
     Runs, because stretches of the set cycle through 0..9: taking every fifth row leaves twice as many of some classes
@@ -152,13 +152,13 @@ def _background(rng, size):
     return image, ink, (middle - swing, middle + swing)
 
 
-def training_background(number, seed, size):
+def training_background(number: int, seed: int, size: int) -> tuple[np.ndarray, tuple[float, float]]:
     """Background `number` of a seed, without a digit: uint8 (3, size, size), and its range of luma."""
     image, _, luma = _background(np.random.default_rng([seed, len(SPLITS), number]), size)
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), np.array(luma, np.float32)
 
 
-def digit_fields(split="train", samples=144):
+def digit_fields(split: str = "train", samples: int = 144) -> tuple[np.ndarray, ...]:
     """The digits of a split as smooth fields (n, samples, samples) over 9 cells, -0.5 to 8.5, float32, whose values
     above INK are ink; the extents of the ink (n, 4) y0, y1, x0, x1 in cells; and the labels (n,). For drawing digits
     in bulk."""
@@ -178,7 +178,7 @@ def _cover(row, side):
     return np.clip((ink - INK) * np.float32(max(1.5, 0.7 * scale)) + 0.5, 0, 1)  # an edge about one pixel wide
 
 
-def check_int(name, value, least):
+def check_int(name: str, value: int, least: int) -> None:
     """ValueError unless value is an integer >= least; name is the argument as the caller knows it."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

@@ -31,7 +31,8 @@ class View:
         return (column < lengths[:, None]) if lengths is not None else (column >= 0).expand(self.state.batch, -1)
 
     def equal_rows(self, method: str) -> int:
-        """Real rows per image where all images have the same number, which a fixed ratio needs."""
+        """Real rows per image where all images have the same number, which a fixed ratio needs. Raises ValueError,
+        naming `method`, where they have not."""
         if self.state.count is None:
             raise ValueError(f"{method}: a fixed keep ratio needs the same number of tokens in every image")
         return self.state.count
@@ -41,13 +42,14 @@ class View:
 
 
 def with_prefix(patches: Tensor, prefix: int) -> Tensor:
-    """Patch numbers (batch, k) as row numbers, the prefix rows put before them."""
+    """patches: patch numbers (batch, k). Returned as row numbers, with the `prefix` rows put before them."""
     first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], prefix)
     return torch.cat((first, patches + prefix), 1)
 
 
 def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Selection:
-    """The `count` best patches of every image, best first, or (in_place) in the order in which they stood."""
+    """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
+    they stood. The first `prefix` rows are no patches, and stay."""
     best = scores[:, prefix:].topk(count, dim=1).indices
     if in_place:
         best = best.sort(1).values
@@ -55,7 +57,8 @@ def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) ->
 
 
 def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
-    """The patches whose score reaches limit (batch, 1), in the order in which they stood; their number varies."""
+    """The patches of scores (batch, n) that reach limit (batch, 1), in the order in which they stood; their number
+    varies. The first `prefix` rows stay anyway; real, bool (batch, n), is False in padding."""
     keep = (scores >= limit)[:, prefix:] & real[:, prefix:]
     order = (~keep).byte().argsort(dim=1, stable=True)
     return Selection(with_prefix(order, prefix), keep.sum(1, dtype=torch.int32) + prefix)
@@ -64,9 +67,9 @@ def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Select
 def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:
     """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
 
-    The scores of an image, sorted and summed up, make a staircase from 0 to 1. `samples` evenly spaced heights, from
-    the first positive step to 1, each pick the nearest step; patches picked more than once stay once, lowest score
-    first.
+    The scores (batch, n) of an image behind its `prefix`, where `real` (batch, n), sorted and summed up, make a
+    staircase from 0 to 1. `samples` evenly spaced heights, from the first positive step to 1, each pick the nearest
+    step; patches picked more than once stay once, lowest score first.
     """
     scores, real = scores[:, prefix:].float(), real[:, prefix:]
     if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from

@@ -69,7 +69,8 @@ def keep_busy(us: float) -> None:
 
 
 def host_us(calls: Sequence[Call], n: int = 50, waits: float = 0) -> list[float]:
-    """Time until a call has returned, with the stream kept busy, so that nothing in it waits for a result or for room.
+    """Time until each of n `calls` has returned, the stream kept busy, so that nothing in it waits for a result or
+    room.
 
     The GPU's part does not count. Keep n times the launches of a call under about 1000, the depth of the launch queue.
     A call that itself waits for the GPU (waits > 0) is started on an idle stream instead, and its waits are included.
@@ -86,8 +87,8 @@ def host_us(calls: Sequence[Call], n: int = 50, waits: float = 0) -> list[float]
 
 
 def wall_us(calls: Sequence[Call], n: int = 20) -> list[float]:
-    """Call and synchronize, from an idle GPU: the paper's first clock. Host and GPU time one behind the other, as far
-    as they do not overlap."""
+    """Call and synchronize, n of `calls` in turn, each from an idle GPU: the paper's first clock. Host and GPU time one
+    behind the other, as far as they do not overlap."""
     return _timed(in_turn(calls, n), before=wait, after=wait)
 
 
@@ -103,8 +104,8 @@ def stream_us(calls: Sequence[Call], n: int = 20) -> list[float]:
 
 
 def event_us(calls: Sequence[Call], n: int = 20) -> list[float]:
-    """A pair of CUDA events round each call: the paper's second clock. The first event passes an idle GPU at once, the
-    second after the last kernel: with a slow host it measures the host. Needs CUDA."""
+    """A pair of CUDA events round each of n `calls`: the paper's second clock. The first event passes an idle GPU at
+    once, the second after the last kernel: with a slow host it measures the host. Needs CUDA."""
     times = []
     for call in in_turn(calls, n):
         wait()
@@ -153,8 +154,9 @@ def gpu_us(replay: Call, n: int = 20) -> list[float]:
 
 
 def gpu_us_profiled(calls: Sequence[Call], n: int = 3) -> list[float]:
-    """GPU time of a call as the sum of its kernels, copies and fills in PyTorch's profiler, for calls that cannot be
-    recorded. One value. Idle moments between kernels are left out, kernels side by side count twice. Needs CUDA."""
+    """GPU time of a call, of n, as the sum of its kernels, copies and fills in PyTorch's profiler, for calls that
+    cannot be recorded. One value. Idle moments between kernels are left out, kernels side by side count twice. Needs
+    CUDA."""
     from torch.profiler import ProfilerActivity, profile
 
     wait()
@@ -167,8 +169,9 @@ def gpu_us_profiled(calls: Sequence[Call], n: int = 3) -> list[float]:
 
 
 def syncs(calls: Sequence[Call], n: int = 2) -> float:
-    """Device-to-host waits per call: what PyTorch reports about its own operations (`.item()`, `nonzero`, copies to
-    the host), and explicit waits for events, streams and devices. Waits inside a C++ extension are not seen."""
+    """Device-to-host waits per call, over n of `calls`: what PyTorch reports about its own operations (`.item()`,
+    `nonzero`, copies to the host), and explicit waits for events, streams and devices. Waits inside a C++ extension are
+    not seen."""
     if not torch.cuda.is_available():
         return 0.0
     explicit = [0]
