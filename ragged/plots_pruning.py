@@ -59,7 +59,7 @@ def score_maps(images, scores, labels, *, patch=16, side=84, title="Which patche
     for r, (image, given, label) in enumerate(zip(images, scores, labels)):
         y, pixels = (len(images) - 1 - r) * step_y, _pixels(image, patch)
         _place(figure, pixels, 0, y, columns, rows, drawn=side)
-        _say(figure, 0, y + rows + 1.1, label, INK, "left")
+        _say(figure, 0, y + rows + 1.3, label, INK, "left")
         for c, name in enumerate(names, 1):
             _place_faint(figure, pixels, c * step_x, y, columns, rows)
             figure.add_heatmap(**_ranked(given[name], rows, columns), x0=c * step_x + 0.5, dx=1, y0=y + rows - 0.5,
@@ -97,7 +97,7 @@ def _ranked(scores, rows: int, columns: int) -> dict:
 
 def score_profiles(scores, *, title="How concentrated is each score?", below=""):
     """What share of the total score the best patches hold. scores: name -> positive numbers, one per patch."""
-    figure = new_figure(title, below, width=580, height=350)
+    figure = new_figure(title, below, width=780, height=350)
     for name, values in scores.items():
         values, style = np.sort(np.asarray(values, dtype=np.float64))[::-1], pruner_look(name)
         if values.min() < 0 or values.sum() <= 0:
@@ -111,7 +111,6 @@ def score_profiles(scores, *, title="How concentrated is each score?", below="")
                            line=dict(color=style.colour, dash=style.dash, width=2.5))  # fmt: skip
     figure.add_scatter(x=[0, 100], y=[0, 100], mode="lines", name="all patches equal",
                        line=dict(color="#999999", width=1))  # fmt: skip
-    figure.update_layout(legend=dict(x=0.98, xanchor="right", y=0.04, yanchor="bottom"))
     figure.update_xaxes(title_text="best patches, % of all", range=[0, 100])
     return figure.update_yaxes(title_text="share of the total score, %", range=[0, 101])
 
@@ -145,14 +144,14 @@ def sampling_staircase(cases, *, title="Sampling by the inverse CDF", below=""):
 def token_schedules(schedules, *, saved=None, title="Tokens through the network", below=""):
     """Tokens that leave every block, one step line per schedule. schedules: name -> counts, one per block, the first
     for the embedding.  saved: name -> share of the FLOPs that is left, for the legend."""
-    figure = new_figure(title, below, width=640, height=370)
+    figure = new_figure(title, below, width=760, height=420)
     for name, counts in schedules.items():
         style = pruner_look(name)
         label = style.label + (f": {saved[name]:.0%} of the FLOPs" if saved else "")
         figure.add_scatter(x=list(range(-1, len(counts) - 1)), y=list(counts), mode="lines+markers", name=label,
                            line=dict(color=style.colour, dash=style.dash, width=2.5, shape="hv"),
                            marker=dict(symbol=style.symbol, size=7))  # fmt: skip
-    figure.update_layout(legend=dict(x=0.02, y=0.04, yanchor="bottom", bgcolor="rgba(255,255,255,0.7)"))
+    figure.update_layout(legend=dict(orientation="h", y=-0.26, yanchor="top", x=0))
     figure.update_xaxes(title_text="after block (-1: after the embedding)", dtick=1)
     return figure.update_yaxes(title_text="tokens per image, CLS included", rangemode="tozero")
 
