@@ -156,7 +156,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
             figure.add_scatter(x=found["value"], y=found["case"], mode="markers", marker=marker, showlegend=True,
                                name=f"{look(backend).label}: {source}")  # fmt: skip
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
-    figure.update_layout(legend=dict(orientation="h", y=-0.35 if len(cases) < 6 else -0.18, yanchor="top", x=0))
+    figure.update_layout(legend=dict(orientation="h", y=-62 / (30 * len(cases) + 20), yanchor="top", x=0))
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
     return figure.update_xaxes(title_text=f"{unit} (log)" if axis.get("type") == "log" else unit, **axis)
 
@@ -192,8 +192,10 @@ def claims(table, *, title="Which claims stand?", below=""):
     numbers = table[["claimed", "paper_setup", "fair"]].stack()
     figure.update_xaxes(title_text="ratio (log); 1: no difference", **log_ticks(numbers[numbers > 0]))
     figure.update_layout(legend=dict(orientation="h", y=-70 / (22 * len(table) + 70), yanchor="top", x=0))
-    order = list(table["claim"])[::-1]
-    return figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, tickfont=dict(size=11))
+    figure.update_layout(title_y=1 - 20 / figure.layout.height)  # a share of the height, which is large here
+    order, ends = list(table["claim"])[::-1], [-0.7, len(table) - 0.3]
+    return figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, range=ends,
+                               tickfont=dict(size=11))  # fmt: skip
 
 
 def measured_lines(rows, *, x, title, x_title, y_title, below=""):
