@@ -163,3 +163,55 @@ def test_what_is_missing_is_named(call, said):
 def test_figures_are_small():
     for figure in (plots.speedup_by_batch(MODEL), plots.best_choice(MODEL), plots.claims(CLAIMS)):
         assert len(figure.to_json()) < 40_000 and figure.layout.title.text in plots.alt_text(figure)
+
+
+# ---- the notebooks grow with the recording ----
+
+
+def complete_recording():
+    """What is recorded, and invented rows for every cell that is not recorded yet."""
+    from ragged import data
+
+    real = data.results()
+    half = MODEL.assign(value=MODEL["value"] * 0.9)
+    clocks = [MODEL[MODEL["metric"] == "images_per_s"].assign(metric=metric, unit="us") for metric in CLOCKS]
+    clocks = [c.assign(value=1e6 * c["batch"] / c["value"] * CLOCKS[m]) for m, c in zip(CLOCKS, clocks)]
+    kernel = half[half["backend"] == "triton"].assign(backend="paper_triton")
+    flash = half[half["backend"] == "triton"].assign(backend="flash_attn")
+    sparse = real[(real["suite"] == "sparsity") & (real["batch"] == 64)].assign(batch=256.0)
+    sharp = RESOLUTION[RESOLUTION["backend"] == "triton"].assign(backend="paper_triton")
+    trained = real[(real["suite"] == "equivalence") & (real["model"] == "deit_small")].assign(model="deit_tiny_digits")
+    parts = [real, MODEL, *clocks, kernel, flash, sparse, RESOLUTION, sharp, trained]
+    keys = ["suite", "model", "pruner", "backend", "mode", "batch", "tokens", "keep", "dtype", "metric", "gpu"]
+    return pandas.concat(parts, ignore_index=True).drop_duplicates([k for k in keys if k != "pruner"] + ["pruner"])
+
+
+CLOCKS = {"host_us": 0.4, "gpu_us": 0.9, "wall_us": 1.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["06_whole_model.ipynb", "08_paper_table_by_table.ipynb"])
+def test_a_notebook_takes_a_complete_recording(name, monkeypatch, capsys):
+    """Cells that are not recorded today appear in the tables and verdicts tomorrow, without a change."""
+    notebook_files = pytest.importorskip("notebook_files")
+    from ragged import data
+
+    everything, path = complete_recording(), notebook_files.ROOT / "notebooks" / name
+    if not path.exists():
+        pytest.skip(f"there is no {name}")
+
+    def results(suite=None, gpu=None):
+        found = everything[everything["gpu"] == gpu] if gpu else everything
+        return found[found["suite"] == suite] if suite else found
+
+    monkeypatch.setattr(data, "results", results)
+    names = {"__name__": "__main__"}
+    with notebook_files.as_in_a_notebook(path.parent):
+        for cell in notebook_files.code(notebook_files.read(path)):
+            notebook_files.run(cell["source"], names, f"{name} {cell['id']}")
+    said = capsys.readouterr().out
+    assert "deit_tiny" in said and "not recorded" not in said and "Nothing recorded" not in said
+    if name.startswith("08"):
+        assert (names["judged"]["verdict"] == plots_paper.UNTESTED).sum() == 2  # ImageNet alone is left
+    else:
+        assert names["by_mode"].loc["graph", "count"] > 20 and (names["peaks"].groupby("model").size() == 3).all()
