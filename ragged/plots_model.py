@@ -75,7 +75,7 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
         base = pick(rows, name, backend="unpruned")["value"].median()
         rows = rows[rows["backend"] != "unpruned"]
         rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
-    pruners = [p for p in PRUNER_LABELS if p in set(rows["pruner"])] or sorted(set(rows["pruner"]))
+    pruners = sorted(set(rows["pruner"]), key=lambda p: (list(PRUNER_LABELS).index(p) if p in PRUNER_LABELS else 99, p))
     below = subtitle(rows, MODELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
     shown = set()

@@ -1,6 +1,7 @@
 """Figures of accuracy and equivalence: what they need, what they draw, and what they refuse."""
 
 import figure_frames as frames
+import pandas
 import pytest
 
 pytest.importorskip("plotly")
@@ -120,3 +121,10 @@ def test_pruners_look_different_from_each_other_and_from_backends():
     backends = {x.colour for name, x in plots.LOOKS.items() if name != "unpruned"}
     assert not backends & {x.colour for x in looks.values()}
     assert list(looks)[0] == "none" and list(looks)[-1] == "own_one"
+
+
+def test_a_pruner_of_one_s_own_gets_a_panel_beside_the_published_ones():
+    frame = frames.sparsity_frame()
+    own = frame[(frame.pruner == "evit")].assign(pruner="mine")
+    figure = plots.sparsity_speedup(pandas.concat([own, frame[frame.pruner.isin(["none", "threshold_l2", "ats"])]]))
+    assert [a.text for a in figure.layout.annotations] == ["Threshold-L2", "ATS", "mine"]
