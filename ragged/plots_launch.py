@@ -221,6 +221,7 @@ def capacity_steps(totals, capacities, *, title: str, below: str):
     figure.add_scatter(x=list(totals), y=waste, mode="lines", name="this many rows",
                        line=dict(color=look("triton").colour, width=1.5))  # fmt: skip
     mean = sum(waste) / len(waste)
-    figure.add_hline(y=mean, line=dict(color=INK, width=1, dash="dot"), annotation_text=f"mean {mean:.2g} %")
+    figure.add_hline(y=mean, line=dict(color=INK, width=1, dash="dot"), annotation_text=f"mean {mean:.2g} %",
+                     annotation_bgcolor="white")  # fmt: skip
     figure.update_xaxes(title_text="rows that really stay, in the whole batch")
     return figure.update_yaxes(title_text="surplus rows computed, %", rangemode="tozero")
