@@ -124,16 +124,14 @@ def stream_kernel(
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, SHORT: tl.constexpr,
-    FLAT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional attention for any lengths: one program for each query tile of each head of each image.
 
     Grid: (query tiles of the longest image, HEADS * batch). Programs of neighbouring tiles run at the same time and
     find each other's keys in the L2 cache. An image with fewer tiles than the longest leaves its last programs idle.
     FLAT: both in one dimension, since the second ends at 65 535; dividing by a number that is only known at run time
-    costs every program dozens of instructions. SHORT: a last tile of no more rows than that is computed as that many
-    rows, or 0.
+    costs every program dozens of instructions.
     """
     if FLAT:
         tiles = tl.cdiv(max_q, M)
@@ -149,12 +147,6 @@ def stream_kernel(
     k_start = tl.load(CuK + image)
     k_len = tl.load(CuK + image + 1) - k_start
     # 64-bit: token * stride passes 2**31 elements in large batches
-    if SHORT:
-        if q_len - first <= SHORT:
-            _stream(Q, K, V, Out, Lse, q_start.to(tl.int64), q_len, k_start.to(tl.int64), k_len, first, head,
-                    scale_log2, total_q, Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM,
-                    HEADS, D, BLOCK_D, SHORT, N, TAIL, STAGES, HAS_LSE, PRECISION)  # fmt: skip
-            return
     _stream(Q, K, V, Out, Lse, q_start.to(tl.int64), q_len, k_start.to(tl.int64), k_len, first, head, scale_log2,
             total_q, Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM, HEADS, D, BLOCK_D,
             M, N, TAIL, STAGES, HAS_LSE, PRECISION)  # fmt: skip
@@ -168,7 +160,7 @@ def resident_kernel(
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, A: tl.constexpr, B: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr,
-    ONE_TILE: tl.constexpr, EQUAL: tl.constexpr, SHORT: tl.constexpr,
+    ONE_TILE: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional attention for up to 208 keys: a program holds all keys and values of one head of one image, in
     pieces A, B and TAIL wide (197 = 128 + 64 + 5 of 16), and walks over its query tiles. A program reads its keys and
@@ -177,8 +169,7 @@ def resident_kernel(
     Grid: SPLIT * HEADS * batch; SPLIT programs share the query tiles of a head, ONE_TILE says that each has only one.
     EQUAL is a guess: the tokens would just suffice for equal lengths. Then every program knows where its tokens begin
     without looking it up, and its first loads start a memory latency earlier. The look-up comes in meanwhile; where it
-    does not confirm the guess, the program takes the long way. SHORT: the last query tile has no more rows than that
-    and is computed as that many (197 = 3 * 64 + 5: 16 more rows, not 64), or 0.
+    does not confirm the guess, the program takes the long way.
     """
     image = tl.program_id(0) // (SPLIT * HEADS)
     head = tl.program_id(0) // SPLIT % HEADS
@@ -217,14 +208,10 @@ def resident_kernel(
                         Q_TOKEN, Q_HEAD, Q_DIM, K_TOKEN, K_HEAD, K_DIM, V_TOKEN, V_HEAD, V_DIM, HEADS, D, BLOCK_D,
                         16, 16, 16, 1, HAS_LSE, PRECISION)  # fmt: skip
             return
-    if SHORT:
-        last = rows // M * M
-        q_short = load_tile(q_head, last, SHORT, rows, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
-    else:
-        last = first + 1 if ONE_TILE else rows
+    last = first + 1 if ONE_TILE else rows
     for r in tl.range(number(first), number(last), M * SPLIT, num_stages=1):
         if not ONE_TILE:  # the next query tile travels while this one is computed
-            q_next = load_tile(q_head, r + M * SPLIT, M, last, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
+            q_next = load_tile(q_head, r + M * SPLIT, M, rows, Q_TOKEN, Q_DIM, D, BLOCK_D, True)
         if TAIL:
             acc, top, total = _attend_two(q, k_a, v_a, k_tail, v_tail, scale_log2, keys, keys - (A + B),
                                           not EQUAL, not EQUAL, WIDTH, PRECISION)  # fmt: skip
@@ -238,11 +225,3 @@ def resident_kernel(
                HEADS, D, BLOCK_D, not EQUAL, HAS_LSE)  # fmt: skip
         if not ONE_TILE:
             q = q_next
-    if SHORT:
-        acc, top, total = _attend_two(q_short, k_a, v_a, k_tail, v_tail, scale_log2, keys, keys - (A + B),
-                                      not EQUAL, not EQUAL, WIDTH, PRECISION)  # fmt: skip
-        if B:
-            acc, top, total = _attend(q_short, k_b, v_b, acc, top, total, scale_log2, keys - A,
-                                      not EQUAL, False, not EQUAL, WIDTH, PRECISION)  # fmt: skip
-        _store(Out, Lse, acc, top, total, scale_log2, q_row, last, head, rows, total_q,
-               HEADS, D, BLOCK_D, not EQUAL, HAS_LSE)  # fmt: skip
