@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from ragged import copying, fused
+from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.tiles import choose_tiles
 
@@ -29,10 +30,10 @@ def tile_choices():
     headdim, itemsize, equal)."""
     found = {}
     for headdim, itemsize in ((64, 2), (80, 2), (64, 4)):
-        for programs in (2, 300, 500, 2000):
+        for programs in (2, 300, 500, 2000, tiles_of.HIGHEST_GRID + 1):
             for equal in (False, True):
                 for max_k in range(1, 340):
-                    for max_q in (1, 65, 129, 193, 257):
+                    for max_q in (1, 65, 104, 129, 168, 193, 232, 257):  # short last tiles and longer ones
                         tiles = choose_tiles(max_q, max_k, headdim, programs, equal, itemsize)
                         call = (max_q, max_k, headdim, itemsize, equal)
                         found[tiles] = (found.get(tiles, (call,))[0], call)
@@ -59,7 +60,11 @@ def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, 
     arguments = (q, k, v, offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
     want, want_lse = varlen_attention_ref(*(x.cpu() if torch.is_tensor(x) else x for x in arguments), return_lse=True)
     rows = sum(counts_q)
-    with mock.patch.object(fused, "choose_tiles", lambda *_: tiles):
+    highest = 0 if dict(tiles.shape).get("FLAT") else tiles_of.HIGHEST_GRID  # the grid must go with the choice
+    with (
+        mock.patch.object(fused, "choose_tiles", lambda *_: tiles),
+        mock.patch.object(tiles_of, "HIGHEST_GRID", highest),
+    ):
         for _ in range(2):
             out, sums = fused.attend(*arguments, dim**-0.5, lse)
             close(out[:rows], want[:rows], dtype)

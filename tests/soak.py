@@ -118,7 +118,7 @@ class Soak:
         views of the projection, and (where only query rows are dropped) what came through a cut beside the tokens."""
         seen = set()
         lengths = range(1, self.tokens + 1)
-        pairs = [(q, k) for k in lengths for q in {k, *range(1, k + 1, 64)}]
+        pairs = [(q, k) for k in lengths for q in {k, *range(1, k + 1, 32)}]
         for images, equal, (max_q, max_k) in itertools.product(range(1, self.most + 1), (False, True), pairs):
             tiles = choose_tiles.__wrapped__(max_q, max_k, self.headdim, images * self.heads, equal, 2)
             if (tiles, max_q == max_k) not in seen and (equal or images > 1):
