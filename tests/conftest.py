@@ -4,12 +4,12 @@ import pytest
 import torch
 
 try:
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 except ImportError:  # a bare GPU machine may have pytest alone; tests/test_gpu*.py need no more
     pass
 else:
     # A shared two-core machine has no steady clock: a slow example is not a wrong one.
-    settings.register_profile("ragged", deadline=None)
+    settings.register_profile("ragged", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("ragged")
 
 

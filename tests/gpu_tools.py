@@ -1,10 +1,17 @@
-"""What the GPU tests share: waits of the host, kernels that were compiled, and the eager twin of a graph."""
+"""What the GPU tests share: printing, waits of the host, kernels that were compiled, the eager twin of a graph."""
 
 import sys
 import warnings
 from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def uncaptured(request):
+    """What is printed in here reaches the terminal, whatever pytest captures otherwise."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import LENGTHS, SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
+from gpu_tools import uncaptured
 
 import ragged
 
@@ -24,8 +25,7 @@ TABLE = {}
 def table(request):
     """After the last test: one line for every backend and dtype."""
     yield
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
+    with uncaptured(request):
         print("\n\nlargest error against float64, as a share of the budget (2 x eager + rounding)")
         for (backend, dtype), cells in TABLE.items():
             if isinstance(cells, list):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu_tools import eager, waits
+from gpu_tools import eager, uncaptured, waits
 
 import ragged
 from ragged.pruners import Pruner, given_lengths
@@ -27,8 +27,7 @@ BACKENDS = ("triton", "flash_attn", "torch_varlen", "nested", "paper_triton", "p
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
     yield
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
+    with uncaptured(request):
         print("\n\nfp16 logits against sdpa_padded on the same masks, DeiT-S, 16 images, random weights")
         for line in TABLE:
             print("  " + line)

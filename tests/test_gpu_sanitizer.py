@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu_tools import uncaptured
 
 HERE = Path(__file__).resolve().parent
 TOOL = shutil.which("compute-sanitizer") or next(
@@ -67,8 +68,12 @@ def compiled():
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_no_error_is_reported(compiled, tool):
-    for part, (status, text) in enumerate(outputs([start(tool, "--part", f"{i}/{PARTS}") for i in range(PARTS)])):
+def test_no_error_is_reported(compiled, tool, request):
+    results = outputs([start(tool, "--part", f"{i}/{PARTS}") for i in range(PARTS)])
+    with uncaptured(request):
+        said = [line for _, text in results for line in text.splitlines() if "SUMMARY" in line or "cases right" in line]
+        print(f"\n{tool}:", *said, sep="\n  ")
+    for part, (status, text) in enumerate(results):
         assert errors(text) == 0, f"{tool}, part {part}:\n{text[:6000]}"
         assert status == 0 and "cases right" in text, f"{tool}, part {part}:\n{text[-3000:]}"
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import soak
 import torch
+from gpu_tools import uncaptured
 
 import ragged
 
@@ -37,9 +38,10 @@ def test_a_soak_notices_what_was_compiled_late(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_a_soak_on_the_gpu():
+def test_a_soak_on_the_gpu(request):
     result = soak.main(["--batches", "1500", "--seconds", "150", "--captured", "4"])
-    print(json.dumps(result, indent=1))
+    with uncaptured(request):
+        print("\n" + json.dumps(result))
     assert result["ok"], json.dumps(result["failures"], indent=1)
     assert result["compiled"]["kernels"] > 30 and result["batches"]["all"] >= 500
     assert result["buckets_missed"] == 0 and torch.cuda.is_available()
