@@ -17,6 +17,7 @@ PRUNER_LOOKS = {
     "threshold_l2": Look("Threshold-L2", "#332288", "solid", "circle"),
     "threshold_l2_tau": Look("Threshold-L2, true threshold", "#88ccee", "dash", "hexagon"),
     "dynamicvit": Look("DynamicViT", "#999933", "solid", "diamond"),
+    "dynamicvit:untrained": Look("DynamicViT, untrained", "#999933", "dashdot", "x"),
     "evit": Look("EViT", "#117733", "solid", "triangle-up"),
     "ats": Look("ATS", "#cc6677", "dash", "star"),
 }
@@ -95,30 +96,33 @@ def rounding(errors, *, title="Whose rounding is it?", below=""):
 # ---- accuracy ----
 
 
-def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", title=None, **only):
+def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="compile+graph", title=None, **only):
     """Top-1 accuracy against kept tokens, or against images per second, one line for every pruner and schedule.
 
-    Needs rows of metric top1 and of metric `against`; they belong together where pruner, tokens and keep agree. Against
-    images_per_s the points that no other beats in both are joined by a grey staircase: the Pareto front.
+    Needs rows of metric top1 and of metric `against`; they belong together where pruner, tokens (the schedule) and keep
+    agree. mode: which images_per_s are meant; what was not recorded in that mode is left out. Against images_per_s the
+    points that no other beats in both are joined by a grey staircase, the Pareto front. Hollow: single cut.
     """
     name = "accuracy"
     rows = pick(frame, name, model=model, metric=["top1", against], **only)
-    points = _joined(rows, against, name)
-    figure = new_figure(title or "What is left of the accuracy", subtitle(rows, MODELS.get(model, model)), height=460)
+    points = _joined(rows, against, mode, name)
+    how = mode if against == "images_per_s" else ""
+    batch = f"batch {points['batch'].iloc[0]:g}" if how else ""
+    below = subtitle(rows, MODELS.get(model, model), how, batch)
+    figure = new_figure(title or "What is left of the accuracy", below, width=860, height=460)
     if against == "images_per_s":
         _front(figure, points)
     looks = pruner_looks(points["pruner"])
     groups = dict(list(points.groupby(["pruner", "schedule"])))
     for pruner, schedule in sorted(groups, key=lambda key: (list(looks).index(key[0]), key[1])):
         line, style = groups[pruner, schedule].sort_values(f"value_{against}"), looks[pruner]
-        label = f"{style.label}{', ' + schedule if schedule and pruner != 'none' else ''}"
-        hollow = schedule == "single cut" and not style.symbol.endswith("-open")
-        symbol = f"{style.symbol}-open" if hollow else style.symbol
+        hollow = schedule == "single cut"
         figure.add_scatter(
-            x=line[f"value_{against}"], y=100 * line["value_top1"], error_y=_bars(line), name=label,
-            mode="markers" if len(line) == 1 else "lines+markers", text=[f"keep {k:g}" for k in line["keep"]],
+            x=line[f"value_{against}"], y=100 * line["value_top1"], error_y=_bars(line),
+            name=f"{style.label}{', ' + schedule if schedule else ''}", text=[f"keep {k:g}" for k in line["keep"]],
+            mode="markers" if len(line) == 1 else "lines+markers",
             line=dict(color=style.colour, dash="dot" if hollow else style.dash, width=2),
-            marker=dict(symbol=symbol, size=10, color=style.colour),
+            marker=dict(symbol=f"{style.symbol}-open" if hollow else style.symbol, size=10, color=style.colour),
         )  # fmt: skip
     whole = points[points["pruner"] == "none"]
     if len(whole):
@@ -127,16 +131,20 @@ def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", title=No
     return figure.update_yaxes(title_text="top-1 accuracy, %")
 
 
-def _joined(rows, against: str, name: str):
-    """One line per pruner, schedule and keep, with the columns value_top1 and value_<against>."""
+def _joined(rows, against: str, mode: str, name: str):
+    """One line per pruner, schedule and keep, with the columns value_top1 and value_<against>. Of several backends the
+    last in the alphabet counts: triton before sdpa_padded. Threshold-L2 has one cut in every schedule: drawn once."""
     key = ["pruner", "tokens", "keep"]
     share, other = (pick(rows, name, metric=metric) for metric in ("top1", against))
+    if against == "images_per_s":
+        other = pick(other, name, mode=mode)
     share, other = (part.sort_values("backend").drop_duplicates(key, keep="last") for part in (share, other))
     points = share.merge(other[[*key, "value"]], on=key, suffixes=("_top1", f"_{against}"))
     if points.empty:
         raise ValueError(f"{name}: no rows of top1 and {against} agree in {', '.join(key)}")
     schedule = points["tokens"].where(points["tokens"].isin(["published", "single cut"]), "")
-    return points.assign(schedule=schedule)
+    schedule = schedule.mask(points["pruner"].str.startswith("threshold_l2") & (schedule != ""), "single cut")
+    return points.assign(schedule=schedule).drop_duplicates(["pruner", "schedule", "keep"])
 
 
 def _bars(line):

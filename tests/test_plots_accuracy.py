@@ -72,7 +72,7 @@ def test_accuracy_has_one_line_for_each_pruner_and_schedule(against):
     frame = accuracy_frame()
     figure = plots.accuracy(frame, against=against)
     lines = [t for t in figure.data if t.name != "Pareto front"]
-    assert len(lines) == 1 + 2 * len(PRUNERS)
+    assert len(lines) == 1 + 2 * len(PRUNERS) - 2  # Threshold-L2, twice, has a single cut in either schedule
     looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in lines}
     assert len(looks) == len(lines)
     whole = next(t for t in lines if t.name == "unpruned")
@@ -88,6 +88,16 @@ def test_accuracy_joins_only_rows_that_belong_together():
     assert "EViT" in names and "ATS" not in names
     with pytest.raises(ValueError, match="no rows with metric"):
         plots.accuracy(frame[frame.metric == "images_per_s"])
+
+
+def test_speed_is_of_one_mode():
+    """A pruner that was recorded eagerly only must not be compared with captured ones."""
+    frame = accuracy_frame()
+    slow = (frame.metric == "images_per_s") & (frame.pruner == "ats")
+    frame.loc[slow, "mode"] = "eager"
+    names = {t.name.split(",")[0] for t in plots.accuracy(frame, against="images_per_s").data}
+    assert "EViT" in names and "ATS" not in names
+    assert "compile+graph" in plots.accuracy(frame, against="images_per_s").layout.title.subtitle.text
 
 
 def test_the_front_holds_what_no_other_point_beats():
