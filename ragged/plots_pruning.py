@@ -153,7 +153,7 @@ def token_schedules(schedules, *, saved=None, title="Tokens through the network"
                            marker=dict(symbol=style.symbol, size=7))  # fmt: skip
     figure.update_layout(legend=dict(orientation="h", y=-0.26, yanchor="top", x=0))
     figure.update_xaxes(title_text="after block (-1: after the embedding)", dtick=1)
-    return figure.update_yaxes(title_text="tokens per image, CLS included", rangemode="tozero")
+    return figure.update_yaxes(title_text="tokens per image", rangemode="tozero")
 
 
 def pack_picture(keep, *, title="Where does a kept row go?"):
