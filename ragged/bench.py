@@ -1,9 +1,8 @@
 """Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
 
-Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence (accuracy belongs to the trained
-checkpoints and comes with them), and `report`, which prints what the paper states, what was recorded on an H200 and
-what this machine measured, side by side. A recording may be stopped and resumed: rows that this version has written
-already are not measured again.
+Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, and `report`, which
+prints what the paper states, what was recorded on an H200 and what this machine measured, side by side. A recording
+may be stopped and resumed: rows that this version has written already are not measured again.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from pathlib import Path
 import torch
 
 from . import commandline, data
+from .accuracy import Folder
 from .loading import full_name
 from .report import report, write_summary
 from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
+from .suite_accuracy import accuracy, imagenet
 from .suite_attention import attention
 from .suite_checks import equivalence, memory
 from .suite_dispatch import dispatch, write_traces
@@ -29,7 +30,7 @@ from .suite_pack import pack
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite
-    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence)
+    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy)
 }  # fmt: skip
 
 
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         for suite in [s for s in asked.suites if s != "report"]:
             try:
-                run_suite(suite, options, recorder)
+                if suite == "accuracy" and asked.imagenet:
+                    imagenet(folder(asked), recorder)
+                else:
+                    run_suite(suite, options, recorder)
             except Broken as error:
                 print(f"{suite}: {error.subject.columns} broke CUDA ({error}); run again for the rest", file=sys.stderr)
                 return 3
@@ -69,6 +73,15 @@ def check(asked: argparse.Namespace) -> None:
         full_name(name.removesuffix("_digits"), 224)
     for file in filter(None, (asked.markdown, asked.readme)):
         commandline.check_writable(Path(file).resolve().parent)
+
+
+def folder(asked: argparse.Namespace) -> Folder:
+    """The images, the model and the predictors of `--imagenet`."""
+    return Folder(
+        Path(asked.imagenet), asked.model[0] if asked.model else "deit_small", asked.weights, asked.sha256,
+        Path(asked.predictors) if asked.predictors else None, asked.predictors_sha256,
+        asked.batch[0] if asked.batch else 128, asked.workers, asked.device,
+    )  # fmt: skip
 
 
 def wake(seconds: float = 1.0) -> None:
@@ -95,6 +108,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--repeats", type=commandline.positive, help="rounds of measuring (default 5, with --quick 3)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    images = p.add_argument_group("accuracy on ImageNet", "with the suite `accuracy`; --model names one timm model")
+    images.add_argument("--imagenet", metavar="DIR", help="validation folder: one folder of images per class")
+    images.add_argument("--weights", default="imagenet", help="imagenet (timm's), or a checkpoint file, EViT's too")
+    images.add_argument("--sha256", help="expected hash of the checkpoint file")
+    images.add_argument("--predictors", metavar="FILE", help="DynamicViT's checkpoint or its score_predictor.* alone")
+    images.add_argument("--predictors-sha256", metavar="SHA256", help="expected hash of that file")
+    images.add_argument("--workers", type=commandline.positive, default=8, help="processes that read images")
     p.add_argument("--markdown", metavar="FILE", help="write the report there too")
     p.add_argument("--readme", metavar="FILE", help="renew the table of recorded rows in this README")
     return p

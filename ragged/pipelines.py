@@ -100,9 +100,10 @@ class Workbench:
 
 @functools.lru_cache(4)
 def network(name: str, img_size: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A random-weight DeiT, kept between cases."""
+    """A DeiT kept between cases: with random weights, or trained where the name ends in _digits."""
     if dtype == torch.float32:
-        return load_deit(name, img_size=img_size).to(device)
+        weights = "digits" if name.endswith("_digits") else "random"
+        return load_deit(name.removesuffix("_digits"), weights=weights, img_size=img_size).to(device)
     return copy.deepcopy(network(name, img_size, torch.float32, device)).to(dtype)
 
 

@@ -22,7 +22,8 @@ from .timing import Stats, stats, wait
 
 UNITS = {
     "syncs": "1", "images_per_s": "images/s", "peak_mb": "MB", "kept_tokens": "tokens", "capacity_waste": "1",
-    "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "flops_ratio": "1",
+    "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "top1": "1",
+    "flops_ratio": "1",
 }  # fmt: skip
 _IDENTITY = ("model", "pruner", "backend", "mode", "batch", "tokens", "dtype")
 
@@ -148,9 +149,10 @@ class Recorder:
         if stream is not None and "images_per_s" in candidate.metrics:
             batch = case.columns["batch"] * 1e6
             found["images_per_s"] = Stats(batch / stream.median, batch / stream.q80, batch / stream.q20)
-        return [self._row(case, candidate, name, found.get(name)) for name in candidate.metrics]
+        return [self.row(case, candidate, name, found.get(name)) for name in candidate.metrics]
 
-    def _row(self, case: Case, candidate: Candidate, metric: str, value, status: str = "ok") -> dict:
+    def row(self, case: Case, candidate: Candidate, metric: str, value, status: str = "ok") -> dict:
+        """One row of a candidate, with the columns of RESULT_COLUMNS."""
         if value is None and status == "ok":
             status = "no CUDA device, nothing to read" if not torch.cuda.is_available() else "not read"
         numbers = value if isinstance(value, Stats) else Stats(value, None, None)
@@ -161,11 +163,11 @@ class Recorder:
     def _failed(self, case: Case, candidate: Candidate, error: Exception) -> list[dict]:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
-        return [self._row(case, candidate, metric, None, reason(error)) for metric in candidate.metrics]
+        return [self.row(case, candidate, metric, None, reason(error)) for metric in candidate.metrics]
 
     def _recorded(self, case: Case, candidate: Candidate) -> bool:
         row = case.columns | candidate.columns
-        key = tuple(_plain(row.get(c, "")) for c in _IDENTITY)
+        key = tuple(_plain(row.get(c, "")) for c in identity(row["suite"]))
         return key in recorded(self.out, self.machine["gpu"], row["suite"], self.machine["version"])
 
 
@@ -175,7 +177,13 @@ def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:
     if not path.exists():
         return set()
     rows = read_csv(path, RESULT_COLUMNS)
-    return {tuple(_plain(row[c]) for c in _IDENTITY) for row in rows if row["version"] == version}
+    return {tuple(_plain(row[c]) for c in identity(suite)) for row in rows if row["version"] == version}
+
+
+def identity(suite: str) -> tuple[str, ...]:
+    """The columns that tell candidates apart. keep may be a measurement (ats), but accuracy tells places of a curve
+    apart by it; an adaptive pruner is measured again there."""
+    return (*_IDENTITY, "keep") if suite == "accuracy" else _IDENTITY
 
 
 def _plain(cell) -> str:
