@@ -67,7 +67,7 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     figure.add_trace(go.Heatmap(
         z=grid.map(math.log2, na_action="ignore"), x=[f"{b:g}" for b in grid.columns], text=words.fillna(""),
         y=[f"{MODELS.get(m, m)}, {mode}" for m, mode in grid.index], texttemplate="%{text}", colorscale="PuOr_r",
-        zmin=-reach, zmax=reach, xgap=2, ygap=2, hoverinfo="skip",
+        zmin=-reach, zmax=reach, xgap=2, ygap=2, hoverinfo="skip", showscale=len(grid) > 1,
         colorbar=dict(title="times<br>faster", tickvals=[math.log2(r) for r in ticks],
                       ticktext=[f"{r:g}×" for r in ticks]),
     ))  # fmt: skip
