@@ -178,9 +178,11 @@ assert not [name for name in {names!r} if name in __import__("sys").modules]
 
 @pytest.mark.parametrize("absent", [(), HEAVY], ids=["all_there", "bare"])
 def test_the_import_is_fast(absent, tmp_path):
-    """The best of three: a machine that is busy for a moment is not a slow package."""
+    """One of three tries: a machine that is busy for a moment is not a slow package."""
     code = (HIDE.format(names=absent) if absent else "") + TIMED.format(names=("timm", "plotly", "pandas"))
-    seconds = [float(run_python(code, tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)]
+    seconds = []
+    while not seconds or (seconds[-1] > IMPORT_SECONDS and len(seconds) < 3):
+        seconds.append(float(run_python(code, tmp_path, PYTHONPATH=str(ROOT))))
     assert min(seconds) <= IMPORT_SECONDS, f"import ragged took {seconds} s after torch"
 
 
