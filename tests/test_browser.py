@@ -142,11 +142,24 @@ def run_all(page, address):
 
 
 def cell_of(page, index):
-    """The element of a cell, scrolled into view: JupyterLab draws only what is near the window."""
-    page.evaluate(f"(index) => {NOTEBOOK}.content.scrollToItem(index, 'center')", index)
+    """The element of a cell, scrolled into view.
+
+    JupyterLab draws only what is near the window and guesses the rest's height, so that what was scrolled to moves away
+    again when its neighbours are drawn: scroll until it stays.
+    """
+    page.evaluate(f"(index) => {NOTEBOOK}.content.scrollToItem(index, 'start')", index)
     cell = page.evaluate_handle(f"(index) => {NOTEBOOK}.content.widgets[index].node", index).as_element()
-    page.wait_for_timeout(500)
-    return cell
+    stayed = 0
+    for _ in range(100):
+        page.wait_for_timeout(200)
+        if cell.evaluate("(cell) => { const top = cell.getBoundingClientRect().top; return 0 < top && top < 400; }"):
+            stayed += 1
+            if stayed == 4:
+                return cell
+        else:
+            stayed = 0
+            cell.evaluate("(cell) => cell.scrollIntoView({ block: 'start' })")
+    pytest.fail(f"cell {index} does not stay in view")
 
 
 def move_by_keyboard(page, cell):
