@@ -107,7 +107,11 @@ def recorded(monkeypatch):
     return tried
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+SLOW = {"00_start_here", "04_pruning"}  # their sliders show what earlier cells measured or traced
+NOTEBOOKS = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in LESSONS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
 def test_sliders_of_a_notebook(path, recorded):
     cells = code(read(path))
     sources = [cell["source"] for cell in cells]
