@@ -47,6 +47,8 @@ def dangers(source, own_text=False):
     texts = (ast.JoinedStr, ast.Constant)
     assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, texts))
     written = {ast.unparse(target) for node in assigned for target in node.targets}
+    froms = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "builtins")
+    imported = {alias.asname or alias.name for node in froms for alias in node.names}  # not Python's own any more
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             base = "" if isinstance(node, ast.Import) else "." * node.level + (node.module or "") + "."
@@ -56,7 +58,7 @@ def dangers(source, own_text=False):
         if not isinstance(node, ast.Call):
             continue
         name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if name in BARRED_CALLS and not (own_text and node.args and ast.unparse(node.args[0]) in written):
+        if name in BARRED_CALLS - imported and not (own_text and node.args and ast.unparse(node.args[0]) in written):
             yield node.lineno, name
         if name in ("torch.load", "torch.serialization.load") and keywords.get("weights_only") != "True":
             yield node.lineno, "torch.load without weights_only=True"
@@ -79,6 +81,7 @@ def dangers(source, own_text=False):
         "numpy.load(path, allow_pickle=True)",
         "subprocess.run(line, shell=True)",
         "eval(cell)",
+        "from builtins import exec\nexec(cell)",
         "source = open(path).read()\nexec(source)",
     ],
 )
