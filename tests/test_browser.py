@@ -125,10 +125,11 @@ ENDED = f"""() => {{
     const errors = cells.flatMap((cell) => cell.outputs.toJSON()).filter((output) => output.output_type === 'error');
     return errors.map((error) => error.ename + ': ' + error.evalue).join('; ') || (window.ran && 'done');
 }}"""
-# What a slider shows: the title and the numbers of its figure, or its text.
+# What a slider shows: the numbers, pictures and labels of its figure without the title, or its text.
 SHOWN = """(cell) => {
     const plots = [...cell.querySelectorAll('.js-plotly-plot')];
-    if (plots.length) return plots.map((plot) => JSON.stringify([plot.layout.title, plot.data])).join();
+    const inside = (plot) => [plot.data, plot.layout.images, plot.layout.annotations, plot.layout.shapes];
+    if (plots.length) return plots.map((plot) => JSON.stringify(inside(plot))).join();
     return [...cell.querySelectorAll('.jp-OutputArea-output pre')].map((pre) => pre.innerText).join();
 }"""
 
@@ -141,41 +142,47 @@ def run_all(page, address):
     assert ending == "done", ending
 
 
-def cell_of(page, index):
-    """The element of a cell, scrolled into view.
+IN_VIEW = "(cell) => { const top = cell.getBoundingClientRect().top; return 0 < top && top < 400; }"
+
+
+def slider_of(page, index):
+    """The element of a cell, scrolled into view, and the handle of its slider.
 
     JupyterLab draws only what is near the window and guesses the rest's height, so that what was scrolled to moves away
-    again when its neighbours are drawn: scroll until it stays.
+    again when its neighbours are drawn: scroll until it stays for two seconds.
     """
     page.evaluate(f"(index) => {NOTEBOOK}.content.scrollToItem(index, 'start')", index)
     cell = page.evaluate_handle(f"(index) => {NOTEBOOK}.content.widgets[index].node", index).as_element()
-    stayed = 0
-    for _ in range(100):
-        page.wait_for_timeout(200)
-        if cell.evaluate("(cell) => { const top = cell.getBoundingClientRect().top; return 0 < top && top < 400; }"):
-            stayed += 1
-            if stayed == 4:
-                return cell
-        else:
-            stayed = 0
+    deadline, since = time.monotonic() + 120, time.monotonic()
+    while time.monotonic() < deadline:
+        handle = cell.query_selector("[role=slider]")
+        if not cell.evaluate(IN_VIEW):
             cell.evaluate("(cell) => cell.scrollIntoView({ block: 'start' })")
-    pytest.fail(f"cell {index} does not stay in view")
+            since = time.monotonic()
+        elif handle is None or not handle.is_visible():
+            since = time.monotonic()
+        elif time.monotonic() - since > 2:
+            return cell, handle
+        page.wait_for_timeout(200)
+    pytest.fail(f"the slider of cell {index} does not come into view and stay")
 
 
-def move_by_keyboard(page, cell):
+def changed(page, cell, before, seconds):
+    """What the cell shows as soon as it is something else than `before`."""
+    deadline = time.monotonic() + seconds
+    while (now := page.evaluate(SHOWN, cell)) in ("", before) and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    return now
+
+
+def move_by_keyboard(page, cell, handle):
     """Focus the slider's handle, press an arrow, and return what was shown before and after."""
-    handle = cell.wait_for_selector("[role=slider]", timeout=30_000)
-    deadline = time.monotonic() + 30
-    while not (before := page.evaluate(SHOWN, cell)):  # the figure may still be drawn
-        assert time.monotonic() < deadline, "nothing is shown under the slider"
-        page.wait_for_timeout(250)
+    before = changed(page, cell, "", 30)  # the figure may still be drawn
+    assert before, "nothing is shown under the slider"
     at_the_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
     handle.focus()
     page.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")
-    deadline = time.monotonic() + 60
-    while (after := page.evaluate(SHOWN, cell)) in ("", before) and time.monotonic() < deadline:
-        page.wait_for_timeout(250)
-    return before, after
+    return before, changed(page, cell, before, 60)
 
 
 @pytest.mark.slow
@@ -188,7 +195,7 @@ def test_sliders_work_in_jupyterlab(browser, lab, path):
         sliders = [index for index, cell in enumerate(read(path)["cells"]) if "slider" in tags(cell)]
         assert sliders, "no cell is tagged slider"
         for index in sliders:
-            before, after = move_by_keyboard(page, cell_of(page, index))
+            before, after = move_by_keyboard(page, *slider_of(page, index))
             assert after and after != before, f"cell {index}: the figure did not follow the slider"
     finally:
         page.close()
