@@ -66,6 +66,7 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
                 x=labels, y=[claim.get(p) for p in pruners], mode="markers", name="the paper's figure (float16)",
                 marker=dict(symbol="line-ew-open", size=26, color=INK, line_width=2), row=1, col=column,
             )  # fmt: skip
+    figure.update_layout(scattermode="group", scattergap=0.35)  # backends side by side, not on top of each other
     figure.update_yaxes(**_powers(_positive([*rows["value"], *(claim or {}).values()])))
     return figure.update_yaxes(title_text=DIFFERENCES[metric], col=1)
 
@@ -73,8 +74,8 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
 def rounding(errors, *, title="Whose rounding is it?", below=""):
     """Errors of two executions against float64, and their distance from each other, as bars on a logarithmic axis.
 
-    errors: records with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. If the two
-    are no farther apart than each is from the truth, the difference is rounding.
+    errors: records with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. Two
+    executions cannot be farther apart than their errors add up to; with both errors small, the distance is rounding.
     """
     figure = new_figure(title, below)
     names = [record["name"] for record in errors]
@@ -85,7 +86,7 @@ def rounding(errors, *, title="Whose rounding is it?", below=""):
     )
     for key, label, marker in bars:
         values = [float(record[key]) or None for record in errors]  # an exact zero has no place on a log axis
-        text = ["0" if v is None else f"{v:.1e}" for v in values]
+        text = ["0" if v is None else f"{v:.1e}" for v in values] if len(errors) <= 4 else None  # more would overlap
         figure.add_bar(x=names, y=values, name=label, text=text, textposition="outside", cliponaxis=False,
                        marker=marker)  # fmt: skip
     exponents = _powers(_positive([record[key] for record in errors for key, *_ in bars]))
@@ -177,18 +178,17 @@ def _front(figure, points) -> None:
 
 
 def counts_against_size(sizes, counts, *, title="Kept tokens follow the content", below=""):
-    """Tokens that each image keeps against the size of its object, one panel for every pruner.
+    """Tokens that each image keeps against the size of its object, one panel for every setting of a pruner.
 
-    sizes: side of the object in pixels.  counts: {pruner: (tokens per image, rank correlation with the sizes)}.
+    sizes: side of the object in pixels.  counts: {name of a panel: (pruner, tokens per image, rank correlation)}.
     """
-    looks = pruner_looks(counts)
-    names = [f"{looks[p].label}, rank correlation {rank:+.2f}" for p, (_, rank) in counts.items()]
+    looks = pruner_looks({pruner for pruner, *_ in counts.values()})
+    names = [f"{name}<br>rank correlation {rank:+.2f}" for name, (*_, rank) in counts.items()]
     figure = _panels(title, names, below)
-    figure.update_layout(width=max(760, 380 * len(names)), height=400, showlegend=False)
-    for column, (pruner, (tokens, _)) in enumerate(counts.items(), 1):
-        marker = dict(color=looks[pruner].colour, symbol=looks[pruner].symbol, size=8, opacity=0.75)
-        figure.add_scatter(x=list(sizes), y=list(tokens), mode="markers", marker=marker, name=looks[pruner].label,
-                           row=1, col=column)  # fmt: skip
+    figure.update_layout(width=max(760, 320 * len(names)), height=420, margin_t=124, showlegend=False)
+    for column, (name, (pruner, tokens, _)) in enumerate(counts.items(), 1):
+        marker = dict(color=looks[pruner].colour, symbol=looks[pruner].symbol, size=7, opacity=0.75)
+        figure.add_scatter(x=list(sizes), y=list(tokens), mode="markers", marker=marker, name=name, row=1, col=column)
     figure.update_xaxes(title_text="longer side of the digit, pixels")
     return figure.update_yaxes(title_text="tokens kept, CLS included", col=1)
 
