@@ -96,7 +96,7 @@ def small_bench(monkeypatch, dtype=torch.float32):
     """A workbench with a network of two seconds less: width 64, six blocks, 17 tokens."""
     import timm
 
-    def load(name, img_size):
+    def load(name, weights, img_size):
         torch.manual_seed(0)
         shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 1, "num_classes": 10}
         return timm.models.vision_transformer.VisionTransformer(**shape).eval()
