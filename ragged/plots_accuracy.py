@@ -97,19 +97,22 @@ def rounding(errors, *, title="Whose rounding is it?", below=""):
 # ---- accuracy ----
 
 
-def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="compile+graph", title=None, **only):
+def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="compile+graph", least=0, title=None,
+             **only):  # fmt: skip
     """Top-1 accuracy against kept tokens, or against images per second, one line for every pruner and schedule.
 
     Needs rows of metric top1 and of metric `against`; they belong together where pruner, tokens (the schedule) and keep
     agree. mode: which images_per_s are meant; what was not recorded in that mode is left out. Against images_per_s the
-    points that no other beats in both are joined by a grey staircase, the Pareto front. Hollow: single cut.
+    points that no other beats in both are joined by a grey staircase, the Pareto front. Hollow: single cut. least: the
+    smallest accuracy shown, in per cent; the subtitle says how many points lie lower.
     """
     name = "accuracy"
     rows = pick(frame, name, model=model, metric=["top1", against], **only)
     points = _joined(rows, against, mode, name)
     how = mode if against == "images_per_s" else ""
     batch = f"batch {points['batch'].iloc[0]:g}" if how else ""
-    below = subtitle(rows, MODELS.get(model, model), how, batch)
+    low = (100 * points["value_top1"] < least).sum()
+    below = subtitle(rows, MODELS.get(model, model), how, batch, f"{low} points below {least} %" if low else "")
     figure = new_figure(title or "What is left of the accuracy", below, width=860, height=460)
     if against == "images_per_s":
         _front(figure, points)
@@ -128,6 +131,8 @@ def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="co
     whole = points[points["pruner"] == "none"]
     if len(whole):
         figure.add_hline(y=100 * whole["value_top1"].iloc[0], line=dict(color=INK, width=1, dash="dash"))
+    if low:
+        figure.update_yaxes(range=[least, 100 * points["value_top1"].max() + 0.05 * (100 - least)])
     figure.update_xaxes(title_text=AGAINST[against])
     return figure.update_yaxes(title_text="top-1 accuracy, %")
 

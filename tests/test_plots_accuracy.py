@@ -100,6 +100,12 @@ def test_speed_is_of_one_mode():
     assert "compile+graph" in plots.accuracy(frame, against="images_per_s").layout.title.subtitle.text
 
 
+def test_a_zoomed_figure_says_what_it_leaves_out():
+    figure = plots.accuracy(accuracy_frame(), against="images_per_s", least=80)
+    low = 2 + 3 * 2  # the point at keep 0.1 of every line: two of Threshold-L2, two each of the three others
+    assert f"{low} points below 80 %" in figure.layout.title.subtitle.text and figure.layout.yaxis.range[0] == 80
+
+
 def test_the_front_holds_what_no_other_point_beats():
     speed, share = [1, 2, 3, 3, 4, 2], [9, 8, 8, 7, 1, 9]
     front = pareto_front(speed, share)
