@@ -41,7 +41,8 @@ def pruner_looks(names) -> dict[str, Look]:
 def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small", claim=None, **only):
     """How far ragged and padded execution of the same masks are apart, one panel for every dtype.
 
-    Needs rows of `metric`, one for every pruner, backend and dtype. claim: the same of the paper, {pruner: value}.
+    Needs rows of `metric`, one for every pruner, backend and dtype. Backends that end in :fp64 are compared with float64
+    instead, and drawn as dashes. claim: the paper's figure, {pruner: value}.
     """
     name = "logit_differences"
     rows = pick(frame, name, metric=metric, model=model, **only)
@@ -54,17 +55,19 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
     for column, dtype in enumerate(dtypes, 1):
         panel = rows[rows["dtype"] == dtype].set_index("pruner")
         for backend in in_order(panel["backend"]):
-            style, values = look(backend), panel[panel["backend"] == backend]["value"].reindex(pruners)
+            exact = backend.endswith(":fp64")
+            style, values = look(backend.removesuffix(":fp64")), panel[panel["backend"] == backend]["value"]
+            mark = dict(symbol="line-ew-open" if exact else style.symbol, size=13 if exact else 9, color=style.colour)
             figure.add_scatter(
-                x=labels, y=values.tolist(), mode="markers", name=style.label, legendgroup=backend,
-                showlegend=backend not in seen, row=1, col=column,
-                marker=dict(symbol=style.symbol, size=11, color=style.colour, line_width=1.5),
+                x=labels, y=values.reindex(pruners).tolist(), mode="markers", legendgroup=backend,
+                name=f"{style.label}, error against float64" if exact else style.label,
+                showlegend=backend not in seen, marker=mark | dict(line_width=3 if exact else 1.5), row=1, col=column,
             )  # fmt: skip
             seen.add(backend)
         if claim and dtype == "float16":
             figure.add_scatter(
                 x=labels, y=[claim.get(p) for p in pruners], mode="markers", name="the paper's figure (float16)",
-                marker=dict(symbol="line-ew-open", size=26, color=INK, line_width=2), row=1, col=column,
+                marker=dict(symbol="line-ew-open", size=13, color=INK, line_width=2), row=1, col=column,
             )  # fmt: skip
     figure.update_layout(scattermode="group", scattergap=0.35)  # backends side by side, not on top of each other
     figure.update_yaxes(**_powers(_positive([*rows["value"], *(claim or {}).values()])))

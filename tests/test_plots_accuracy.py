@@ -53,6 +53,14 @@ def test_differences_have_a_panel_for_each_dtype_and_the_paper_beside_float16():
     assert "log" in plots.alt_text(figure) and "NVIDIA H200" in figure.layout.title.subtitle.text
 
 
+def test_errors_against_float64_are_dashes_of_the_backend_s_colour():
+    frame = equivalence_frame()
+    exact = frame[frame.backend == "triton"].assign(backend="triton:fp64")
+    marks = {t.name: t.marker for t in plots.logit_differences(pandas.concat([frame, exact])).data}
+    own, error = marks["ours (Triton)"], marks["ours (Triton), error against float64"]
+    assert own.color == error.color and error.symbol == "line-ew-open" != own.symbol
+
+
 def test_differences_name_what_is_missing():
     with pytest.raises(ValueError, match="no rows with model = deit_huge"):
         plots.logit_differences(equivalence_frame(), model="deit_huge")
