@@ -41,7 +41,7 @@ def pruner_looks(names) -> dict[str, Look]:
 def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small", claim=None, **only):
     """How far ragged and padded execution of the same masks are apart, one panel for every dtype.
 
-    Needs rows of `metric`, one for every pruner, backend and dtype. Backends that end in :fp64 are compared with float64
+    Needs rows of `metric`, one for every pruner, backend and dtype. Backends ending in :fp64 are compared with float64
     instead, and drawn as dashes. claim: the paper's figure, {pruner: value}.
     """
     name = "logit_differences"
@@ -69,7 +69,7 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
                 x=labels, y=[claim.get(p) for p in pruners], mode="markers", name="the paper's figure (float16)",
                 marker=dict(symbol="line-ew-open", size=13, color=INK, line_width=2), row=1, col=column,
             )  # fmt: skip
-    figure.update_layout(scattermode="group", scattergap=0.35)  # backends side by side, not on top of each other
+    figure.update_layout(scattermode="group", scattergap=0.35, width=800, height=440)  # backends side by side, not on top of each other
     figure.update_yaxes(**_powers(_positive([*rows["value"], *(claim or {}).values()])))
     return figure.update_yaxes(title_text=DIFFERENCES[metric], col=1)
 
@@ -116,7 +116,7 @@ def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="co
     batch = f"batch {points['batch'].iloc[0]:g}" if how else ""
     low = (100 * points["value_top1"] < least).sum()
     below = subtitle(rows, MODELS.get(model, model), how, batch, f"{low} points below {least} %" if low else "")
-    figure = new_figure(title or "What is left of the accuracy", below, width=860, height=460)
+    figure = new_figure(title or "What is left of the accuracy", below, width=780, height=400)
     if against == "images_per_s":
         _front(figure, points)
     looks = pruner_looks(points["pruner"])
@@ -193,7 +193,7 @@ def counts_against_size(sizes, counts, *, title="Kept tokens follow the content"
     looks = pruner_looks({pruner for pruner, *_ in counts.values()})
     names = [f"{name}<br>rank correlation {rank:+.2f}" for name, (*_, rank) in counts.items()]
     figure = _panels(title, names, below)
-    figure.update_layout(width=max(760, 320 * len(names)), height=420, margin_t=124, showlegend=False)
+    figure.update_layout(width=max(700, 280 * len(names)), height=380, margin_t=124, showlegend=False)
     for column, (name, (pruner, tokens, _)) in enumerate(counts.items(), 1):
         marker = dict(color=looks[pruner].colour, symbol=looks[pruner].symbol, size=7, opacity=0.75)
         figure.add_scatter(x=list(sizes), y=list(tokens), mode="markers", marker=marker, name=name, row=1, col=column)
