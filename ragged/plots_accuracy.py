@@ -69,7 +69,8 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
                 x=labels, y=[claim.get(p) for p in pruners], mode="markers", name="the paper's figure (float16)",
                 marker=dict(symbol="line-ew-open", size=13, color=INK, line_width=2), row=1, col=column,
             )  # fmt: skip
-    figure.update_layout(scattermode="group", scattergap=0.35, width=800, height=440)  # backends side by side, not on top of each other
+    figure.update_layout(scattermode="group", scattergap=0.35, width=800, legend_y=-0.34)  # backends side by side
+    figure.update_xaxes(tickangle=-45)
     figure.update_yaxes(**_powers(_positive([*rows["value"], *(claim or {}).values()])))
     return figure.update_yaxes(title_text=DIFFERENCES[metric], col=1)
 
