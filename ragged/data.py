@@ -231,7 +231,7 @@ def checkpoint_path(name: str) -> Path:
     if not path.is_file():
         there = sorted(p.stem for p in folder.glob("*.safetensors")) or "none"
         raise FileNotFoundError(
-            f'weights {name!r} are not bundled yet (bundled: {there}); use weights="random" or weights=<path of a file>'
+            f'weights {name!r} are not bundled (bundled: {there}); use weights="random" or weights=<path of a file>'
         )
     verify_sha256(path)
     return path

@@ -24,8 +24,8 @@ def load_deit(
 ) -> nn.Module:  # fmt: skip
     """A timm Vision Transformer in eval mode, float32, on the CPU.
 
-    name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (trained here;
-    comes with a later version), "imagenet" (timm's download), "random" (from `seed`), or a path to safetensors or a
+    name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (trained here on
+    `digit_scenes`, ten classes, deit_tiny only), "imagenet" (timm's download), "random" (from `seed`), or a path to safetensors or a
     torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.  img_size:
     pixels a side (position embeddings are resized).  sha256: expected hash of a checkpoint given by path.  seed: of
     random weights.
@@ -89,7 +89,7 @@ def _download(timm_name: str, img_size: int, num_classes: int | None) -> nn.Modu
         why = str(error).partition("\n")[0]
         raise ConnectionError(
             f"weights='imagenet': timm could not load {timm_name} ({type(error).__name__}: {why}). Without a network "
-            "use weights='random', weights='digits' once it is bundled, or the path of a checkpoint file."
+            "use weights='random', weights='digits', or the path of a checkpoint file."
         ) from error
 
 

@@ -137,7 +137,7 @@ def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
     """Count everything over a folder of images and write the rows. Goes on where an interrupted count stopped."""
     state = recorder.folder() / "accuracy_imagenet.state.json"
     found = count(job, state, show=_bar)
-    shared = {"suite": "accuracy", "model": job.model, "mode": "eager", "batch": job.batch,
+    shared = {"suite": "accuracy", "model": f"{job.model}_imagenet", "mode": "eager", "batch": job.batch,
               "dtype": "float16" if job.device == "cuda" else "float32"}  # fmt: skip
     rows = []
     for setting, tally in found:

@@ -31,6 +31,7 @@ from .scene_pool import Pool, Scenes, batches
 from .token_training import CLASSES, Masked, Taught, dynamicvit_loss, taught_loss
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
+STATE_EVERY = 1000  # steps
 HELD_OUT = 2000  # test scenes, made of digits that training never shows
 
 
@@ -112,7 +113,7 @@ class Run:
                     left = asked.minutes * 60 - (time.monotonic() - start)
                     asked.steps = min(asked.steps, step + 1 + int(left * rate / asked.batch))
                 clock, losses = time.monotonic(), []
-            if (step + 1) % 1000 == 0:
+            if (step + 1) % STATE_EVERY == 0:
                 self.keep_state(module, optimizer, step + 1)
 
     def progress(self, done: int) -> Iterator[int]:

@@ -1,0 +1,178 @@
+"""Training: the pictures and their targets, the losses' parts against plain ones, and two short runs."""
+
+import json
+
+import pytest
+import torch
+
+import ragged
+from ragged import data, scene_pool, train
+from ragged.pruners import Predictor
+from ragged.scenes import CONTRAST, digit_fields
+from ragged.token_training import (
+    CLASSES,
+    Masked,
+    Taught,
+    dynamicvit_loss,
+    masked_attention,
+    masked_scores,
+    patch_targets,
+    taught_loss,
+)
+
+LUMA = torch.tensor((0.299, 0.587, 0.114))
+TINY = ["deit_tiny", "--steps", "2", "--batch", "2", "--pool", "8", "--fresh", "4", "--held-out", "4", "--no-compile",
+        "--device", "cpu"]  # fmt: skip
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    fields, extents, _ = digit_fields("train")
+    which = torch.arange(24) * 40
+    return scene_pool.draw(torch.from_numpy(fields)[which], torch.from_numpy(extents)[which], generator())
+
+
+def test_a_digit_is_drawn_whole_inside_its_box(drawn):
+    cover, boxes = drawn
+    assert cover.shape == (24, 1, 224, 224) and cover.min() >= 0 and cover.max() <= 1
+    assert (boxes >= -1e-4).all() and (boxes <= 1 + 1e-4).all()
+    places = (torch.arange(224) + 0.5) / 224
+    for picture, (x0, y0, x1, y1) in zip(cover[:, 0], boxes):
+        ink = picture > 0.5
+        assert ink.any()
+        columns, rows = places[ink.any(0)], places[ink.any(1)]
+        slack = 2 / 224
+        assert columns.min() >= x0 - slack and columns.max() <= x1 + slack
+        assert rows.min() >= y0 - slack and rows.max() <= y1 + slack
+
+
+def test_digits_come_small_and_large(drawn):
+    boxes = drawn[1]
+    sides = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    assert sides.min() > 0.14 and sides.max() < 0.71 and sides.max() > 2 * sides.min()
+
+
+def test_ink_stands_out_from_its_background():
+    low = torch.rand(500, generator=generator()) * 0.5
+    luma = torch.stack((low, low + 0.15), 1)
+    ink = scene_pool.colours(luma, generator(1))
+    assert ink.min() >= -1e-5 and ink.max() <= 1 + 1e-5
+    found = ink @ LUMA
+    assert torch.minimum((found - luma[:, 0]).abs(), (found - luma[:, 1]).abs()).min() > CONTRAST - 1e-4
+
+
+def test_patch_targets_are_shares_of_the_box():
+    labels = torch.tensor([3, 7])
+    boxes = torch.tensor([[0.0, 0.0, 1 / 14, 2 / 14], [0.5 / 14, 0, 1.5 / 14, 1 / 14]])
+    target = patch_targets(labels, boxes)
+    torch.testing.assert_close(target.sum(-1), torch.ones(2, 196))
+    share = 1 - target[..., CLASSES]
+    torch.testing.assert_close(share.sum(1), torch.tensor([2.0, 1.0]))
+    assert target[0, 0, 3] == 1 and target[0, 14, 3] == 1  # one below the other
+    torch.testing.assert_close(target[1, :2, 7], torch.tensor([0.5, 0.5]))
+
+
+def test_the_same_seed_draws_the_same_pictures():
+    first, again = (scene_pool.Pool("cpu", 4, 4, 1, 5).step(3) for _ in range(2))
+    for one, other in zip(first, again):
+        assert torch.equal(one, other)
+
+
+def test_masked_attention_without_and_with_a_mask():
+    attn = ragged.load_deit("deit_tiny").blocks[0].attn
+    x = torch.randn(2, 9, 192, generator=generator())
+    with torch.no_grad():
+        torch.testing.assert_close(masked_attention(attn, x, torch.ones(2, 9)), attn(x), atol=1e-5, rtol=1e-4)
+        policy = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 0]] * 2)
+        kept = policy[0].bool()
+        masked = masked_attention(attn, x, policy.float())
+        torch.testing.assert_close(masked[:, kept], attn(x[:, kept]), atol=1e-5, rtol=1e-4)
+
+
+def test_masked_scores_look_at_kept_tokens_only():
+    predictor, x = Predictor(32), torch.randn(2, 6, 32, generator=generator())
+    with torch.no_grad():
+        torch.testing.assert_close(masked_scores(predictor, x, torch.ones(2, 6, 1)), predictor(x))
+        keep = torch.tensor([1.0, 1, 1, 1, 0, 0]).view(1, 6, 1).expand(2, -1, -1)
+        torch.testing.assert_close(masked_scores(predictor, x, keep)[:, :4], predictor(x[:, :4]))
+
+
+def test_the_taught_network_is_the_network(drawn):
+    """What is trained is timm's own forward pass, or the checkpoint would not be one of timm's."""
+    vit = ragged.load_deit("deit_tiny", num_classes=CLASSES)
+    images = torch.randn(2, 3, 224, 224, generator=generator())
+    with torch.no_grad():
+        taught = Taught(vit)(images)
+        torch.testing.assert_close(taught[0], vit(images), atol=1e-4, rtol=1e-4)
+    assert [tuple(part.shape) for part in taught[1:]] == [(2, 196, 11), (2, 9, 196), (2, 196)]
+    assert taught_loss(taught, torch.tensor([1, 2]), drawn[1][:2]).isfinite()
+
+
+def test_gradients_reach_the_predictors():
+    vit = ragged.load_deit("deit_tiny", num_classes=CLASSES).requires_grad_(False)
+    module, images = Masked(vit), torch.randn(2, 3, 224, 224, generator=generator())
+    with torch.enable_grad():
+        tokens = vit.forward_features(images)
+        loss = dynamicvit_loss(module(images), (vit.forward_head(tokens), tokens), torch.tensor([1, 2]), 0.7)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.score_predictor.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in module.score_predictor[0].parameters())
+
+
+@pytest.mark.slow
+def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "STATE_EVERY", 1)
+    whole = train.Run.keep_state
+
+    def stop(self, *arguments):
+        whole(self, *arguments)
+        raise KeyboardInterrupt
+
+    with torch.enable_grad():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train.Run, "keep_state", stop)
+            train.main([*TINY, "--out", str(tmp_path)])
+        assert (tmp_path / "deit_tiny_digits.state.pt").is_file()
+        assert not (tmp_path / "deit_tiny_digits.safetensors").exists()
+        assert train.main([*TINY, "--out", str(tmp_path)]) == 0
+        assert "going on after step 1" in capsys.readouterr().out
+        assert train.main([*TINY, "--stage", "dynamicvit", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("*.pt"))
+    for name in ("deit_tiny_digits", "deit_tiny_digits_dynamicvit"):
+        path = tmp_path / f"{name}.safetensors"
+        data.verify_sha256(path)
+        assert json.loads(path.with_suffix(".json").read_text())["command"].startswith("python -m ragged.train deit_")
+        assert path.with_suffix(".csv").read_text().startswith("step,loss,images_per_s,lr\n")
+    pruner = ragged.PRUNERS["dynamicvit"](predictors=tmp_path / "deit_tiny_digits_dynamicvit.safetensors")
+    vit = ragged.load_deit("deit_tiny", weights=tmp_path / "deit_tiny_digits.safetensors")
+    assert pruner.trained and ragged.RaggedViT(vit, pruner)(torch.randn(1, 3, 224, 224)).shape == (1, CLASSES)
+
+
+def test_the_second_stage_needs_the_first(tmp_path, capsys):
+    assert train.main([*TINY, "--stage", "dynamicvit", "--out", str(tmp_path)]) != 0
+    assert "deit_tiny_digits.safetensors" in capsys.readouterr().err
+
+
+# ---- what is bundled ----
+
+
+def test_the_bundled_network_reads_digits():
+    """64 of the held-out scenes, so that it stays quick; the whole count is in the recorded suite `accuracy`."""
+    vit, scenes = ragged.load_deit("deit_tiny", weights="digits"), data.digit_scenes(64, "test")
+    with torch.no_grad():
+        right = (vit(data.normalise(scenes.images)).argmax(1) == scenes.labels).float().mean().item()
+    assert right > 0.9
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_digits", "deit_tiny_digits_dynamicvit"])
+def test_bundled_checkpoints_say_how_they_were_made(name):
+    path = data.checkpoint_path(name)
+    assert path.stat().st_size < 12_000_000
+    how = json.loads(path.with_suffix(".json").read_text())
+    assert how["sha256"] in path.with_name(path.name + ".sha256").read_text()
+    assert how["command"].startswith("python -m ragged.train deit_tiny") and how["made_with"]["gpu"]
+    assert path.with_suffix(".csv").is_file()
