@@ -26,9 +26,9 @@ def load_deit(
 
     name: deit_tiny, deit_small, deit_base, or any plain timm ViT name.  weights: "digits" (trained here on
     `digit_scenes`, ten classes, deit_tiny only), "imagenet" (timm's download), "random" (from `seed`), or a path to
-    safetensors or a torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.  img_size:
-    pixels a side (position embeddings are resized).  sha256: expected hash of a checkpoint given by path.  seed: of
-    random weights.
+    safetensors or a torch checkpoint with timm's names.  num_classes: default 1000, or what the checkpoint's head has.
+    img_size: pixels a side (position embeddings are resized).  sha256: expected hash of a checkpoint given by path.
+    seed: of random weights.
     Raises ValueError for unknown names, wrong keys or a wrong hash, FileNotFoundError, and ConnectionError if a
     download is impossible.
     """
