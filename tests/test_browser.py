@@ -164,7 +164,11 @@ def slider_of(page, index):
         elif time.monotonic() - since > 2:
             return cell, handle
         page.wait_for_timeout(200)
-    pytest.fail(f"the slider of cell {index} does not come into view and stay")
+    raise OutOfView(f"the slider of cell {index} does not come into view and stay")
+
+
+class OutOfView(AssertionError):
+    """JupyterLab kept moving the page, as it does while other work keeps the machine busy."""
 
 
 def changed(page, cell, before, seconds):
@@ -188,7 +192,17 @@ def move_by_keyboard(page, cell, handle):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", WITH_SLIDERS, ids=lambda path: path.stem)
 def test_sliders_work_in_jupyterlab(browser, lab, path):
-    """Run all cells, move every slider with the keyboard, and see its figure change."""
+    """Run all cells, move every slider with the keyboard, and see its figure change. A page that does not come to rest
+    is opened anew, twice; a figure that does not follow its slider is not."""
+    for tries_left in (2, 1, 0):
+        try:
+            return move_all_sliders(browser, lab, path)
+        except OutOfView:
+            if not tries_left:
+                raise
+
+
+def move_all_sliders(browser, lab, path):
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     try:
         run_all(page, lab(path.name))
