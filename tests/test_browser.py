@@ -137,6 +137,7 @@ SHOWN = """(cell) => {
 def run_all(page, address):
     page.goto(address)
     page.wait_for_function(READY, timeout=SECONDS * 1000)
+    page.wait_for_timeout(4000)  # the widgets' manager gets ready after the kernel, and nothing says when
     page.evaluate(RUN_ALL)
     ending = page.wait_for_function(ENDED, timeout=SECONDS * 1000, polling=500).json_value()
     assert ending == "done", ending
@@ -153,7 +154,7 @@ def slider_of(page, index):
     """
     page.evaluate(f"(index) => {NOTEBOOK}.content.scrollToItem(index, 'start')", index)
     cell = page.evaluate_handle(f"(index) => {NOTEBOOK}.content.widgets[index].node", index).as_element()
-    deadline, since = time.monotonic() + 120, time.monotonic()
+    deadline, since = time.monotonic() + 60, time.monotonic()
     while time.monotonic() < deadline:
         handle = cell.query_selector("[role=slider]")
         if not cell.evaluate(IN_VIEW):
@@ -168,7 +169,7 @@ def slider_of(page, index):
 
 
 class OutOfView(AssertionError):
-    """JupyterLab kept moving the page, as it does while other work keeps the machine busy."""
+    """JupyterLab kept moving the page, or has not drawn the widget: both happen while it is still starting."""
 
 
 def changed(page, cell, before, seconds):
