@@ -1,4 +1,5 @@
-"""The simple Triton kernels: Algorithm 1 of the paper, one row of the attention matrix, and two ways to move rows.
+"""The simple Triton kernels: Algorithm 1 of the paper, one row of the attention matrix, a ranking, and three ways to
+move rows.
 
 Shapes in the comments: M query rows of a tile, N key rows of a tile, D head dimension (padded to a power of two).
 Strides are compile-time constants, because they depend on the model and never on the batch. Lengths and totals are
@@ -149,3 +150,74 @@ def pack_kernel(X, Ids, Keep, Place, Out, OutIds, rows, total,
     tl.store(Out + target[:, None] * DIM + column[None, :], x, mask=mask)
     if tl.program_id(1) == 0:
         tl.store(OutIds + target, tl.load(Ids + row, mask=keep), mask=keep)
+
+
+@triton.jit(do_not_specialize=["images", "total", "width"])
+def take_kernel(X, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, width,
+                DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Pack what an index names: row Index[b, j] of image b, which begins at row Starts[b] of X, becomes row Cu[b] + j
+    of Out, for the first Counts[b] entries of Index (images, width).
+
+    Every program adds up the counts before its image by itself, so the offsets Cu need no kernel of their own, and
+    nobody waits for anybody. Grid (images + 1, programs per image): image number `images` is the surplus, the rows of
+    Out that nobody owns, and gets zeros.
+    """
+    image = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    before = tl.zeros([CHUNK], tl.int32)
+    for i in range(0, number(image), CHUNK):
+        before += tl.load(Counts + i + lane, mask=i + lane < image, other=0)
+    real = image < images
+    start = tl.minimum(tl.sum(before, 0), total)  # whatever capacity the host chose, nothing is written past it
+    count = tl.minimum(tl.load(Counts + image, mask=real, other=total), total - start)
+    if tl.program_id(1) == 0:
+        tl.store(Cu + image, start)
+    source = tl.load(Starts + image, mask=real, other=0).to(tl.int64)
+    target = start.to(tl.int64)
+    for j in range(number(tl.program_id(1) * ROWS), number(count), number(tl.num_programs(1) * ROWS)):
+        row = j + tl.arange(0, ROWS)
+        here = row < count
+        place = tl.load(Index + image.to(tl.int64) * width + row, mask=here & real & (row < width), other=0)
+        tl.store(OutIds + target + row, tl.load(Ids + source + place, mask=here & real, other=-1), mask=here)
+        for d in tl.static_range(0, DIM, BLOCK):
+            column = d + tl.arange(0, BLOCK)[None, :]
+            mask = (here & real)[:, None] & (column < DIM)
+            x = tl.load(X + (source + place)[:, None] * DIM + column, mask=mask, other=0.0)
+            tl.store(Out + (target + row)[:, None] * DIM + column, x, mask=here[:, None] & (column < DIM))
+
+
+@triton.jit
+def _sortable(scores):
+    """float32 -> int32 in the same order, NaN above everything, as PyTorch sorts."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes -0 and 0 equal
+    return tl.where(scores != scores, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit(do_not_specialize=["stride", "patches", "count"])
+def rank_kernel(Scores, Index, stride, patches, count, PREFIX: tl.constexpr, IN_PLACE: tl.constexpr,
+                N: tl.constexpr, CHUNK: tl.constexpr):
+    """The `count` patches of highest score of every image, best first, or (IN_PLACE) in the order in which they stood.
+
+    A patch's rank is the number of patches ahead of it: higher scores, and equal ones that come earlier. Comparing all
+    with all is more arithmetic than sorting, but no step has to wait for another, and a few hundred patches fit into
+    one program. Scores (images, stride), its first PREFIX columns no patches; Index (images, PREFIX + count). Grid
+    (images,).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    scores = Scores + image * stride + PREFIX
+    out = Index + image * (PREFIX + count)
+    i = tl.arange(0, N)
+    mine = _sortable(tl.load(scores + i, mask=i < patches, other=0.0).to(tl.float32))
+    rank = tl.zeros([N], tl.int32)
+    for j in range(0, number(patches), CHUNK):
+        other = j + tl.arange(0, CHUNK)
+        theirs = _sortable(tl.load(scores + other, mask=other < patches, other=0.0).to(tl.float32))
+        earlier = other[None, :] < i[:, None]
+        ahead = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & earlier)
+        rank += tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
+    keep = (i < patches) & (rank < count)
+    place = rank
+    if IN_PLACE:
+        place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(out + PREFIX + place, i.to(tl.int64) + PREFIX, mask=keep)
+    tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .copying import copy_rows
+from .copying import copy_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
 
     Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
     default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
-    total are copies of real rows that no attention call looks at.
+    total are zeros that no attention call looks at.
     """
     batch, index, counts = state.batch, selection.index, selection.counts
     tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
@@ -160,12 +160,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
-    cu_seqlens = offsets(counts).clamp_(max=total)  # whatever `sizes` says, no kernel reads past the buffer
-    row = torch.arange(total, device=index.device)
-    image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=batch - 1)
-    column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
-    rows = state.starts[image] + index[image, column]
-    new_tokens, new_ids = copy_rows(tokens, ids, rows)
+    new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest)
     return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen)
 
 
@@ -211,12 +206,9 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
 
 def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
     """`offsets` of batch images with count rows each, on `device`: nothing has to be summed."""
-    return torch.arange(batch + 1, device=device, dtype=torch.int32) * count
-
-
-def offsets(counts: Tensor) -> Tensor:
-    """Exclusive prefix sums of counts (batch,) as int32 (batch + 1,): the `cu_seqlens` of flash-attention."""
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    if count == 0:
+        return torch.zeros(batch + 1, device=device, dtype=torch.int32)
+    return torch.arange(0, batch * count + 1, count, device=device, dtype=torch.int32)
 
 
 def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:

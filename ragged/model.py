@@ -13,11 +13,11 @@ from .attention import resolve_backend
 from .backends import BACKENDS
 from .blocks import PIECES
 from .fused import cls_attention
-from .graph import Captured, capture
+from .graph import Captured, between_blocks, capture
 from .layout import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
 from .loading import check_supported
 from .pruners import Pruner
-from .selection import View
+from .selection import View, row_norms
 
 State = Packed | Padded
 
@@ -102,7 +102,7 @@ class RaggedViT(nn.Module):
         """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`."""
         self._check_images(images)
         vit, prefix = self.vit, self.prefix
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        x = self._run["embed"](vit, images)
         n = x.shape[1]
         state = Padded(x, torch.arange(n, device=x.device).expand(x.shape[0], n), n, count=n)
         if self.pruner is not None and self.picked == "triton":
@@ -136,6 +136,7 @@ class RaggedViT(nn.Module):
         for i in range(first, len(blocks)):
             if i not in self._cuts:
                 state = replace(state, tokens=self._whole_block(state, blocks[i]))
+                between_blocks.get()()
             elif self.pruner.where == "inside":
                 return self._inside(state, i, stages)
             else:
@@ -225,7 +226,7 @@ class RaggedViT(nn.Module):
             probs = cls_attention(*rows, state.starts, lengths, state.width, block.attn.scale)
             view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))
         if "values" in self.pruner.needs:
-            view = replace(view, value_norm=state.grid(torch.linalg.vector_norm(v.float(), dim=(-2, -1))))
+            view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))
         return view
 
     @property

@@ -185,7 +185,7 @@ class Pipeline:
         }
 
     def _waste(self, counts: list[int], full: int) -> float:
-        if self.mode != "eager" and self.run.waits:
+        if self.mode != "eager" and self.run.counts is not None:
             return self.run.capacity_waste
         if self.backend == "paper_padded":
             return full * len(counts) / sum(counts) - 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoints import load_state
 from .layout import Selection
 from .registry import Registry
-from .selection import View, at_least, inverse_cdf, top_k, with_prefix
+from .selection import View, at_least, inverse_cdf, row_norms, top_k, with_prefix
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
@@ -70,7 +70,7 @@ class ThresholdL2(Pruner):
         self.adaptive = tau is not None
 
     def select(self, view: View) -> Selection | None:
-        norms = view.state.grid(torch.linalg.vector_norm(view.state.tokens.float(), dim=-1))
+        norms = view.state.grid(row_norms(view.state.tokens))
         if self.keep is not None:
             rows = view.equal_rows("threshold_l2")
             count = int((rows - view.prefix) * self.keep)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import Packed, Padded, Selection
+from .ranking import best_rows, with_prefix
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,31 @@ class View:
         return self.state.count
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms of x (..., dim), float32 (...), summed up in at least that precision and without a copy of x in it."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+
+
 # Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
-
-
-def with_prefix(patches: Tensor, prefix: int) -> Tensor:
-    """patches: patch numbers (batch, k). Returned as row numbers, with the `prefix` rows put before them."""
-    first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], prefix)
-    return torch.cat((first, patches + prefix), 1)
 
 
 def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Selection:
     """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
     they stood. The first `prefix` rows are no patches, and stay."""
-    best = scores[:, prefix:].topk(count, dim=1).indices
-    if in_place:
-        best = best.sort(1).values
-    return Selection(with_prefix(best, prefix), prefix + count)
+    return Selection(best_rows(scores, prefix, count, in_place=in_place), prefix + count)
 
 
 def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
     """The patches of scores (batch, n) that reach limit (batch, 1), in the order in which they stood; their number
     varies. The first `prefix` rows stay anyway; real, bool (batch, n), is False in padding."""
-    keep = (scores >= limit)[:, prefix:] & real[:, prefix:]
-    order = (~keep).byte().argsort(dim=1, stable=True)
-    return Selection(with_prefix(order, prefix), keep.sum(1, dtype=torch.int32) + prefix)
+    keep = (scores >= limit) & real
+    return Selection(kept_first(keep, prefix), keep[:, prefix:].sum(1, dtype=torch.int32) + prefix)
+
+
+def kept_first(keep: Tensor, prefix: int) -> Tensor:
+    """All row numbers of every image, int64 like keep, bool (batch, n): the first `prefix` rows, then those to keep,
+    then the others, each in the order in which they stood."""
+    return best_rows(keep.to(torch.float32), prefix, keep.shape[1] - prefix)
 
 
 def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:
@@ -88,5 +90,5 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
     below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0))).clamp_max(last)  # the first of equal steps
     nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
     picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True) & real
-    stay = (~picked).byte().argsort(dim=1, stable=True)
-    return Selection(with_prefix(order.gather(1, stay), prefix), picked.sum(1, dtype=torch.int32) + prefix)
+    rows = order.gather(1, kept_first(picked, 0))
+    return Selection(with_prefix(rows, prefix), picked.sum(1, dtype=torch.int32) + prefix)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import data
 from .attention import varlen_attention, varlen_attention_ref
 from .backends import BACKENDS
-from .layout import offsets
+from .copying import offsets
 from .padded import masked_sdpa, pad_rows
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip, Wrong

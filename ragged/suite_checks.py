@@ -113,7 +113,6 @@ def _difference(vit, images, batch: int, dtype: torch.dtype, columns: dict) -> C
     found: dict[str, float] = {}
     backend, _, truth = columns["backend"].partition(":")
 
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # float32 means float32 in the patch embedding too
     def build() -> Subject:
         network = vit()
         device = network.patch_embed.proj.weight.device

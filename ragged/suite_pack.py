@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import data
-from .layout import offsets
+from .copying import offsets
 from .packing import pack as pack_rows
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip, Wrong

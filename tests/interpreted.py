@@ -11,7 +11,7 @@ import torch
 from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
 
 import ragged
-from ragged import copying, fused, launch, tiles
+from ragged import copying, fused, launch, ranking, tiles
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -148,6 +148,46 @@ def test_scatter(dim):
         place = keep.cumsum(0, dtype=torch.int32)
         got, got_ids = copying.scatter_rows(x, ids, keep, place, int(keep.sum()))
         assert torch.equal(got, x[keep]) and torch.equal(got_ids, ids[keep])
+
+
+@pytest.mark.parametrize("surplus", [0, 13, -3], ids=["exact", "surplus", "too small"])
+@pytest.mark.parametrize("dim", [1, 5, 130])
+@pytest.mark.parametrize("batch", [1, 3, 140], ids=lambda n: f"batch {n}")  # 140: more counts than are added up at once
+def test_take(batch, dim, surplus, monkeypatch):
+    g = torch.Generator().manual_seed(batch)
+    n = 11
+    x, ids = torch.randn(batch * n, dim, generator=g), torch.arange(batch * n) * 10
+    starts = torch.arange(0, batch * n, n, dtype=torch.int32)
+    index = torch.stack([torch.randperm(n, generator=g) for _ in range(batch)])
+    counts = torch.randint(0, n + 1, (batch,), generator=g, dtype=torch.int32)
+    counts[0] = 4
+    total = int(counts.sum()) + surplus
+    rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])[:total]
+    for longest in (n, 1):  # whoever says so: every row arrives
+        tokens, new_ids, cu = copying.take_rows(x, ids, starts, index, counts, total, longest)
+        assert torch.equal(tokens[: len(rows)], x[rows]) and torch.equal(new_ids[: len(rows)], ids[rows])
+        assert not tokens[len(rows) :].any() and (new_ids[len(rows) :] == -1).all() and len(tokens) == total
+        assert cu.dtype == torch.int32 and torch.equal(cu, copying.offsets(counts).clamp(max=total))
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    for got, want in zip(copying.take_rows(x, ids, starts, index, counts, total, n), (tokens, new_ids, cu)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n, prefix, count", [(197, 1, 98), (21, 2, 19), (20, 0, 20), (9, 1, 0), (578, 2, 100)])
+def test_ranking(n, prefix, count, dtype, monkeypatch):
+    scores = torch.randn(5, 2 * n, generator=torch.Generator().manual_seed(n)).to(dtype)[:, :n]
+    scores[1] = (scores[1] * 2).round() / 2  # many equal ones
+    scores[2] = 0.0
+    scores[3, 5::3], scores[3, 6], scores[3, 7] = -0.0, 0.0, -math.inf
+    scores[4, 3], scores[4, 4], scores[4, 8] = math.nan, math.inf, math.nan
+    order = scores[:, prefix:].sort(dim=1, descending=True, stable=True).indices[:, :count] + prefix
+    first = torch.arange(prefix).expand(5, prefix)
+    for in_place, want in ((False, order), (True, order.sort(1).values)):
+        assert torch.equal(ranking.best_rows(scores, prefix, count, in_place=in_place), torch.cat((first, want), 1))
+    both = [ranking.best_rows(scores, prefix, count)]
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    assert torch.equal(both[0], ranking.best_rows(scores, prefix, count))
 
 
 def test_pack_repack_unpack():

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from ragged import copying, fused
+from ragged import copying, fused, ranking
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.tiles import choose_tiles
@@ -108,6 +108,10 @@ def special_cases():
         yield f"cls {dtype} D={dim}", cls, (dtype, dim)
         for width in (1, 130, 384):
             yield f"copies {dtype} dim={width}", copies, (dtype, width)
+        for batch in (1, 3, 150):
+            yield f"take {dtype} batch={batch}", takes, (dtype, batch)
+        for n in (5, 197, 577):
+            yield f"rank {dtype} n={n}", ranks, (dtype, n)
 
 
 def paper(device, dtype, dim):
@@ -143,6 +147,28 @@ def copies(device, dtype, width):
             (copying.scatter_rows(x, ids, keep.to(device), place.to(device), int(place[-1])), keep.nonzero()[:, 0]),
         ):
             assert torch.equal(got.cpu(), x.cpu()[want]) and torch.equal(got_ids.cpu(), want)
+
+
+def takes(device, dtype, batch):
+    n, surplus = 23, 11
+    x, ids = numbers(device, dtype, batch * n, 200), torch.arange(batch * n).to(device)
+    starts, counts = torch.arange(0, batch * n, n, dtype=torch.int32), torch.arange(batch, dtype=torch.int32) % (n + 1)
+    index = torch.arange(n).flip(0).expand(batch, n).contiguous()
+    rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])
+    sizes = (len(rows) + surplus, n)
+    for _ in range(2):
+        got, got_ids, cu = copying.take_rows(x, ids, *(t.to(device) for t in (starts, index, counts)), *sizes)
+        assert torch.equal(got[: len(rows)].cpu(), x.cpu()[rows]) and not got[len(rows) :].any()
+        assert got_ids.cpu().tolist() == rows.tolist() + [-1] * surplus
+        assert torch.equal(cu.cpu(), copying.offsets(counts))
+
+
+def ranks(device, dtype, n):
+    scores = numbers(device, dtype, 3, n)
+    want = scores.cpu()[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : n // 2] + 1
+    for in_place, rows in ((False, want), (True, want.sort(1).values)):
+        for _ in range(2):
+            assert torch.equal(ranking.best_rows(scores, 1, n // 2, in_place=in_place).cpu()[:, 1:], rows)
 
 
 def mistakes(device):

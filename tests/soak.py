@@ -207,7 +207,7 @@ class Soak:
 
     def note_bucket(self, name, run, batch):
         """The bucket that the call took must be the tightest there is."""
-        total, longest = run.need.tolist()
+        total, longest = int(run.counts.sum()), int(run.counts.max())
         rows = longest if run.padded else total
         took = round((1 + run.capacity_waste) * total / (batch if run.padded else 1))
         self.buckets[name].add(took)

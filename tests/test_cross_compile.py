@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ragged
-from ragged import copying, fused, launch
+from ragged import copying, fused, launch, ranking
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")
@@ -99,6 +99,9 @@ def record_the_others(recorder, dims, dtypes):
         x, ids, keep = torch.empty(16, 768, dtype=dtype), torch.arange(16), torch.ones(16, dtype=torch.bool)
         copying.copy_rows(x, ids, ids)
         copying.scatter_rows(x, ids, keep, keep.cumsum(0, dtype=torch.int32), 16)
+        copying.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
+        for n in (17, 197, 577, 1025):
+            ranking.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
             fused.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)

@@ -26,7 +26,7 @@ from attention_cases import (
 from pruner_cases import ALL, pictures, small_vit
 
 import ragged
-from ragged import copying, fused, launch
+from ragged import copying, fused, launch, ranking
 from ragged.pruners import given_lengths
 
 gpu = pytest.mark.gpu
@@ -331,6 +331,14 @@ def test_every_copied_and_scored_number_is_written(dirty, device):
         keep = torch.arange(29, device=device) % 3 == 1
         got, got_ids = copying.scatter_rows(x, ids, keep, keep.cumsum(0, dtype=torch.int32), int(keep.sum()))
         assert torch.equal(got, x[keep]) and torch.equal(got_ids, ids[keep])
+        starts, counts, index = (torch.tensor(t, device=device) for t in ([0, 20], [3, 2], [[2, 0, 1], [8, 4, 0]]))
+        got, got_ids, cu = copying.take_rows(x, ids, starts.int(), index, counts.int(), 9, 3)
+        rows = torch.tensor([2, 0, 1, 28, 24], device=device)
+        assert torch.equal(got[:5], x[rows]) and not got[5:].any() and cu.tolist() == [0, 3, 5]
+        assert got_ids.tolist() == [*rows.tolist(), -1, -1, -1, -1]
+    scores = torch.arange(40, device=device).float().remainder(7).view(2, 20)
+    want = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :12] + 1
+    assert torch.equal(ranking.best_rows(scores, 1, 12), torch.nn.functional.pad(want, (1, 0)))
     q, k, _, cu, *_ = inputs([70, 1, 5], heads=3, device=device)
     probs = fused.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
     assert probs.isfinite().all()
@@ -398,3 +406,10 @@ def test_copies_of_more_than_two_to_the_31_elements():
         for rows in (slice(0, 1000), slice(total - 1000, total), slice(1_045_000, 1_046_000)):
             assert torch.equal(got[rows], x[got_ids[rows]])
         del got
+    del got_ids
+    starts, counts = torch.tensor([0, n // 2], device="cuda").int(), torch.tensor([n // 2, n // 2], device="cuda").int()
+    index = torch.arange(n // 2, device="cuda").flip(0).expand(2, -1).contiguous()
+    got, got_ids, cu = copying.take_rows(x, ids, starts, index, counts, n, n // 2)
+    assert cu.tolist() == [0, n // 2, n] and torch.equal(got_ids, torch.cat((index[0], index[0] + n // 2)))
+    for rows in (slice(0, 1000), slice(n - 1000, n)):
+        assert torch.equal(got[rows], x[got_ids[rows]])

@@ -22,10 +22,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Reading order. A file imports only from files to its left.
 ORDER = (
     "registry commandline kernel_simple kernel launch copying layout packing tiles fused padded backends attention "
-    "blocks checkpoints selection pruners graph scenes data scene_pool loading model flops timing rounds runner "
-    "pipelines suite_attention suite_pack suite_dispatch suite_model suite_checks accuracy suite_accuracy report bench "
-    "beside claims style plots_call plots_model plots_pictures plots_launch plots_kernel plots_accuracy plots_pruning "
-    "plots_paper plots notebook_output course notebook_tools site_page site token_training train "
+    "blocks checkpoints ranking selection pruners graph scenes data scene_pool loading model flops timing rounds "
+    "runner pipelines suite_attention suite_pack suite_dispatch suite_model suite_checks accuracy suite_accuracy "
+    "report bench beside claims style plots_call plots_model plots_pictures plots_launch plots_kernel "
+    "plots_accuracy plots_pruning plots_paper plots notebook_output course notebook_tools site_page site "
+    "token_training train "
 ).split()
 
 MAX_FILE_LINES = 250
