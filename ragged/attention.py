@@ -33,14 +33,14 @@ def varlen_attention(
     returned for them is undefined. Raises TypeError or ValueError naming the argument; whether
     cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
     """
+    compiling = torch.compiler.is_compiling()
+    if (backend == "auto" or backend == "triton") and not (return_lse or compiling or launch.CHECK_VALUES):
+        out = fused.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+        if out is not None:
+            return out
     if softmax_scale is None:
         softmax_scale = _default_scale(q)
-    if (backend == "auto" or backend == "triton") and not return_lse and not launch.CHECK_VALUES:
-        if not torch.compiler.is_compiling():
-            out = fused.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
-            if out is not None:
-                return out
-    if torch.compiler.is_compiling():
+    if compiling:
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
         return (out, lse) if return_lse else out

@@ -7,6 +7,8 @@ comes before the first block: `embed`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -86,3 +88,16 @@ def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: flo
 PIECES = (
     embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
 )  # fmt: skip
+
+# Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
+# the winner of that moment: a pass becomes up to a tenth slower, and another one every time.
+STEADY = {"triton.autotune_pointwise": False}
+
+
+def compiled_pieces(**options: object) -> dict[str, Callable]:
+    """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
+    or a backend of their own."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if not {"mode", "options", "backend"} & options.keys():
+        options["options"] = STEADY
+    return {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}

@@ -25,9 +25,8 @@ except ImportError:  # then every call takes the long way
     TensorGuards = None
 
 
-def new_output(q: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like q (total, nheads, headdim)."""
-    total, heads, dim = q.shape
+def new_output(q: Tensor, total: int, heads: int, dim: int) -> Tensor:
+    """An uninitialised contiguous tensor like q, whose shape (total, heads, dim) the caller has already read."""
     if _empty_cuda is not None and q.is_cuda:
         return _empty_cuda((total, heads, dim), (heads * dim, dim, 1), q.dtype)
     return q.new_empty((total, heads, dim))
@@ -75,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
     tiles = choose_tiles(max_q, max_k, dim, images * heads, equal, q.element_size())
     key = (tiles, q.stride(), k.stride(), v.stride(), heads, dim, q.dtype, want_lse)
     constants, options = _constants(*key)
-    out = new_output(q)
+    out = new_output(q, total, heads, dim)
     lse = torch.full((heads, total), -math.inf, device=q.device) if want_lse else None
     run = kernel.resident_kernel if tiles.kernel == "resident" else kernel.stream_kernel
     tensors = (q, k, v, out, out if lse is None else lse, cu_q, cu_k)
@@ -120,7 +119,7 @@ def _remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles
 
 
 def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-          scale: float) -> Tensor | None:  # fmt: skip
+          scale: float | None) -> Tensor | None:  # fmt: skip
     """`attend` for a kind of call that went through all checks before, or None: then take the long way.
 
     Nothing is left out: what the long way checks is either compared by a plan or looked at here.
@@ -140,11 +139,13 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
     launcher = plan.launchers.get(tiles)
     if launcher is None or device != launch.current_device() or total == 0 or images < 1:
         return None
-    if cu_k.shape[0] != images + 1 or total_k != v.shape[0]:
+    if total_k != v.shape[0] or not (shared or cu_k.shape[0] == images + 1):
         return None
-    if scale.__class__ is not float or not 0.0 < scale < math.inf:
+    if scale is None:
+        scale = dim**-0.5
+    elif scale.__class__ is not float or not 0.0 < scale < math.inf:
         return None
-    out = new_output(q)
+    out = new_output(q, total, heads, dim)
     a, b, c, d, e, f = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
     if (a | b | c | d | e | f) & 15:  # compiled kernels assume multiples of 16 bytes
         return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import resolve_backend
 from .backends import BACKENDS
-from .blocks import PIECES
+from .blocks import PIECES, compiled_pieces
 from .fused import cls_attention
 from .graph import Captured, between_blocks, capture
 from .layout import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
@@ -74,13 +74,12 @@ class RaggedViT(nn.Module):
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
-        self._run = {piece.__name__: piece for piece in PIECES}
+        self._run: dict[str, Callable] = {piece.__name__: piece for piece in PIECES}
 
     def compile(self, **options: object) -> RaggedViT:
-        """Compile the pieces of a block with `torch.compile`, once for all blocks; token counts become dynamic when
+        """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
         they change. Returns self. options go to `torch.compile`."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self._run = {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}
+        self._run = compiled_pieces(**options)
         return self
 
     @torch.no_grad()
@@ -101,8 +100,7 @@ class RaggedViT(nn.Module):
     def begin(self, images: Tensor, stages: list[Stage] | None = None) -> Tensor | Pending:
         """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`."""
         self._check_images(images)
-        vit, prefix = self.vit, self.prefix
-        x = self._run["embed"](vit, images)
+        x, prefix = self._run["embed"](self.vit, images), self.prefix
         n = x.shape[1]
         state = Padded(x, torch.arange(n, device=x.device).expand(x.shape[0], n), n, count=n)
         if self.pruner is not None and self.picked == "triton":

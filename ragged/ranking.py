@@ -7,7 +7,9 @@ from torch import Tensor
 
 from . import launch
 
-MOST = 1024  # patches that one program compares with each other
+# Patches that one program compares with each other. 256 x 196 of them, half kept: 8 us, against 29 us for `topk` and
+# `sort` (H200); 64 x 576: 43 against 58 us.
+MOST = 1024
 
 
 def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Tensor:
@@ -28,10 +30,10 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     index = torch.empty(scores.shape[0], prefix + count, dtype=torch.int64, device=scores.device)
     width = next_power_of_2(max(patches, prefix, 16))
-    constants = {"PREFIX": prefix, "IN_PLACE": in_place, "N": width, "CHUNK": max(1, 16384 // width)}
+    constants = {"PREFIX": prefix, "IN_PLACE": in_place, "N": width, "CHUNK": 32}
     key = (scores.dtype, *constants.values())
-    numbers = (scores.stride(0), patches, count)
-    launch.start(rank_kernel, key, (scores.shape[0], 1), (scores, index), numbers, constants, {})
+    numbers, options = (scores.stride(0), patches, count), {"num_warps": 8 if width <= 256 else 16}
+    launch.start(rank_kernel, key, (scores.shape[0], 1), (scores, index), numbers, constants, options)
     return index
 
 

@@ -107,7 +107,7 @@ def triton_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
         "checked": lambda: started().attend,
         "guard": guard,
         "argument_packing": lambda: started().pack,
-        "output_allocation": lambda: lambda: fused.new_output(q),
+        "output_allocation": lambda: lambda: fused.new_output(q, *q.shape),
         "cached_launch": lambda: functools.partial(launch.start, *started().arguments),
         "direct_launch": lambda: started().direct_launch(),
         "compiled_run": lambda: started().compiled_run(),

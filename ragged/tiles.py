@@ -34,6 +34,9 @@ PIECES = (
 # - heads fastest in the grid: no difference. All first tiles before all second tiles: 14 to 35 % slower, the keys have
 #   left the cache by then.
 # - query tiles of 128 with 8 warps: "keys read half as often". 197: 140 -> 219 us, 577: 102 -> 107 us.
+# - 99 equal tokens, the two query tiles of a head in two programs, though both read all keys: "more traffic, no gain
+#   once the GPU is full". With 128 registers 64 x 99 16.8 -> 16.5 us, 16 x 99 5.41 -> 5.15 us, 32 x 99 10.0 -> 9.9 us:
+#   half as long programs fill the last wave better.
 # - 80, 96 and 104 registers at 32-wide keys: 77.4, 77.7 and 85.2 us at 256 x U(20,197): how many
 #   programs fit on a multiprocessor decides, not what one of them can hold.
 
@@ -68,10 +71,12 @@ def _stream(m: int, n: int, tail: int, stages: int, flat: int, **options: int) -
 def _resident(max_q: int, max_k: int, few: bool, programs: int, equal: bool) -> Tiles:
     tiles = -(-max_q // 64)
     a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
-    split = min(tiles, 2 if few else 1) if max_k > 64 else tiles
-    limit = {}
-    if 64 < max_k <= 112 and programs > 1.5 * FEW:  # 128 registers let a fourth program onto a multiprocessor, 96 five
+    split, limit = tiles, {}
+    if 64 < max_k <= 112:  # 128 registers let a fourth program onto a multiprocessor, 96 a fifth
+        split = min(tiles, 2 if programs <= 4 * FEW else 1)
         limit = {"maxnreg": 96 if programs > 6 * FEW else 128}
+    elif max_k > 112:
+        split = min(tiles, 2 if few else 1)
     shape = {"M": 64, "A": a, "B": b, "TAIL": tail, "SPLIT": split, "ONE_TILE": split == tiles, "EQUAL": equal}
     options = {"num_warps": 4, "num_stages": 1, **limit}
     return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
