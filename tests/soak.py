@@ -17,6 +17,7 @@ import collections
 import itertools
 import json
 import random
+import signal
 import sys
 import time
 
@@ -241,7 +242,12 @@ class Soak:
 
     # --- all batches
 
+    def stop(self, *_):
+        """End after the batch that is under way, and report."""
+        self.options.seconds = -1.0
+
     def run(self):
+        signal.signal(signal.SIGTERM, self.stop)  # a time limit from outside loses nothing
         started = time.monotonic()
         self.warm()
         warmed = time.monotonic()

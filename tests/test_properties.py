@@ -139,13 +139,18 @@ def one_kind(device):
     return (64, torch.float16) if device == "cuda" else (16, torch.float32)
 
 
+def draw_images(device, backend, data):
+    """Queries, keys and values of a few images of any lengths; skips where `backend` does not run."""
+    skip_unless_usable(device, backend)
+    dim, dtype = one_kind(device)
+    return pieces(data.draw(lengths(device)), dim, device=device, dtype=dtype)
+
+
 @everywhere
 @FEW
 @given(data=st.data())
 def test_permuting_the_images_permutes_the_results(device, backend, data):
-    skip_unless_usable(device, backend)
-    dim, dtype = one_kind(device)
-    images = pieces(data.draw(lengths(device)), dim, device=device, dtype=dtype)
+    images = draw_images(device, backend, data)
     order = data.draw(st.permutations(range(len(images))))
     want, _ = attend(images, backend)
     got, _ = attend([images[i] for i in order], backend)
@@ -179,9 +184,7 @@ def test_other_batch_mates_of_any_length_change_no_bit(device, backend, data):
 @given(data=st.data())
 def test_an_image_alone_and_in_company(device, backend, data):
     """To the last bit where company leaves the tiles as they are, which only this collection's kernel chooses."""
-    skip_unless_usable(device, backend)
-    dim, dtype = one_kind(device)
-    images = pieces(data.draw(lengths(device)), dim, device=device, dtype=dtype)
+    images = draw_images(device, backend, data)
     together, tiles = attend(images, backend)
     for image, got in zip(images, together):
         (alone,), own_tiles = attend([image], backend)
