@@ -182,6 +182,32 @@ def test_a_graph_for_every_total():
     assert len(used) >= 4
 
 
+@pytest.mark.parametrize("backend", ["triton", "sdpa_padded"])
+@pytest.mark.parametrize("name, single", [("tau", True), ("ats", True), ("ats", False)])
+def test_a_graph_that_never_waits(name, single, backend):
+    """With room for all rows nobody has to ask, however often counts are decided."""
+    model = ragged.RaggedViT(vit("deit_tiny"), build(name, single), backend=backend)
+    captured = model.capture(4, wait=False)
+    assert captured.waits == 0 and not captured.buckets
+    for seed in (0, 1):
+        images = pictures(seed, 4)
+        got = captured(images)
+        assert torch.equal(got, eager(model, captured, images))
+        assert not single or (got - model(images)).abs().max() < LIMIT
+        assert captured.capacity_waste >= 0
+        with waits() as seen:
+            captured(images)
+        assert not seen
+
+
+def test_few_rows_are_not_worth_a_wait():
+    model = ragged.RaggedViT(vit("deit_tiny"), build("tau"))
+    assert [model.capture(batch).waits for batch in (1, 2, 4)] == [0, 0, 1]
+    assert model.capture(1, wait=True, between=(20, 197)).waits == 1
+    with pytest.raises(TypeError, match="wait"):
+        model.capture(1, wait=1)
+
+
 def test_a_graph_on_side_streams():
     model = ragged.RaggedViT(vit("deit_tiny"), build("tau"), backend="triton")
     captured = model.capture(8)

@@ -8,6 +8,7 @@ from timm.models import create_model
 from timm.models import vision_transformer as tv
 
 import ragged
+from ragged.blocks import embed
 
 REFUSAL = (ValueError, NotImplementedError, TypeError)
 
@@ -87,3 +88,17 @@ def test_odd_models_are_right_or_refused(kind):
             assert len(str(refusal)) > 20
         else:
             assert_logits(model(pictures()), vit(pictures()))
+
+
+PATCHES = {}, {"img_size": (64, 96)}, {"in_chans": 1, "patch_size": 8}, {"dynamic_img_size": True}
+
+
+@pytest.mark.parametrize("options", [*PATCHES, {"dynamic_img_pad": True}], ids=str)
+def test_the_embedding_is_the_networks_own(options):
+    """As a matrix product where the patches neither overlap nor are padded, else as the network does it."""
+    vit = odd_vit(**options)
+    images = torch.randn(2, options.get("in_chans", 3), *vit.patch_embed.img_size)
+    want = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    torch.testing.assert_close(embed(vit, images), want)
+    product = torch.compile(embed, fullgraph=True, backend="eager", dynamic=True)
+    torch.testing.assert_close(product(vit, images), want)
