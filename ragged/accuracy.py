@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from .data import verify_sha256
 from .loading import load_deit
 from .model import RaggedViT
 from .pruners import PRUNERS, Pruner
+from .suite_model import SINGLE_CUT
 from .timing import Stats
 
 KEEPS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
 # The knobs of the adaptive pruners for the same places of the curve; their keep column is what they then kept.
 TAUS = dict(zip(KEEPS, (0.5, 0.75, 0.9, 0.96, 1.0, 1.2)))
 SAMPLES = dict(zip(KEEPS, (100_000, 12_544, 3136, 784, 196, 49)))
-SINGLE_CUT = {"at": (3,), "where": "after"}
-SCHEDULES = ("published", "single cut")
+SCHEDULES = {"published": {}, "single cut": SINGLE_CUT}  # and a pruner's arguments for it
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Setting:
         return f"{self.pruner} {self.schedule} {self.keep if self.keep is not None else self.knob}"
 
 
+UNPRUNED = Setting("none", "unpruned", 1.0, lambda: None)
+
+
 def settings(schedule: str, keep: float, predictors: Path | None) -> list[Setting]:
     """The pruners at one place of their curves. predictors: a file of trained ones; without it DynamicViT is left out.
 
     Threshold-L2 is published as a single cut, so both schedules hold the same four for it.
     """
-    how = SINGLE_CUT if schedule == "single cut" else {}
-    make = functools.partial
+    how, make = SCHEDULES[schedule], functools.partial
     tau, samples = TAUS[keep], SAMPLES[keep]
     found = [
         Setting("threshold_l2", schedule, keep, make(PRUNERS["threshold_l2"], keep=keep)),
@@ -69,10 +71,10 @@ def settings(schedule: str, keep: float, predictors: Path | None) -> list[Settin
 class Tally:
     """How many images, how many right, and how often each number of rows stayed after the last cut."""
 
-    def __init__(self, rows: int, seen: int = 0, right: int = 0, counts: Iterable[int] = ()):
+    def __init__(self, rows: int, seen: int = 0, right: int = 0, counts: Sequence[int] = ()):
         self.seen, self.right = seen, right
         self.counts = torch.zeros(rows + 2, dtype=torch.int64)
-        self.counts[: len(list(counts))] = torch.tensor(list(counts), dtype=torch.int64)
+        self.counts[: len(counts)] = torch.tensor(counts, dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, model: RaggedViT, images: Tensor, labels: Tensor) -> None:
@@ -154,7 +156,7 @@ class Folder:
         """Everything that is counted: the unpruned model, then each schedule at each place of the curve."""
         if self.predictors is not None and self.predictors_sha256 is not None:
             verify_sha256(self.predictors, self.predictors_sha256)
-        found = [Setting("none", "unpruned", 1.0, lambda: None)]
+        found = [UNPRUNED]
         for schedule in SCHEDULES:
             for keep in KEEPS:
                 found += settings(schedule, keep, self.predictors)

@@ -139,19 +139,12 @@ def run_suite(name: str, options: Options, recorder: Recorder) -> None:
 
 
 def progress(cases: list[Case], name: str):
-    """The cases, with a tqdm bar where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return cases
-    bar = tqdm(cases, desc=name, unit="case", leave=False, mininterval=1.0)
-
-    def shown():
-        for case in bar:
+    """The cases, with a bar that names the present one."""
+    bar = commandline.bar(cases, desc=name, unit="case", leave=False, mininterval=1.0)
+    for case in bar:
+        if bar is not cases:
             bar.set_postfix_str(case.name)
-            yield case
-
-    return shown()
+        yield case
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ class Record:
         at = dict(suite="model", model=model, backend=backend, tokens=tokens, mode=list(modes))
         return float(self.values("images_per_s", **at).max())
 
-    def cut(self, pruner, keep, mode="eager", backend="triton") -> float:
-        """Times the unpruned model's images per second, DeiT-B at batch 64."""
+    def cut(self, pruner, keep, mode="eager") -> float:
+        """Ours, times the unpruned model's images per second, DeiT-B at batch 64."""
         at = dict(suite="sparsity", batch=64, mode=mode)
         knob = dict(tokens=f"samples={round(196 * keep)}") if pruner == "ats" else dict(keep=keep)
-        pruned = self.value("images_per_s", pruner=pruner, backend=backend, **knob, **at)
+        pruned = self.value("images_per_s", pruner=pruner, backend="triton", **knob, **at)
         return pruned / self.value("images_per_s", backend="unpruned", **at)
 
     def near(self, batch: float) -> float:
@@ -60,9 +60,9 @@ class Record:
         there = self.rows.loc[self.values("images_per_s", **at).index, "batch"]
         return min(there, key=lambda b: (abs(math.log(b / batch)), -b), default=batch)  # of two as near, the larger
 
-    def floor(self, backend, clock="wall_us", mode="eager") -> float:
+    def floor(self, backend, clock="wall_us") -> float:
         """The least µs of a call at batch 32: what is left when the GPU has next to nothing to do."""
-        return min(self.call(backend, tokens, clock=clock, mode=mode) for tokens in ("39", "99", "197"))
+        return min(self.call(backend, tokens, clock=clock) for tokens in ("39", "99", "197"))
 
     def nested_slowdown(self, backend="paper_nested") -> float:
         """The largest ratio of its wall time to FlashAttention-2's over all recorded shapes."""

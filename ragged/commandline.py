@@ -1,4 +1,5 @@
-"""What the command lines share: trouble that a user can mend is said in a sentence, not with a traceback."""
+"""What the command lines share: trouble that a user can mend is said in a sentence, not with a traceback; a progress
+bar."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -43,6 +44,15 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+def bar(items: Iterable, **options: object) -> Iterable:
+    """The items under a bar with these options of tqdm's; where tqdm is not installed, the items themselves."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, **options)
 
 
 def positive(text: str) -> int:

@@ -130,10 +130,10 @@ class RaggedViT(nn.Module):
             )
 
     def _blocks(self, state: State, first: int, stages: list | None) -> Tensor | Pending:
-        blocks = self.vit.blocks
+        blocks, backend = self.vit.blocks, self.picked  # asked once: to find it out takes microseconds
         for i in range(first, len(blocks)):
             if i not in self._cuts:
-                state = replace(state, tokens=self._whole_block(state, blocks[i]))
+                state = replace(state, tokens=self._whole_block(state, blocks[i], backend))
                 between_blocks.get()()
             elif self.pruner.where == "inside":
                 return self._inside(state, i, stages)
@@ -208,8 +208,8 @@ class RaggedViT(nn.Module):
         arguments = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width, scale, backend)
         return self._run["attend_packed"](q, k, v, *arguments)
 
-    def _whole_block(self, state: State, block: nn.Module) -> Tensor:
-        scale, backend = block.attn.scale, self.picked
+    def _whole_block(self, state: State, block: nn.Module, backend: str) -> Tensor:
+        scale = block.attn.scale
         if isinstance(state, Packed):
             return self._run["packed_block"](block, state.tokens, state.cu_seqlens, state.max_seqlen, scale, backend)
         return self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))

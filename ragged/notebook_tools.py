@@ -80,12 +80,11 @@ def with_repository(notebook: dict, name: str, path: str) -> dict:
     return notebook
 
 
-def write_badges(root: Path = ROOT, name: str | None = None) -> list[Path]:
+def write_badges(root: Path = ROOT) -> list[Path]:
     """Bring every notebook under `root` up to date; the files that were not, are returned."""
     import nbformat
 
-    name = name or repository(root)
-    changed = []
+    name, changed = repository(root), []
     for path in notebook_paths(root):
         before = path.read_text(encoding="utf-8")
         notebook = nbformat.reads(before, as_version=nbformat.NO_CONVERT)

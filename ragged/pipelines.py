@@ -107,6 +107,16 @@ def network(name: str, img_size: int, dtype: torch.dtype, device: str) -> nn.Mod
     return copy.deepcopy(network(name, img_size, torch.float32, device)).to(dtype)
 
 
+def need(vit: nn.Module, backend: str) -> None:
+    """Raise Skip, with the reason, where `backend` cannot run on the device and in the dtype of `vit`."""
+    if backend == "auto":
+        return
+    weight, headdim = vit.patch_embed.proj.weight, vit.embed_dim // vit.blocks[0].attn.num_heads
+    why = BACKENDS[backend].why_not(weight.device, weight.dtype, headdim)
+    if why is not None:
+        raise Skip(why)
+
+
 def rms(x: Tensor) -> float:
     return x.float().square().mean().sqrt().item()
 
@@ -136,13 +146,9 @@ class Pipeline:
     def build(self) -> Subject:
         bench, pruner = self.bench(), self.pruner() if self.pruner is not None else None
         name = "auto" if self.backend == "unpruned" else self.backend
-        weight = bench.vit.patch_embed.proj.weight
-        headdim = bench.vit.embed_dim // bench.vit.blocks[0].attn.num_heads
-        why = None if name == "auto" else BACKENDS[name].why_not(weight.device, weight.dtype, headdim)
-        if why is None and self.mode != "eager" and bench.device != "cuda":
-            why = "CUDA graphs need a CUDA device"
-        if why is not None:
-            raise Skip(why)
+        need(bench.vit, name)
+        if self.mode != "eager" and bench.device != "cuda":
+            raise Skip("CUDA graphs need a CUDA device")
         model = bench.model(pruner, name)
         self.run = self._trace(model) if self.mode == "eager" else self._capture(model)
         bench.check(model, self.run)

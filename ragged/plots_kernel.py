@@ -5,6 +5,7 @@ They draw numbers that the caller has computed; nothing here measures. See `ragg
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from .style import INK, log_ticks, look, new_figure
@@ -55,8 +56,8 @@ def tile_cover(panels, *, columns=None, title="Tiles over the score matrix", bel
         size, n = (sum(panel["keys"]), sum(panel["rows"])), panel["tokens"]
         _rectangle(figure, *size, WASTED, "computed for nothing", i == 0, place)
         _rectangle(figure, n, n, REAL, "needed: queries × keys", i == 0, place)
-        lines = [f"M{x},0V{size[1]}" for x in _edges(panel["keys"])]
-        lines += [f"M0,{y}H{size[0]}" for y in _edges(panel["rows"])]
+        keys, rows = (itertools.accumulate(panel[widths], initial=0) for widths in ("keys", "rows"))
+        lines = [f"M{x},0V{size[1]}" for x in keys] + [f"M0,{y}H{size[0]}" for y in rows]
         figure.add_shape(type="path", path="".join(lines), line=dict(color=EDGE, width=1.5), **place)
         reach = max(size) * 1.02
         figure.update_xaxes(range=[0, reach], showgrid=False, nticks=5, **place)
@@ -141,11 +142,9 @@ def error_budget(errors, allowed, *, title="Largest error against float64", belo
     figure.add_annotation(x=math.log10(allowed), y=1, yref="paper", yanchor="bottom", text=f"budget {allowed:.1e}",
                           showarrow=False, font=dict(size=11))  # fmt: skip
     reach = [min([*values, allowed]) / 2, max([*values, allowed]) * 4]
-    ticks = log_ticks(reach) | dict(range=[math.log10(v) for v in reach])
-    ticks["ticktext"] = [f"{value:.0e}" for value in ticks["tickvals"]]
-    keep = [i for i, value in enumerate(ticks["tickvals"]) if f"{value:.0e}"[0] == "1"]
-    ticks |= {key: [ticks[key][i] for i in keep] for key in ("tickvals", "ticktext")}
-    figure.update_xaxes(title_text="largest absolute error (log)", **ticks)
+    powers = log_ticks(reach)["tickvals"][::3]  # of 1, 2 and 5 in every decade the first
+    figure.update_xaxes(title_text="largest absolute error (log)", type="log", range=[math.log10(v) for v in reach],
+                        tickvals=powers, ticktext=[f"{v:.0e}" for v in powers])  # fmt: skip
     return figure.update_yaxes(type="category", showgrid=False)
 
 
@@ -159,14 +158,6 @@ def _panels(figure, rows: int, columns: int, names, **options):
 
 def _legend_below(y: float) -> dict:
     return dict(orientation="h", x=0, y=y, yanchor="top")
-
-
-def _edges(widths) -> list[float]:
-    """Where tiles begin and end: 0, the first width, and so on."""
-    edges = [0]
-    for width in widths:
-        edges.append(edges[-1] + width)
-    return edges
 
 
 def _rectangle(figure, width, height, colour, name, legend, place) -> None:

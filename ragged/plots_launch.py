@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .plots_call import filling
 from .plots_model import MODELS, _panels
-from .style import CLOCKS, INK, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle
+from .style import CLOCKS, INK, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle, ticks_at
 
 GREY = "#777777"
 
@@ -163,8 +163,7 @@ def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), 
                     line=dict(color=style.colour, width=2, dash="dot" if part == "host" else "solid"), marker=marker,
                     legendgroup=f"{backend} {part}", showlegend=column == 1, row=1, col=column,
                 )  # fmt: skip
-    batches = sorted(set(rows["batch"]))
-    figure.update_xaxes(title_text="batch (log)", type="log", tickvals=batches, ticktext=[f"{b:g}" for b in batches])
+    figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"] / 1000))
     return figure.update_yaxes(title_text="per forward pass, ms (log)", col=1).update_layout(width=760)
 

@@ -17,17 +17,13 @@ from .style import (
     new_figure,
     one_of_each,
     pick,
+    place,
     subtitle,
+    ticks_at,
 )
 
 MODELS = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}
 MODES = ("eager", "graph", "compile", "compile+graph")
-
-
-def place(order):
-    """A sort key: the place of a name in `order`; unknown names last."""
-    known = list(order)
-    return lambda name: (known.index(name) if name in known else len(known), name)
 
 
 def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dtype="float16", **only):
@@ -53,8 +49,7 @@ def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dty
             line = panel[panel["backend"] == backend].sort_values("batch")
             draw_line(figure, line["batch"], line, backend, legend=backend not in shown, row=1, col=column)
             shown.add(backend)
-    batches = sorted(set(rows["batch"]))
-    figure.update_xaxes(title_text="batch (log)", type="log", tickvals=batches, ticktext=[f"{b:g}" for b in batches])
+    figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"]))
     return figure.update_yaxes(title_text="images/s (log)", col=1)
 
@@ -75,7 +70,7 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
         base = pick(rows, name, backend="unpruned")["value"].median()
         rows = rows[rows["backend"] != "unpruned"]
         rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
-    pruners = sorted(set(rows["pruner"]), key=lambda p: (list(PRUNER_LABELS).index(p) if p in PRUNER_LABELS else 99, p))
+    pruners = sorted(set(rows["pruner"]), key=place(PRUNER_LABELS))
     below = subtitle(rows, MODELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
     shown = set()
@@ -159,8 +154,8 @@ def _speedup_panels(found: dict, name: str, below: str):
             line = speeds[speeds["backend"] == backend].sort_values("batch")
             draw_line(figure, line["batch"], line, backend, legend=backend not in shown, row=1, col=column)
             shown.add(backend)
-    batches = sorted({b for rows in found.values() for b in rows["batch"]})
-    figure.update_xaxes(title_text="batch (log)", type="log", tickvals=batches, ticktext=[f"{b:g}" for b in batches])
+    batches = [batch for rows in found.values() for batch in rows["batch"]]
+    figure.update_xaxes(title_text="batch (log)", **ticks_at(batches))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .plots_model import MODELS, MODES, _panels, place
+from .plots_model import MODELS, MODES, _panels
 from .style import (
     INK,
     draw_line,
@@ -19,8 +19,10 @@ from .style import (
     new_figure,
     one_of_each,
     pick,
+    place,
     short,
     subtitle,
+    ticks_at,
 )
 
 # Verdicts on a claim, in order. Colour and symbol both tell them apart.
@@ -205,6 +207,5 @@ def measured_lines(rows, *, x, title, x_title, y_title, below=""):
     for backend in in_order(rows["backend"]):
         line = rows[rows["backend"] == backend].sort_values(x)
         draw_line(figure, line[x], line, backend)
-    points = sorted(set(rows[x]))
-    figure.update_xaxes(title_text=x_title, type="log", tickvals=points, ticktext=[f"{p:g}" for p in points])
+    figure.update_xaxes(title_text=x_title, **ticks_at(rows[x]))
     return figure.update_yaxes(title_text=f"{y_title} (log)", **log_ticks(rows["value"]))

@@ -234,7 +234,7 @@ def packing_ways(frame, *, batch=64, tokens="U(30,168)", clock="host_us", dtype=
     for mode, (label, colour, symbol, side) in styles.items():
         times = rows[rows["mode"] == mode].set_index("backend")["value"].reindex(ways)
         figure.add_scatter(y=list(labels.values()), x=times, name=label, mode="markers+text",
-                           text=[f"{short(t)}" if t == t else "" for t in times], textposition=f"{side} center",
+                           text=[short(t) if t == t else "" for t in times], textposition=f"{side} center",
                            textfont=dict(size=11), cliponaxis=False,
                            marker=dict(color=colour, symbol=symbol, size=12, line=dict(width=2)))  # fmt: skip
     figure.update_layout(legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)

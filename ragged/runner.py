@@ -93,7 +93,7 @@ class Recorder:
 
     def run(self, case: Case) -> list[dict]:
         """Measure what is missing of a case, write it, and return the new rows."""
-        missing = [c for c in case.candidates if self.redo or not self._recorded(case, c)]
+        missing = case.candidates if self.redo else self._missing(case)
         built, rows = self._build(case, missing)
         start = time.monotonic()
         try:
@@ -165,10 +165,11 @@ class Recorder:
             torch.cuda.empty_cache()
         return [self.row(case, candidate, metric, None, reason(error)) for metric in candidate.metrics]
 
-    def _recorded(self, case: Case, candidate: Candidate) -> bool:
-        row = case.columns | candidate.columns
-        key = tuple(_plain(row.get(c, "")) for c in identity(row["suite"]))
-        return key in recorded(self.out, self.machine["gpu"], row["suite"], self.machine["version"])
+    def _missing(self, case: Case) -> list[Candidate]:
+        suite = case.columns["suite"]
+        there = recorded(self.out, self.machine["gpu"], suite, self.machine["version"])
+        rows = [(candidate, case.columns | candidate.columns) for candidate in case.candidates]
+        return [c for c, row in rows if tuple(_plain(row.get(name, "")) for name in identity(suite)) not in there]
 
 
 def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:

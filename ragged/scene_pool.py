@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import normalise
-from .scenes import CONTRAST, INK, SCALE_RANGE, digit_fields, digit_scenes, training_background
+from .scenes import CONTRAST, INK, LUMA, SCALE_RANGE, digit_fields, digit_scenes, training_background
 
 SIZE = 224
 
@@ -47,7 +47,7 @@ def batches(files: torch.utils.data.Dataset, size: int) -> Iterator[list[Tensor]
     """Batches in a fixed order, drawn by as many processes as there are cores."""
     cores = min(os.cpu_count() or 1, 32)
     loader = torch.utils.data.DataLoader(
-        files, size, num_workers=cores, prefetch_factor=8, worker_init_fn=_one_thread, persistent_workers=False
+        files, size, num_workers=cores, prefetch_factor=8, worker_init_fn=_one_thread
     )
     return iter(loader)
 
@@ -134,7 +134,7 @@ def colours(luma: Tensor, generator: torch.Generator) -> Tensor:
     darker = (above <= 0) | ((below > 0) & (side < 0.5))
     level = torch.where(darker, depth * below, 1 - depth * above)[:, None]
     chroma = 2 * torch.rand(n, 3, device=luma.device, generator=generator) - 1
-    chroma = chroma - (chroma @ luma.new_tensor((0.299, 0.587, 0.114)))[:, None]  # leaves the luma as it is
+    chroma = chroma - (chroma @ luma.new_tensor(LUMA))[:, None]  # leaves the luma as it is
     room = (torch.where(chroma > 0, 1 - level, level) / chroma.abs().clamp_min(1e-6)).amin(1, keepdim=True)
     return level + chroma * room * 0.6 * mix[:, None]
 

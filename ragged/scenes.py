@@ -13,7 +13,7 @@ import numpy as np
 SPLITS = ("train", "test")
 SCALE_RANGE = (0.15, 0.70)  # longer side of the digit / side of the scene
 CONTRAST = 0.30  # least luma distance between the digit's ink and every background pixel
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 INK = 0.4  # coverage of an 8x8 cell that counts as ink
 
 
@@ -116,7 +116,7 @@ def _texture(rng, size):
 def _colour(rng, luma):
     """A random RGB colour of exactly this luma: grey plus a chroma that carries none, as far as the RGB cube allows."""
     chroma = rng.uniform(-1, 1, 3)
-    chroma -= chroma @ _LUMA  # the weights sum to one
+    chroma -= chroma @ LUMA  # the weights sum to one
     room = np.where(chroma > 0, 1 - luma, luma) / np.maximum(np.abs(chroma), 1e-6)
     return (luma + chroma * room.min() * rng.uniform(0, 0.6)).astype(np.float32)
 
@@ -131,8 +131,12 @@ def _scene(rng, rows, size):
     y0, x0 = (place * (size + 1 - np.array(cover.shape))).astype(int)
     y1, x1 = y0 + cover.shape[0], x0 + cover.shape[1]
     image[:, y0:y1, x0:x1] += cover * (ink[:, None, None] - image[:, y0:y1, x0:x1])
-    steps = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)  # 8 bits also hide rounding differences between CPUs
-    return steps.astype(np.float32) / 255, _digits()[1][row], (x0, y0, x1, y1), row
+    return _steps(image).astype(np.float32) / 255, _digits()[1][row], (x0, y0, x1, y1), row
+
+
+def _steps(image):
+    """A picture in steps of 1/255, uint8: 8 bits also hide rounding differences between CPUs."""
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _background(rng, size):
@@ -152,10 +156,10 @@ def _background(rng, size):
     return image, ink, (middle - swing, middle + swing)
 
 
-def training_background(number: int, seed: int, size: int) -> tuple[np.ndarray, tuple[float, float]]:
-    """Background `number` of a seed, without a digit: uint8 (3, size, size), and its range of luma."""
+def training_background(number: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Background `number` of a seed, without a digit: uint8 (3, size, size), and its range of luma, float32 (2,)."""
     image, _, luma = _background(np.random.default_rng([seed, len(SPLITS), number]), size)
-    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), np.array(luma, np.float32)
+    return _steps(image), np.array(luma, np.float32)
 
 
 def digit_fields(split: str = "train", samples: int = 144) -> tuple[np.ndarray, ...]:

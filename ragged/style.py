@@ -54,10 +54,15 @@ def look(backend: str) -> Look:
     return LOOKS.get(backend, Look(backend, "#999999", "dash", "cross"))
 
 
+def place(order):
+    """A sort key: the place of a name in `order`; unknown names last."""
+    known = list(order)
+    return lambda name: (known.index(name) if name in known else len(known), name)
+
+
 def in_order(backends) -> list[str]:
     """Names without repeats, in the order of LOOKS; unknown ones last."""
-    known = list(LOOKS)
-    return sorted(set(backends), key=lambda name: (known.index(name) if name in known else len(known), name))
+    return sorted(set(backends), key=place(LOOKS))
 
 
 # ---- rows ----
@@ -190,6 +195,12 @@ def log_ticks(values):
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     ticks = [m * 10**e for e in range(low - 1, high + 1) for m in (1, 2, 5)]
     return dict(type="log", tickvals=ticks, ticktext=[f"{t:,g}" for t in ticks])
+
+
+def ticks_at(values) -> dict:
+    """A log axis labelled at these values and nowhere else."""
+    ticks = sorted(set(values))
+    return dict(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
 
 
 def short(value: float) -> str:

@@ -16,17 +16,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import data
-from .accuracy import KEEPS, SCHEDULES, SINGLE_CUT, Folder, Setting, Tally, count, settings
+from . import commandline, data
+from .accuracy import KEEPS, SCHEDULES, UNPRUNED, Folder, Setting, Tally, count, settings
 from .data import write_results
-from .pipelines import Pipeline, Workbench
+from .pipelines import Pipeline, Workbench, need
 from .pruners import PRUNERS
 from .rounds import Subject
-from .runner import Candidate, Case, Options, Recorder, Skip
+from .runner import Candidate, Case, Options, Recorder
 from .scene_pool import Scenes, batches
 
 MODEL = "deit_tiny_digits"
-HELD_OUT = 2000
+HELD_OUT = 2000  # test scenes, made of digits that training never shows
 COUNTED = ("top1", "kept_tokens")
 SPEED_BATCH = 256
 
@@ -42,12 +42,10 @@ def accuracy(options: Options) -> list[Case]:
     bench = functools.cache(functools.partial(SceneBench, batch, options, scenes))
     predictors = data.checkpoint_path(f"{MODEL}_dynamicvit")
     columns = {"suite": "accuracy", "model": MODEL, "batch": batch, "dtype": str(options.dtype).removeprefix("torch.")}
-    unpruned = Setting("none", "unpruned", 1.0, lambda: None)
-    cases = [Case(columns | {"tokens": "unpruned"}, _candidates(bench, scenes, unpruned, ("unpruned",)))]
-    for schedule in SCHEDULES:
+    cases = [Case(columns | {"tokens": "unpruned"}, _candidates(bench, scenes, UNPRUNED, ("unpruned",)))]
+    for schedule, how in SCHEDULES.items():
         for keep in KEEPS if not options.quick else (0.5,):
             found = settings(schedule, keep, predictors)
-            how = SINGLE_CUT if schedule == "single cut" else {}
             untrained = functools.partial(PRUNERS["dynamicvit"], keep=keep, **how)
             candidates = [c for s in found for c in _candidates(bench, scenes, s, ("triton", "sdpa_padded"))]
             setting = Setting("dynamicvit:untrained", schedule, keep, untrained)
@@ -95,8 +93,9 @@ def _counted(bench, scenes, setting: Setting, columns: dict, kept: dict) -> Cand
     found: dict = {}
 
     def build() -> Subject:
-        b = bench()
-        model = b.model(setting.make(), "auto" if columns["backend"] == "unpruned" else _usable(b, columns["backend"]))
+        b, backend = bench(), "auto" if columns["backend"] == "unpruned" else columns["backend"]
+        need(b.vit, backend)
+        model = b.model(setting.make(), backend)
         patches, prefix = b.vit.patch_embed.num_patches, b.vit.num_prefix_tokens
         tally = Tally(patches + prefix)
         for images, labels in scenes():
@@ -107,15 +106,6 @@ def _counted(bench, scenes, setting: Setting, columns: dict, kept: dict) -> Cand
         return Subject([], clocks=())
 
     return Candidate(columns, build, COUNTED, lambda subject: found)
-
-
-def _usable(bench, backend: str) -> str:
-    from .backends import BACKENDS
-
-    why = BACKENDS[backend].why_not(torch.device(bench.device), bench.dtype, 64)
-    if why is not None:
-        raise Skip(why)
-    return backend
 
 
 def _timed(bench, setting: Setting, columns: dict, kept: dict) -> Candidate:
@@ -136,7 +126,8 @@ def _timed(bench, setting: Setting, columns: dict, kept: dict) -> Candidate:
 def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
     """Count everything over a folder of images and write the rows. Goes on where an interrupted count stopped."""
     state = recorder.folder() / "accuracy_imagenet.state.json"
-    found = count(job, state, show=_bar)
+    options = {"desc": "imagenet", "unit": "batch", "mininterval": 1.0}
+    found = count(job, state, show=lambda batches, total: commandline.bar(batches, total=total, **options))
     shared = {"suite": "accuracy", "model": f"{job.model}_imagenet", "mode": "eager", "batch": job.batch,
               "dtype": "float16" if job.device == "cuda" else "float32"}  # fmt: skip
     rows = []
@@ -152,11 +143,3 @@ def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
     for setting, tally in found:
         print(f"{setting.name:<36} top-1 {tally.right / tally.seen:.4f}", file=sys.stderr)
     return rows
-
-
-def _bar(items, total: int):
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc="imagenet", total=total, unit="batch", mininterval=1.0)

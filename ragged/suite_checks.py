@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from . import data, pruners
-from .backends import BACKENDS as REGISTRY
-from .loading import load_deit
 from .model import RaggedViT
-from .pipelines import Replay, Workbench, noting
+from .pipelines import Replay, Workbench, need, network, noting
 from .pruners import PRUNERS
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip, settle
@@ -82,7 +80,7 @@ def equivalence(options: Options) -> list[Case]:
         for dtype in dtypes:
             columns = {"suite": "equivalence", "model": name, "batch": 8 if quick else 127, "mode": "eager",
                        "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-            vit = functools.cache(functools.partial(_network, name, dtype, options.device))
+            vit = functools.partial(network, name, 224, dtype, options.device)
             found = []
             others = ("triton", "flash_attn", "torch_varlen", "paper_triton", "triton:fp64", "sdpa_padded:fp64")
             for pruner, backend in itertools.product(PRUNERS, others):
@@ -98,11 +96,6 @@ def equivalence(options: Options) -> list[Case]:
     return cases
 
 
-def _network(name: str, dtype: torch.dtype, device: str):
-    trained = name.endswith("_digits")
-    return load_deit(name.removesuffix("_digits"), weights="digits" if trained else "random").to(device, dtype)
-
-
 def pictures(scenes: int) -> Tensor:
     """Normalised digit scenes and all photographs, float32 (n, 3, 224, 224)."""
     photographs, _ = data.photographs()
@@ -114,14 +107,12 @@ def _difference(vit, images, batch: int, dtype: torch.dtype, columns: dict) -> C
     backend, _, truth = columns["backend"].partition(":")
 
     def build() -> Subject:
-        network = vit()
-        device = network.patch_embed.proj.weight.device
-        why = REGISTRY[backend].why_not(device, dtype, network.embed_dim // network.blocks[0].attn.num_heads)
-        if why is not None:
-            raise Skip(why)
-        pruner = _pruner(columns["pruner"], network.num_classes == CLASSES)
-        padded = RaggedViT(network, pruner, "sdpa_padded").to(device, dtype)
-        exact = copy.deepcopy(network).double() if truth else network
+        plain = vit()
+        need(plain, backend)
+        device = plain.patch_embed.proj.weight.device
+        pruner = _pruner(columns["pruner"], plain.num_classes == CLASSES)
+        padded = RaggedViT(plain, pruner, "sdpa_padded").to(device, dtype)
+        exact = copy.deepcopy(plain).double() if truth else plain
         largest, total, agree, seen = 0.0, 0.0, 0, 0
         for chunk in images().split(batch):
             x = chunk.to(device, dtype)
@@ -129,7 +120,7 @@ def _difference(vit, images, batch: int, dtype: torch.dtype, columns: dict) -> C
                 a = padded(x).double()
             if truth:
                 a = RaggedViT(exact, Replay(pruner, taken), "sdpa_padded")(x.double())
-            b = RaggedViT(network, Replay(pruner, taken), backend)(x).double()
+            b = RaggedViT(plain, Replay(pruner, taken), backend)(x).double()
             gap = (a - b).abs()
             largest, total = max(largest, gap.max().item()), total + gap.mean().item() * len(x)
             agree, seen = agree + (a.argmax(1) == b.argmax(1)).sum().item(), seen + len(x)

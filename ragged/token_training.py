@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import finish_attention, finish_block
 from .pruners import Predictor
 from .scene_pool import SIZE
 
@@ -48,9 +49,8 @@ class Taught(nn.Module):
         for i, block in enumerate(vit.blocks):
             attn, normed = block.attn, block.norm1(x)
             q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + block.ls1(attn.proj(heads))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+            heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = finish_block(block, finish_attention(block, x, heads))
             if i >= self.cut:
                 scores = (q[:, :, :1] @ k.transpose(-2, -1))[:, :, 0].float() * attn.scale
                 looks.append((scores.softmax(-1).mean(1)[:, 1:] + 1e-6).log())
@@ -108,8 +108,7 @@ class Masked(nn.Module):
                 keep = F.gumbel_softmax(scores.float(), hard=True)[..., :1].to(x.dtype) * keep
                 shares.append(keep.float().mean((1, 2)))
             policy = torch.cat((torch.ones_like(keep[:, :1]), keep), 1)[..., 0]
-            x = x + block.ls1(masked_attention(block.attn, block.norm1(x), policy))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+            x = finish_block(block, x + block.ls1(masked_attention(block.attn, block.norm1(x), policy)))
         x = vit.norm(x)
         return vit.forward_head(x), x, keep, torch.stack(shares, 1)
 

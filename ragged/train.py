@@ -16,23 +16,24 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import commandline, data
+from .checkpoints import sidecar
 from .loading import DEITS, load_deit
 from .model import RaggedViT
 from .pruners import PRUNERS, Pruner
 from .runner import machine
-from .scene_pool import Pool, Scenes, batches
+from .scene_pool import Pool
+from .suite_accuracy import HELD_OUT, held_out
 from .token_training import CLASSES, Masked, Taught, dynamicvit_loss, taught_loss
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
 STATE_EVERY = 1000  # steps
-HELD_OUT = 2000  # test scenes, made of digits that training never shows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +92,8 @@ class Run:
         pool = Pool(asked.device, asked.pool, asked.fresh, asked.steps, asked.seed, done)
         print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
         clock, losses = time.monotonic(), []
-        for step in self.progress(done):
+        steps = range(done, asked.steps)
+        for step in commandline.bar(steps, desc=self.path.stem, initial=done, total=asked.steps, mininterval=5.0):
             if step >= asked.steps:
                 break
             for group in optimizer.param_groups:
@@ -115,14 +117,6 @@ class Run:
                 clock, losses = time.monotonic(), []
             if (step + 1) % STATE_EVERY == 0:
                 self.keep_state(module, optimizer, step + 1)
-
-    def progress(self, done: int) -> Iterator[int]:
-        steps = range(done, self.asked.steps)
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return iter(steps)
-        return iter(tqdm(steps, desc=self.path.stem, initial=done, total=self.asked.steps, mininterval=5.0))
 
     def note(self, step: int, loss: float, rate: float) -> None:
         new = step <= 100 or not self.log.exists()
@@ -158,7 +152,7 @@ class Run:
         save_file({name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()}, self.path)
         self.path.chmod(0o644)  # safetensors writes for the owner alone
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.path.with_name(f"{self.path.name}.sha256").write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
+        sidecar(self.path).write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
         machine_s = ("out", "device", "compile", "minutes")
         asked = {name: value for name, value in vars(self.asked).items() if name not in machine_s}
         how = {"command": "python -m ragged.train " + _command(asked), "settings": asked, **facts, "sha256": digest}
@@ -217,11 +211,11 @@ def dynamicvit(run: Run) -> None:
 
 
 @torch.no_grad()
-def top1(vit: nn.Module, pruner: Pruner | None, scenes: int, device: str, batch: int = 250) -> float:
+def top1(vit: nn.Module, pruner: Pruner | None, scenes: int, device: str) -> float:
     """Share of held-out digit scenes whose digit is named rightly."""
     model = RaggedViT(vit, pruner, "sdpa_padded").to(device)
     right, dtype = 0, vit.patch_embed.proj.weight.dtype
-    for images, labels in batches(Scenes(scenes, "test", 0), min(batch, scenes)):
+    for images, labels in held_out(scenes):
         x = data.normalise(images.to(device).float() / 255).to(dtype)
         right += (model(x).argmax(1).cpu() == labels).sum().item()
     return right / scenes
