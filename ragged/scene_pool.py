@@ -46,9 +46,7 @@ class Backgrounds(torch.utils.data.Dataset):
 def batches(files: torch.utils.data.Dataset, size: int) -> Iterator[list[Tensor]]:
     """Batches in a fixed order, drawn by as many processes as there are cores."""
     cores = min(os.cpu_count() or 1, 32)
-    loader = torch.utils.data.DataLoader(
-        files, size, num_workers=cores, prefetch_factor=8, worker_init_fn=_one_thread
-    )
+    loader = torch.utils.data.DataLoader(files, size, num_workers=cores, prefetch_factor=8, worker_init_fn=_one_thread)
     return iter(loader)
 
 
