@@ -167,22 +167,22 @@ def take_kernel(X, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, w
     before = tl.zeros([CHUNK], tl.int32)
     for i in range(0, number(image), CHUNK):
         before += tl.load(Counts + i + lane, mask=i + lane < image, other=0)
-    real = image < images
     start = tl.minimum(tl.sum(before, 0), total)  # whatever capacity the host chose, nothing is written past it
+    real = image < images
     count = tl.minimum(tl.load(Counts + image, mask=real, other=total), total - start)
+    taken = tl.minimum(tl.where(real, count, 0), width)  # of the surplus no row comes from X
     if tl.program_id(1) == 0:
         tl.store(Cu + image, start)
     source = tl.load(Starts + image, mask=real, other=0).to(tl.int64)
     target = start.to(tl.int64)
     for j in range(number(tl.program_id(1) * ROWS), number(count), number(tl.num_programs(1) * ROWS)):
         row = j + tl.arange(0, ROWS)
-        here = row < count
-        place = tl.load(Index + image.to(tl.int64) * width + row, mask=here & real & (row < width), other=0)
-        tl.store(OutIds + target + row, tl.load(Ids + source + place, mask=here & real, other=-1), mask=here)
+        here, mine = row < count, row < taken
+        place = source + tl.load(Index + image.to(tl.int64) * width + row, mask=mine, other=0)
+        tl.store(OutIds + target + row, tl.load(Ids + place, mask=mine, other=-1), mask=here)
         for d in tl.static_range(0, DIM, BLOCK):
             column = d + tl.arange(0, BLOCK)[None, :]
-            mask = (here & real)[:, None] & (column < DIM)
-            x = tl.load(X + (source + place)[:, None] * DIM + column, mask=mask, other=0.0)
+            x = tl.load(X + place[:, None] * DIM + column, mask=mine[:, None] & (column < DIM), other=0.0)
             tl.store(Out + (target + row)[:, None] * DIM + column, x, mask=here[:, None] & (column < DIM))
 
 
