@@ -214,6 +214,23 @@ def test_a_png_shrinks_and_keeps_its_size():
     assert Image.open(io.BytesIO(small)).size == (80, 60) and len(small) < len(file.getvalue()) / 2
 
 
+def test_a_small_png_keeps_similar_colours_apart():
+    """Thin lines in the figures' colours, beside all the shades of soft edges."""
+    from ragged.plots_pictures import small_png
+
+    colours = [(213, 94, 0), (230, 159, 0), (0, 114, 178), (86, 180, 233)]
+    pixels = np.full((300, 400, 3), 255)
+    for row, colour in enumerate([*colours, (0, 0, 0), (0, 158, 115), (204, 121, 167)]):
+        soft = np.linspace(0, 1, 400)[:, None]  # edges of letters and lines: all shades between a colour and white
+        pixels[40 * row + 10 : 40 * row + 16] = soft * 255 + (1 - soft) * colour
+        pixels[40 * row + 20, :60] = colour
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    small = np.asarray(Image.open(io.BytesIO(small_png(file.getvalue()))).convert("RGB")).astype(int)
+    for row, colour in enumerate(colours):
+        assert abs(small[40 * row + 20, :60] - colour).max() < 10, colour
+
+
 def test_the_files_of_figures_import_no_torch():
     package = Path(style.__file__).parent
     for path in [package / "style.py", *sorted(package.glob("plots*.py"))]:
