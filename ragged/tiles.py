@@ -37,6 +37,9 @@ PIECES = (
 # - 99 equal tokens, the two query tiles of a head in two programs, though both read all keys: "more traffic, no gain
 #   once the GPU is full". With 128 registers 64 x 99 16.8 -> 16.5 us, 16 x 99 5.41 -> 5.15 us, 32 x 99 10.0 -> 9.9 us:
 #   half as long programs fill the last wave better.
+# - what bounds 256 x 197 (140 us, half of what memory alone allows), by Nsight Compute: nothing is full. Memory 41 %,
+#   instructions 35 %, exponentials 33 %, tensor cores 31 %: three programs on a multiprocessor hide too little of each
+#   other's waiting. "A fourth": it has to fit into 144 registers, spills, and takes 227 us.
 # - 80, 96 and 104 registers at 32-wide keys: 77.4, 77.7 and 85.2 us at 256 x U(20,197): how many
 #   programs fit on a multiprocessor decides, not what one of them can hold.
 
