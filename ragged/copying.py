@@ -12,9 +12,14 @@ ROWS, BLOCK = 8, 128
 CHUNK = 128  # counts that a program of `take_rows` adds up at a time
 
 
-def _cut(dim: int) -> tuple[dict, tuple]:
-    """Constants of the copy kernels for rows of `dim` numbers, and the launch key they depend on."""
-    return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}, (dim,)
+def _in_pytorch(x: Tensor) -> bool:
+    """Whether rows of x are moved by PyTorch: where the kernels do not run, or a gradient has to find its way back."""
+    return not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled())
+
+
+def _cut(dim: int) -> dict:
+    """Constants of the copy kernels for rows of `dim` numbers."""
+    return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -24,23 +29,22 @@ def offsets(counts: Tensor) -> Tensor:
 
 def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """x[rows], ids[rows] for x (n, dim), ids int64 (n,), rows int64 (total,). No wait."""
-    if not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled()):
+    if _in_pytorch(x):
         return x.index_select(0, rows), ids.index_select(0, rows)
     from .kernel_simple import copy_kernel
 
     x, ids, rows = x.contiguous(), ids.contiguous(), rows.contiguous()
     total, dim = rows.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
-    constants, key = _cut(dim)
     grid = (-(-total // ROWS), -(-dim // BLOCK))
-    launch.start(copy_kernel, (x.dtype, *key), grid, (x, ids, rows, out, out_ids), (total,), constants, {})
+    launch.start(copy_kernel, (x.dtype, dim), grid, (x, ids, rows, out, out_ids), (total,), _cut(dim), {})
     return out, out_ids
 
 
 def scatter_rows(x: Tensor, ids: Tensor, keep: Tensor, place: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """The rows of x (n, dim) and ids (n,) where keep (n,) is True, row i at place[i] - 1; place int32 (n,) is the
     inclusive prefix sum of keep and total its last entry. No wait."""
-    if not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled()):
+    if _in_pytorch(x):
         target = torch.where(keep, place - 1, total).long()
         rows = target.new_empty(total + 1)
         rows[target] = torch.arange(x.shape[0], device=x.device)
@@ -50,10 +54,9 @@ def scatter_rows(x: Tensor, ids: Tensor, keep: Tensor, place: Tensor, total: int
     x, ids, keep, place = x.contiguous(), ids.contiguous(), keep.contiguous(), place.contiguous()
     n, dim = x.shape
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
-    constants, key = _cut(dim)
     grid = (-(-n // ROWS), -(-dim // BLOCK))
     tensors = (x, ids, keep, place, out, out_ids)
-    launch.start(pack_kernel, (x.dtype, *key), grid, tensors, (n, total), constants, {})
+    launch.start(pack_kernel, (x.dtype, dim), grid, tensors, (n, total), _cut(dim), {})
     return out, out_ids
 
 
@@ -66,7 +69,7 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
     longest: no count is larger. Returns tokens (total, dim), ids (total,) and cu_seqlens, int32 (batch + 1,), which
     ends at total at the latest. No wait.
     """
-    if not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled()):
+    if _in_pytorch(x):
         return _take_rows_torch(x, ids, starts, index, counts, total)
     from .kernel_simple import take_kernel
 
@@ -74,7 +77,7 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
     batch, dim = counts.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     cu_seqlens = counts.new_empty(batch + 1)
-    constants = {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK, "CHUNK": CHUNK}
+    constants = _cut(dim) | {"CHUNK": CHUNK}
     grid = (batch + 1, min(max(1, -(-longest // ROWS)), 65535))  # the kernel's loop covers what is left
     tensors = (x, ids, starts, index, counts, out, out_ids, cu_seqlens)
     launch.start(take_kernel, (x.dtype, dim), grid, tensors, (batch, total, index.shape[1]), constants, {})
