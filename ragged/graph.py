@@ -90,13 +90,12 @@ class Captured:
 
     `capture` makes it: model, the buffer that images are copied into, and the front, whose result is the logits unless
     a bucket has to be chosen. Images are copied into the graphs' own buffer; the logits returned are a copy, safe to
-    keep. Calls from several streams and threads are put one behind the other. `waits` is the number of device-to-host
-    waits per call: 1 with buckets, else 0.
+    keep. Calls from several streams and threads are put one behind the other.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, front: Chain):
         self.model = model  # a graph remembers addresses only: weights and predictors must live as long as it does
-        self.images, self.front, self.waits = images, front, 0
+        self.images, self.front = images, front
         self.buckets: dict[int, Chain] = {}
         self.sizes: list[int] = []
         self.padded = False  # whether sizes are rows per image, for the longest, or rows in all
@@ -105,6 +104,11 @@ class Captured:
         self._capacity = 0  # rows computed for them in the last call
         self._lock, self._read = threading.Lock(), torch.cuda.Event()
         self._device, self._stream = images.get_device(), torch.cuda.current_stream()
+
+    @property
+    def waits(self) -> int:
+        """Device-to-host waits per call: 1 where a bucket has to be chosen, else 0."""
+        return int(bool(self.sizes))
 
     @property
     def capacity_waste(self) -> float:
@@ -129,7 +133,7 @@ class Captured:
                 self._stream.wait_stream(before)  # the buffers belong to the last call there until it is done
             self.images.copy_(images, non_blocking=True)
             self.front.replay()
-            return (self._back() if self.waits else self.front.result).clone()
+            return (self._back() if self.sizes else self.front.result).clone()
 
     def _back(self) -> Tensor:
         self._host_counts.copy_(self.counts, non_blocking=True)
@@ -217,7 +221,6 @@ def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None,
     captured._capacity = rows
     if not wait:
         return captured
-    captured.waits = 1
     captured._host_counts = torch.empty_like(pending.counts, device="cpu").pin_memory()
     sizes = [*range(WIDTH_STEP, width, WIDTH_STEP), width] if captured.padded else bucket_sizes(rows)
     captured.sizes = sizes if between is None else _needed(sizes, *between)
@@ -234,4 +237,6 @@ def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None,
 
 def _needed(sizes: list[int], least: int, most: int) -> list[int]:
     """The buckets that calls needing `least` to `most` rows use."""
+    if not 0 <= least <= most or least > sizes[-1]:
+        raise ValueError(f"between: expected 0 <= least <= most, and least <= {sizes[-1]}, got {(least, most)}")
     return sizes[bisect_left(sizes, least) : bisect_left(sizes, most) + 1]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import data, pruners
+from .layout import Selection
 from .model import RaggedViT
 from .pipelines import Replay, Workbench, need, network, noting
-from .pruners import PRUNERS
+from .pruners import PRUNERS, Pruner
 from .rounds import Subject
 from .runner import Candidate, Case, Options, Skip, settle
 from .suite_model import BACKENDS, SINGLE_CUT, equal_counts
@@ -81,17 +82,12 @@ def equivalence(options: Options) -> list[Case]:
             columns = {"suite": "equivalence", "model": name, "batch": 8 if quick else 127, "mode": "eager",
                        "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
             vit = functools.partial(network, name, 224, dtype, options.device)
-            found = []
             others = ("triton", "flash_attn", "torch_varlen", "paper_triton", "triton:fp64", "sdpa_padded:fp64")
-            for pruner, backend in itertools.product(PRUNERS, others):
-                extra = {
-                    "pruner": pruner,
-                    "backend": backend,
-                    "tokens": "ragged" if pruner == "ats" else "",
-                    "keep": 0.5,
-                }
-                build = _difference(vit, images, columns["batch"], dtype, extra)
-                found.append(build)
+            found = []
+            for pruner in PRUNERS:
+                padded = Padded(vit, pruner, images, columns["batch"], dtype)
+                same = {"pruner": pruner, "tokens": "ragged" if pruner == "ats" else "", "keep": 0.5}
+                found += [_difference(padded, same | {"backend": backend}) for backend in others]
             cases.append(Case(columns, found))
     return cases
 
@@ -102,29 +98,55 @@ def pictures(scenes: int) -> Tensor:
     return data.normalise(torch.cat((photographs, data.digit_scenes(scenes, "test").images)))
 
 
-def _difference(vit, images, batch: int, dtype: torch.dtype, columns: dict) -> Candidate:
+class Padded:
+    """The padded network over all images with one pruner: its selections and logits, computed once for every backend
+    that is held against it."""
+
+    def __init__(self, vit: Callable[[], nn.Module], pruner: str, images: Callable[[], Tensor], batch: int, dtype):
+        self.vit, self.images, self.batch, self.dtype = vit, images, batch, dtype
+        self._name = pruner
+
+    @functools.cached_property
+    def pruner(self) -> Pruner:
+        return _pruner(self._name, self.vit().num_classes == CLASSES)
+
+    def batches(self) -> Iterator[Tensor]:
+        device = self.vit().patch_embed.proj.weight.device
+        return (part.to(device, self.dtype) for part in self.images().split(self.batch))
+
+    @functools.cached_property
+    def passes(self) -> tuple[list[list[Selection | None]], Tensor]:
+        """What the pruner selected in each batch, and the logits, float64 (images, classes)."""
+        model = RaggedViT(self.vit(), self.pruner, "sdpa_padded")
+        model = model.to(model.vit.patch_embed.proj.weight.device, self.dtype)  # a predictor comes from a file
+        selections, logits = [], []
+        for x in self.batches():
+            with noting(self.pruner) as taken:
+                logits.append(model(x).double())
+            selections.append(taken)
+        return selections, torch.cat(logits)
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """Logits of the network in float64, for the same selections."""
+        return self.replayed(copy.deepcopy(self.vit()).double(), "sdpa_padded", torch.float64)
+
+    def replayed(self, vit: nn.Module, backend: str, dtype: torch.dtype) -> Tensor:
+        """Logits of `vit` on `backend` for the same selections, float64 (images, classes)."""
+        passes = zip(self.batches(), self.passes[0])
+        return torch.cat([RaggedViT(vit, Replay(self.pruner, t), backend)(x.to(dtype)).double() for x, t in passes])
+
+
+def _difference(padded: Padded, columns: dict) -> Candidate:
     found: dict[str, float] = {}
     backend, _, truth = columns["backend"].partition(":")
 
     def build() -> Subject:
-        plain = vit()
-        need(plain, backend)
-        device = plain.patch_embed.proj.weight.device
-        pruner = _pruner(columns["pruner"], plain.num_classes == CLASSES)
-        padded = RaggedViT(plain, pruner, "sdpa_padded").to(device, dtype)
-        exact = copy.deepcopy(plain).double() if truth else plain
-        largest, total, agree, seen = 0.0, 0.0, 0, 0
-        for chunk in images().split(batch):
-            x = chunk.to(device, dtype)
-            with noting(pruner) as taken:
-                a = padded(x).double()
-            if truth:
-                a = RaggedViT(exact, Replay(pruner, taken), "sdpa_padded")(x.double())
-            b = RaggedViT(plain, Replay(pruner, taken), backend)(x).double()
-            gap = (a - b).abs()
-            largest, total = max(largest, gap.max().item()), total + gap.mean().item() * len(x)
-            agree, seen = agree + (a.argmax(1) == b.argmax(1)).sum().item(), seen + len(x)
-        found.update(zip(DIFFERENCES, (largest, total / seen, agree / seen)))
+        need(padded.vit(), backend)
+        want = padded.exact if truth else padded.passes[1]
+        got = padded.replayed(padded.vit(), backend, padded.dtype)
+        gap, agree = (want - got).abs(), (want.argmax(1) == got.argmax(1)).double()
+        found.update(zip(DIFFERENCES, (gap.max().item(), gap.mean().item(), agree.mean().item())))
         return Subject([], clocks=())
 
     return Candidate(columns, build, DIFFERENCES, lambda subject: found)

@@ -2,7 +2,7 @@
 
     python tests/soak.py --batches 20000 --seconds 480 --model deit_tiny
 
-Not collected; tests/test_gpu_soak.py runs a short one. Of twenty batches about ten are single attention calls (1 to 256
+Not collected; tests/test_soak.py runs short ones. Of twenty batches about ten are single attention calls (1 to 256
 images, lengths from 0 to a whole image), five go through eager models (every pruner, published and single cuts, a new
 keep rate each time), four through recorded graphs (a handful of pruners and batch sizes; counts that only the GPU
 knows), one through a model whose pieces went through torch.compile. Every fiftieth batch is compared with the float64
