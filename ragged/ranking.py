@@ -29,10 +29,11 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
 
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     index = torch.empty(scores.shape[0], prefix + count, dtype=torch.int64, device=scores.device)
-    width = next_power_of_2(max(patches, prefix, 16))
+    # every keep rate leaves another number of patches: those of an ordinary image share one kernel
+    width = max(256, next_power_of_2(max(patches, prefix)))
     constants = {"PREFIX": prefix, "IN_PLACE": in_place, "N": width, "CHUNK": 32}
     key = (scores.dtype, *constants.values())
-    numbers, options = (scores.stride(0), patches, count), {"num_warps": 8 if width <= 256 else 16}
+    numbers, options = (scores.stride(0), patches, count), {"num_warps": 8 if width == 256 else 16}
     launch.start(rank_kernel, key, (scores.shape[0], 1), (scores, index), numbers, constants, options)
     return index
 

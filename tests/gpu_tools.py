@@ -1,10 +1,13 @@
 """What the GPU tests share: printing, waits of the host, kernels that were compiled, the eager twin of a graph."""
 
+import re
 import sys
 import warnings
 from contextlib import contextmanager
 
 import torch
+
+CONSTANT = re.compile(r"\('constexpr', (.*?)\)")
 
 
 @contextmanager
@@ -31,12 +34,13 @@ def waits():
 
 
 def compiled_kernels():
-    """How many kernels the JIT holds, over all kernels of the package."""
+    """The kernels of the package that the JIT holds, each as its name, its arguments' types and its constants."""
     from triton.runtime import JITFunction
 
     modules = [module for name, module in sys.modules.items() if name.startswith("ragged.kernel")]
     functions = {fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)}
-    return sum(len(cache[0]) for fn in functions for cache in fn.device_caches.values())
+    keys = {(fn.__name__, str(key)) for fn in functions for cache in fn.device_caches.values() for key in cache[0]}
+    return {name + " " + CONSTANT.sub(r"\1", key) for name, key in keys}
 
 
 @torch.no_grad()

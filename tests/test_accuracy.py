@@ -68,7 +68,7 @@ def test_a_folder_is_counted_as_by_hand(images, checkpoint, tmp_path):
     found = dict((s.pruner, t) for s, t in count(job(images, checkpoint), tmp_path / "state.json", chosen=CHOSEN))
     vit = ragged.load_deit("deit_tiny", weights=checkpoint)
     loader = accuracy.image_folder(images, vit, 6, 0)
-    (pixels, labels), = loader
+    ((pixels, labels),) = loader
     assert pixels.shape == (6, 3, 224, 224) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     with torch.no_grad():
         assert found["none"].right == (vit(pixels).argmax(1) == labels).sum().item()
