@@ -83,7 +83,7 @@ def host_us(calls: Sequence[Call], n: int = 50, waits: float = 0) -> list[float]
     """
     if waits or not torch.cuda.is_available():
         return _timed(in_turn(calls, n), before=wait)
-    one = _timed(calls[:1], before=wait)[0]
+    one = stats(_timed(in_turn(calls, 3), before=wait)).median  # of three: the first may load or compile something
     wait()
     keep_busy(1.3 * n * one)
     times = _timed(in_turn(calls, n))

@@ -37,6 +37,21 @@ def test_on_a_cpu_every_host_clock_sees_the_whole_call():
     assert timing.syncs(calls) == 0
 
 
+def test_a_slow_first_call_does_not_keep_the_gpu_asleep(monkeypatch):
+    """The first call of a backend may load a library or compile: seconds, which say nothing about the next fifty."""
+    slept, first = [], [True]
+
+    def call():
+        spin(200_000 if first[0] else 50)
+        first[0] = False
+
+    monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "wait", lambda: None)
+    monkeypatch.setattr(timing, "keep_busy", slept.append)
+    assert len(timing.host_us([call], 10)) == 10
+    assert 10 * 50 < slept[0] < 200_000
+
+
 @pytest.fixture
 def kernel_of_50_us():
     """Calls of about 50 µs of GPU time on four inputs."""
