@@ -50,8 +50,17 @@ INK, FAINT = "#222222", "#e5e5e5"
 
 
 def look(backend: str) -> Look:
-    """The look of a backend; a name that is not in LOOKS is grey and goes by its own name."""
-    return LOOKS.get(backend, Look(backend, "#999999", "dash", "cross"))
+    """The look of a backend, or of one in a mode ("triton, graph"; eager is dotted and hollow); a name that is not in
+    LOOKS is grey and goes by its own name."""
+    name, _, mode = backend.partition(", ")
+    found = LOOKS.get(name, Look(name, "#999999", "dash", "cross"))
+    if not mode:
+        return found
+    found = found._replace(label=f"{found.label}, {mode}")
+    if mode != "eager":
+        return found
+    dotted = "dot" if found.dash == "solid" else "dashdot"
+    return found._replace(dash=dotted, symbol=found.symbol.removesuffix("-open") + "-open")
 
 
 def place(order):
@@ -61,8 +70,9 @@ def place(order):
 
 
 def in_order(backends) -> list[str]:
-    """Names without repeats, in the order of LOOKS; unknown ones last."""
-    return sorted(set(backends), key=place(LOOKS))
+    """Names without repeats, in the order of LOOKS, modes of one backend together; unknown ones last."""
+    at = place(LOOKS)
+    return sorted(set(backends), key=lambda backend: (at(backend.partition(", ")[0]), backend))
 
 
 # ---- rows ----

@@ -74,6 +74,17 @@ def test_no_two_backends_look_the_same():
     assert len({look.label for look in plots.LOOKS.values()}) == len(looks)
 
 
+def test_modes_of_a_backend_share_its_colour_and_nothing_else():
+    names = [f"{b}, {mode}" for b in ("unpruned", "dense", "triton", "sdpa_padded") for mode in ("graph", "eager")]
+    looks = {name: style.look(name) for name in names}
+    assert len({(look.colour, look.dash, look.symbol) for look in looks.values()}) == len(names)
+    assert all(look.colour == plots.LOOKS[name.partition(",")[0]].colour for name, look in looks.items())
+    assert looks["triton, graph"].label == "ours (Triton), graph"
+    assert style.look("mine, eager").label == "mine, eager" and style.in_order(reversed(names)) == [
+        f"{b}, {mode}" for b in ("unpruned", "dense", "sdpa_padded", "triton") for mode in ("eager", "graph")
+    ]
+
+
 def test_the_paper_s_floors_are_the_figure_s():
     names = {trace.legendgroup: trace.name for trace in PAPER["dispatch_floor v1"]().data}
     assert names["flash_attn"] == "FlashAttention-2, floor 62 µs" or "floor 62" in names["flash_attn"]
