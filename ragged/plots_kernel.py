@@ -133,8 +133,9 @@ def error_budget(errors, allowed, *, title="Largest error against float64", belo
     values = [errors[name] for name in names]
     for name, value in zip(names, values):
         inside = value <= allowed
+        side = "left" if inside and value > allowed / 2 else "right"  # where the budget's line does not cross it
         figure.add_scatter(
-            x=[value], y=[name], mode="markers+text", text=[f"{value:.1e}"], textposition="middle right",
+            x=[value], y=[name], mode="markers+text", text=[f"{value:.1e}"], textposition=f"middle {side}",
             marker=dict(size=11, symbol="circle" if inside else "x", color="#0072b2" if inside else "#d55e00"),
             name=name, showlegend=False, cliponaxis=False,
         )  # fmt: skip

@@ -206,7 +206,8 @@ def _panels(title: str, names: list[str], below: str):
 
     if not names:
         raise ValueError(f"{title}: no panel to draw")
-    blank = new_figure(title, below, width=460 + 210 * (len(names) - 1) if len(names) > 1 else 760)
+    width = min(460 + 210 * (len(names) - 1), 900) if len(names) > 1 else 760  # JupyterLab on a laptop shows about 900
+    blank = new_figure(title, below, width=width)
     figure = make_subplots(1, len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03)
     figure.layout.template = blank.layout.template  # update_layout would merge it into plotly's own, which is large
     figure.update_layout(title=blank.layout.title, width=blank.layout.width)
