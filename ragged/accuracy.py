@@ -71,9 +71,9 @@ def settings(schedule: str, keep: float, predictors: Path | None) -> list[Settin
 class Tally:
     """How many images, how many right, and how often each number of rows stayed after the last cut."""
 
-    def __init__(self, rows: int, seen: int = 0, right: int = 0, counts: Sequence[int] = ()):
-        self.seen, self.right = seen, right
-        self.counts = torch.zeros(rows + 2, dtype=torch.int64)
+    def __init__(self, patches: int, prefix: int, seen: int = 0, right: int = 0, counts: Sequence[int] = ()):
+        self.patches, self.prefix, self.seen, self.right = patches, prefix, seen, right
+        self.counts = torch.zeros(patches + prefix + 2, dtype=torch.int64)
         self.counts[: len(counts)] = torch.tensor(counts, dtype=torch.int64)
 
     @torch.no_grad()
@@ -82,8 +82,7 @@ class Tally:
         logits, stages = model.trace(images)
         self.seen += len(labels)
         self.right += (logits.argmax(1) == labels.to(logits.device)).sum().item()
-        full = model.vit.patch_embed.num_patches + model.prefix
-        kept = stages[-1].counts if stages else [full] * len(labels)
+        kept = stages[-1].counts if stages else [self.patches + self.prefix] * len(labels)
         self.counts += torch.bincount(torch.tensor(kept), minlength=len(self.counts))
 
     def values(self) -> dict[str, float | Stats]:
@@ -94,9 +93,9 @@ class Tally:
         mean = (rows * self.counts).sum().item() / total
         return {"top1": self.right / max(1, self.seen), "kept_tokens": Stats(mean, q20, q80)}
 
-    def keep(self, prefix: int, patches: int) -> float:
+    def keep(self) -> float:
         """The mean share of patches that stayed, two decimals."""
-        return round((self.values()["kept_tokens"].median - prefix) / patches, 2)
+        return round((self.values()["kept_tokens"].median - self.prefix) / self.patches, 2)
 
 
 # ---- a folder of images ----
@@ -173,7 +172,7 @@ def count(job: Folder, state: Path, every: int = 20, show: Callable[[Iterable, i
     """One pass over the folder for all settings. state: a file to go on from, written every so many batches and
     removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings."""
     vit = job.network()
-    dtype, rows = vit.patch_embed.proj.weight.dtype, vit.patch_embed.num_patches + vit.num_prefix_tokens
+    dtype, rows = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
     every_setting = job.settings() if chosen is None else chosen
     models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
     loader = image_folder(job.folder, vit, job.batch, job.workers)
@@ -206,16 +205,16 @@ def _note(state: Path, job: Folder, done: int, every_setting: list[Setting], tal
     draft.replace(state)
 
 
-def _resume(state: Path, job: Folder, every_setting: list[Setting], rows: int) -> tuple[int, list[Tally]]:
-    fresh = 0, [Tally(rows) for _ in every_setting]
+def _resume(state: Path, job: Folder, every_setting: list[Setting], rows: tuple[int, int]) -> tuple[int, list[Tally]]:
+    fresh = 0, [Tally(*rows) for _ in every_setting]
     if not state.is_file():
         return fresh
     try:
         kept = json.loads(state.read_text(encoding="utf-8"))
         if kept["job"] != _identity(job):
             return fresh
-        return kept["done"], [Tally(rows, *kept["found"][s.name]) for s in every_setting]
-    except (KeyError, TypeError, ValueError) as error:
+        return kept["done"], [Tally(*rows, *kept["found"][s.name]) for s in every_setting]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{state} is damaged ({error!r}); remove it to count from the beginning") from error
 
 

@@ -129,8 +129,8 @@ def _check_tensors(q, k, v, cu_q, cu_k) -> None:
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape[2] < 1:
-            raise ValueError(f"{name}: expected (total, nheads, headdim), got shape {tuple(x.shape)}")
+        if x.dim() != 3 or 0 in x.shape[1:]:
+            raise ValueError(f"{name}: expected (total, nheads >= 1, headdim >= 1), got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
         if x.dtype != q.dtype:

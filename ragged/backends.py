@@ -74,10 +74,13 @@ def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 def _dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     _refuse_lse("dense", want_lse)
     batch = cu_q.shape[0] - 1
-    if q.shape[0] != batch * max_q or k.shape[0] != batch * max_k:
+    equal = q.shape[0] == batch * max_q and k.shape[0] == batch * max_k
+    if equal and (launch.CHECK_VALUES or not q.is_cuda):  # on a GPU, looking at the offsets would be a wait
+        equal = all(bool((cu.diff() == longest).all()) for cu, longest in ((cu_q, max_q), (cu_k, max_k)))
+    if not equal:
         raise ValueError(
             f"backend 'dense': expected {batch} sequences of equal length, {max_q} queries and {max_k} keys each, got "
-            f"{q.shape[0]} queries and {k.shape[0]} keys in all; use 'triton' or 'sdpa_padded' for unequal lengths"
+            f"others, {q.shape[0]} queries and {k.shape[0]} keys in all; use 'triton' or 'sdpa_padded'"
         )
     shaped = (x.unflatten(0, (batch, n)) for x, n in ((q, max_q), (k, max_k), (v, max_k)))
     return masked_sdpa(*shaped, None, scale).flatten(0, 1), None

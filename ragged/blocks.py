@@ -35,6 +35,7 @@ def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
     for overlapping windows: a fifth of a DeiT-S forward pass, and the same however many tokens are pruned."""
     conv, batch = patch.proj, images.shape[0]
     (high, wide), (down, across), channels = patch.grid_size, conv.kernel_size, conv.in_channels
+    images = images[..., : high * down, : wide * across]  # what is left over at the edge is in no patch
     pixels = images.reshape(batch, channels, high, down, wide, across).permute(0, 2, 4, 1, 3, 5)
     rows = pixels.reshape(batch * high * wide, channels * down * across)
     x = nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)

@@ -21,7 +21,7 @@ def verify_sha256(path: str | Path, expected: str | None = None) -> None:
         if not sidecar(path).is_file():
             raise FileNotFoundError(f"no checksum for {path.name}: expected it in {sidecar(path)}")
         expected = (sidecar(path).read_text(encoding="utf-8").split() or [""])[0]
-    if not re.fullmatch("[0-9a-fA-F]{64}", expected):
+    if not isinstance(expected, str) or not re.fullmatch("[0-9a-fA-F]{64}", expected):
         raise ValueError(f"expected: a SHA-256 is 64 hex digits, got {expected!r}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected.lower():
@@ -62,6 +62,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} holds no dictionary of tensors")
     return state

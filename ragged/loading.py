@@ -9,6 +9,7 @@ from torch import nn
 
 from .checkpoints import load_state
 from .data import checkpoint_path, verify_sha256
+from .scenes import check_int
 
 DEITS = ("deit_tiny", "deit_small", "deit_base")
 WEIGHTS = ("digits", "imagenet", "random")
@@ -36,6 +37,9 @@ def load_deit(
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)} or a path, got {weights!r}")
     if sha256 is not None and str(weights) in WEIGHTS:
         raise ValueError(f"sha256: is for a checkpoint given by its path, got weights={weights!r}")
+    if num_classes is not None:
+        check_int("num_classes", num_classes, 0)
+    check_int("seed", seed, 0)
     timm_name = full_name(name, img_size)
     if weights == "imagenet":
         return check_supported(_download(timm_name, img_size, num_classes))
@@ -51,7 +55,7 @@ def load_deit(
         verify_sha256(path, sha256)
     state = load_state(path)
     head = state.get("head.weight")
-    found = 1000 if head is None else head.shape[0]
+    found = head.shape[0] if head is not None and head.dim() else 1000
     classes = found if num_classes is None else num_classes
     return check_supported(_fill(_create(timm_name, img_size, classes), state, path))
 
@@ -97,8 +101,11 @@ def _fill(vit: nn.Module, state: dict, path: Path) -> nn.Module:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     state = {k: v for k, v in state.items() if not k.startswith("score_predictor.")}
-    # timm's own converter: older names, and position embeddings of another image size
-    state = checkpoint_filter_fn(dict(state), vit)
+    try:  # timm's own converter: older names, and position embeddings of another image size
+        state = checkpoint_filter_fn(dict(state), vit)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # it takes shapes for granted
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"weights: {path} does not fit the model: {why}") from error
     wanted = vit.state_dict()
     missing = [k for k in wanted if k not in state]
     unknown = [k for k in state if k not in wanted]

@@ -55,10 +55,10 @@ def read(folder: Path):
     """All recorded suites of one machine as a data frame, or None."""
     import pandas
 
-    files = sorted(folder.glob("*.csv"))
-    if not files:
+    rows = [row for f in sorted(folder.glob("*.csv")) for row in data.read_csv(f, data.RESULT_COLUMNS)]
+    if not rows:
         return None
-    frame = pandas.DataFrame([row for f in files for row in data.read_csv(f, data.RESULT_COLUMNS)])
+    frame = pandas.DataFrame(rows)
     numbers = {c: pandas.to_numeric(frame[c], errors="coerce") for c in ("batch", "keep", "value", "q20", "q80")}
     return frame.assign(**numbers)
 

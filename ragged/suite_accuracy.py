@@ -96,13 +96,12 @@ def _counted(bench, scenes, setting: Setting, columns: dict, kept: dict) -> Cand
         b, backend = bench(), "auto" if columns["backend"] == "unpruned" else columns["backend"]
         need(b.vit, backend)
         model = b.model(setting.make(), backend)
-        patches, prefix = b.vit.patch_embed.num_patches, b.vit.num_prefix_tokens
-        tally = Tally(patches + prefix)
+        tally = Tally(b.vit.patch_embed.num_patches, b.vit.num_prefix_tokens)
         for images, labels in scenes():
             tally.add(model, b.prepare(images), labels)
         found.update(tally.values())
         if setting.keep is None:
-            columns["keep"] = kept.setdefault("keep", tally.keep(prefix, patches))
+            columns["keep"] = kept.setdefault("keep", tally.keep())
         return Subject([], clocks=())
 
     return Candidate(columns, build, COUNTED, lambda subject: found)
@@ -132,8 +131,7 @@ def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
               "dtype": "float16" if job.device == "cuda" else "float32"}  # fmt: skip
     rows = []
     for setting, tally in found:
-        prefix = 1
-        keep = setting.keep if setting.keep is not None else tally.keep(prefix, len(tally.counts) - 2 - prefix)
+        keep = setting.keep if setting.keep is not None else tally.keep()
         columns = {"pruner": setting.pruner, "backend": "auto", "tokens": setting.schedule, "keep": keep}
         candidate = Candidate(columns, lambda: Subject([]), COUNTED)
         for metric, value in tally.values().items():

@@ -58,14 +58,15 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m ragged.train", description=__doc__.split("\n\n")[0])
     p.add_argument("model", choices=DEITS)
     p.add_argument("--stage", choices=STAGES, default="dense")
-    p.add_argument("--steps", type=int, default=4000)
+    count = commandline.positive
+    p.add_argument("--steps", type=count, default=4000)
     p.add_argument("--minutes", type=float, default=10, help="take fewer steps if they would not fit into this time")
-    p.add_argument("--batch", type=int, default=1024)
+    p.add_argument("--batch", type=count, default=1024)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--keep", type=float, default=0.7, help="ratio that the predictors are trained for")
-    p.add_argument("--pool", type=int, default=4096, help="backgrounds on the GPU at a time")
-    p.add_argument("--fresh", type=int, default=16, help="backgrounds replaced by new ones in every step")
-    p.add_argument("--held-out", type=int, default=HELD_OUT, help="test scenes in the final count")
+    p.add_argument("--pool", type=count, default=4096, help="backgrounds on the GPU at a time")
+    p.add_argument("--fresh", type=count, default=16, help="backgrounds replaced by new ones in every step")
+    p.add_argument("--held-out", type=count, default=HELD_OUT, help="test scenes in the final count")
     p.add_argument("--out", help="folder of the checkpoints (default: data/checkpoints)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +78,13 @@ class Run:
     """The loop that both stages share: steps, learning rate, progress bar, log, and a state to go on from."""
 
     def __init__(self, asked: argparse.Namespace, path: Path):
-        if asked.steps < 1 or asked.pool % asked.fresh:
-            raise ValueError(f"--steps: expected at least 1, got {asked.steps}; --pool must be a multiple of --fresh")
-        self.asked, self.path = asked, path
+        if asked.pool % asked.fresh:
+            raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
+        if not 0 < asked.keep <= 1:
+            raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
+        if not 0 < asked.lr < math.inf:
+            raise ValueError(f"--lr: expected a positive number, got {asked.lr}")
+        self.asked, self.path, self.settings = asked, path, settings_of(asked)
         self.state, self.log = path.with_suffix(".state.pt"), path.with_suffix(".csv")
 
     def train(self, module: nn.Module, parameters: list[nn.Parameter], loss_of: Callable[..., Tensor]) -> None:
@@ -129,7 +134,8 @@ class Run:
 
     def keep_state(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         draft = self.state.with_suffix(".draft")
-        torch.save({"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}, draft)
+        tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({"step": step, "settings": self.settings} | tensors, draft)
         draft.replace(self.state)
 
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -137,13 +143,18 @@ class Run:
             return 0
         try:
             state = torch.load(self.state, map_location=self.asked.device, weights_only=True)
+            step, then = int(state["step"]), dict(state["settings"])
+            if then == self.settings:
+                module.load_state_dict(state["module"])
+                optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # torch raises several kinds for files that are not its own
             why = type(error).__name__
             raise ValueError(f"{self.state} cannot be read ({why}); remove it to begin anew") from error
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"going on after step {state['step']} of {self.state}")
-        return state["step"]
+        if then != self.settings:
+            other = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in then.items() if self.settings.get(k) != v)
+            raise ValueError(f"{self.state} is of another run ({other}); repeat that to go on, or remove it")
+        print(f"going on after step {step} of {self.state}")
+        return step
 
     def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """The checkpoint in float16, its hash, and how it was made; the state to go on from is done with."""
@@ -153,13 +164,18 @@ class Run:
         self.path.chmod(0o644)  # safetensors writes for the owner alone
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         sidecar(self.path).write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
-        machine_s = ("out", "device", "compile", "minutes")
-        asked = {name: value for name, value in vars(self.asked).items() if name not in machine_s}
+        asked = settings_of(self.asked)
         how = {"command": "python -m ragged.train " + _command(asked), "settings": asked, **facts, "sha256": digest}
         text = json.dumps(how | {"made_with": machine()}, indent=2)
         self.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         self.state.unlink(missing_ok=True)
         print(f"{self.path}: {facts}")
+
+
+def settings_of(asked: argparse.Namespace) -> dict:
+    """What decides the outcome, and not where or how fast it is reached."""
+    machine_s = ("out", "device", "compile", "minutes")
+    return {name: value for name, value in vars(asked).items() if name not in machine_s}
 
 
 def _command(asked: dict) -> str:

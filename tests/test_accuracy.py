@@ -44,11 +44,12 @@ def job(images, checkpoint, **options):
 
 
 def test_a_tally_counts():
-    tally = Tally(197, seen=10, right=7, counts=[0] * 10 + [5, 0, 0, 0, 5])
+    tally = Tally(196, 1, seen=10, right=7, counts=[0] * 10 + [5, 0, 0, 0, 5])
     values = tally.values()
     assert values["top1"] == 0.7
     assert tuple(values["kept_tokens"]) == (12, 10, 14)
-    assert tally.keep(1, 196) == 0.06
+    assert tally.keep() == 0.06
+    assert Tally(196, 5, seen=2, right=0, counts=[0] * 5 + [2]).keep() == 0.0  # registers are no patches
 
 
 @pytest.mark.parametrize("schedule", accuracy.SCHEDULES)
@@ -102,13 +103,15 @@ def test_an_interrupted_count_goes_on(images, checkpoint, tmp_path):
 
 def test_another_job_does_not_go_on_with_this_state(images, checkpoint, tmp_path):
     state = tmp_path / "state.json"
-    accuracy._note(state, job(images, checkpoint), 2, CHOSEN, [Tally(197, seen=4) for _ in CHOSEN])
+    accuracy._note(state, job(images, checkpoint), 2, CHOSEN, [Tally(196, 1, seen=4) for _ in CHOSEN])
     other = job(images, checkpoint, predictors=checkpoint)
-    assert accuracy._resume(state, other, CHOSEN, 197)[0] == 0
-    assert accuracy._resume(state, job(images, checkpoint), CHOSEN, 197)[0] == 2
+    assert accuracy._resume(state, other, CHOSEN, (196, 1))[0] == 0
+    assert accuracy._resume(state, job(images, checkpoint), CHOSEN, (196, 1))[0] == 2
+    with pytest.raises(ValueError, match="damaged"):  # more counts than this network has rows
+        accuracy._resume(state, job(images, checkpoint), CHOSEN, (4, 1))
     state.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        accuracy._resume(state, other, CHOSEN, 197)
+        accuracy._resume(state, other, CHOSEN, (196, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

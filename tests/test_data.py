@@ -46,9 +46,11 @@ def test_normalise():
     assert torch.allclose(
         data.normalise(torch.ones(3, 2, 2), (0, 0, 0), (2, 4, 8))[:, 0, 0], 1 / torch.tensor([2, 4, 8.0])
     )
-    for wrong in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, 3)):
+    for wrong in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, 3), np.zeros((3, 4, 4)), [0.5]):
         with pytest.raises(ValueError, match="images: expected floats"):
             data.normalise(wrong)
+    with pytest.raises(ValueError, match="mean, std: expected three"):
+        data.normalise(torch.zeros(3, 4, 4), (1, 2))
 
 
 def test_the_folder_is_found_in_an_installed_package_and_missed_clearly(tmp_path, monkeypatch):

@@ -37,6 +37,21 @@ def test_the_unchanged_call_is_fine():
 both = pytest.mark.parametrize(
     "function", [ragged.varlen_attention, ragged.varlen_attention_ref], ids=lambda f: f.__name__
 )
+
+
+def test_dense_refuses_lengths_that_only_add_up_to_equal_ones():
+    q = torch.randn(6, 2, 16)
+    cu = torch.tensor([0, 1, 3], dtype=torch.int32)  # and three rows that nobody owns
+    refused(lambda: ragged.varlen_attention(q, q, q, cu, cu, 3, 3, backend="dense"), ValueError, "equal length")
+
+
+@pytest.mark.parametrize("shape", [(6, 0, 16), (6, 2, 0), (0, 0, 16)])
+def test_no_heads_or_no_numbers(shape):
+    x, cu = torch.randn(shape), torch.tensor([0, shape[0]], dtype=torch.int32)
+    for backend in ("auto", "reference", "dense"):
+        refused(lambda b=backend: ragged.varlen_attention(x, x, x, cu, cu, 6, 6, backend=b), ValueError, "q:", "nheads")
+
+
 BAD_TENSORS = {
     "rank_2": lambda x: x[:, 0],
     "rank_4": lambda x: x[None],

@@ -155,6 +155,36 @@ def test_wrong_keys(state, tmp_path):
         assert_message(refusal, "weights:", key, f"{i}.pth")
 
 
+MISFITS = {
+    "head of no dimension": {"head.weight": torch.tensor(1.0)},
+    "positions of no square": {"pos_embed": torch.randn(1, 190, 192)},
+    "positions of no dimension": {"pos_embed": torch.tensor(1.0)},
+    "patches of two dimensions": {"patch_embed.proj.weight": torch.randn(192, 100)},
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_shapes_that_timm_takes_for_granted(what, state, tmp_path):
+    with pytest.raises(ValueError, match=r"weights: .*misfit\.pth does not fit the model"):
+        ragged.load_deit("deit_tiny", weights=write(state | MISFITS[what], tmp_path / "misfit.pth"))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_classes", "10"), ("num_classes", 10.0), ("num_classes", True), ("num_classes", -1), ("seed", "x"),
+])  # fmt: skip
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected an integer"):
+        ragged.load_deit("deit_tiny", **{name: value})
+
+
+def test_an_image_size_that_patches_do_not_fill():
+    """timm's convolution leaves the surplus at the edge out, and so do we."""
+    vit = ragged.load_deit("deit_tiny", img_size=100, num_classes=10)
+    images = torch.randn(2, 3, 100, 100)
+    with torch.no_grad():
+        torch.testing.assert_close(ragged.RaggedViT(vit)(images), vit(images))
+
+
 def test_a_file_of_another_model(state, tmp_path):
     with pytest.raises(ValueError, match="weights:"):
         ragged.load_deit("deit_small", weights=write(state, tmp_path / "tiny.safetensors"))
@@ -167,6 +197,12 @@ def test_files_that_are_no_checkpoints(content, suffix, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bad"):
         ragged.load_deit("deit_tiny", weights=path)
+
+
+def test_a_file_whose_names_are_no_names(tmp_path):
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbered.pth")
+    with pytest.raises(ValueError, match="holds no dictionary of tensors"):
+        ragged.load_deit("deit_tiny", weights=tmp_path / "numbered.pth")
 
 
 def test_a_file_that_holds_no_tensors(tmp_path):

@@ -352,6 +352,19 @@ def test_a_damaged_table_is_named(content, tmp_path, capsys):
     assert path.read_bytes() == content  # left as it was found
 
 
+def test_a_table_of_no_rows_is_no_obstacle(tmp_path, capsys):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "attention.csv").write_text(",".join(data.RESULT_COLUMNS) + "\n")
+    assert bench.main(["report", "--out", str(tmp_path)]) == 0 and "arXiv 2604.15408" in capsys.readouterr().out
+
+
+def test_files_to_write_are_looked_at_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run_suite", lambda *a: pytest.fail("measured before the files were looked at"))
+    assert "is a folder" in said(capsys, "pack", "--quick", "--out", str(tmp_path), "--markdown", str(tmp_path))
+    missing = str(tmp_path / "missing.md")
+    assert missing in said(capsys, "pack", "--quick", "--out", str(tmp_path), "--readme", missing)
+
+
 def test_a_readme_without_its_marks_is_refused(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# Something else\n")
     message = said(capsys, "report", "--out", str(tmp_path), "--readme", str(tmp_path / "README.md"))
@@ -435,6 +448,8 @@ def test_programs_say_it_in_a_sentence(tmp_path):
         ["train", "deit_huge"],
         ["train", "deit_tiny", "--stage", "dynamicvit", "--device", "cpu", "--out", "empty"],
     ]
+    for option in ("--fresh 0", "--pool 0", "--batch 0", "--held-out 0", "--keep 5", "--lr -1", "--lr nan"):
+        asked.append(["train", "deit_tiny", "--device", "cpu", "--out", "empty", *option.split()])
     if not torch.cuda.is_available():
         asked += [["bench", "pack", "--device", "cuda", "--out", "empty"]]
         asked += [["train", "deit_tiny", "--device", "cuda", "--out", "empty"]]

@@ -138,6 +138,8 @@ def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
             train.main([*TINY, "--out", str(tmp_path)])
         assert (tmp_path / "deit_tiny_digits.state.pt").is_file()
         assert not (tmp_path / "deit_tiny_digits.safetensors").exists()
+        assert train.main([*TINY, "--out", str(tmp_path), "--lr", "0.5", "--seed", "7"]) == 1  # another run's state
+        assert "of another run (--lr 0.001, --seed 0)" in capsys.readouterr().err
         assert train.main([*TINY, "--out", str(tmp_path)]) == 0
         assert "going on after step 1" in capsys.readouterr().out
         assert train.main([*TINY, "--stage", "dynamicvit", "--out", str(tmp_path)]) == 0
@@ -150,6 +152,13 @@ def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
     pruner = ragged.PRUNERS["dynamicvit"](predictors=tmp_path / "deit_tiny_digits_dynamicvit.safetensors")
     vit = ragged.load_deit("deit_tiny", weights=tmp_path / "deit_tiny_digits.safetensors")
     assert pruner.trained and ragged.RaggedViT(vit, pruner)(torch.randn(1, 3, 224, 224)).shape == (1, CLASSES)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {"step": 1, "settings": None}, [1]])
+def test_a_state_that_is_none_is_named(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "deit_tiny_digits.state.pt")
+    assert train.main([*TINY, "--out", str(tmp_path)]) == 1
+    assert "deit_tiny_digits.state.pt cannot be read" in capsys.readouterr().err
 
 
 def test_the_second_stage_needs_the_first(tmp_path, capsys):
