@@ -172,11 +172,11 @@ def count(job: Folder, state: Path, every: int = 20, show: Callable[[Iterable, i
     """One pass over the folder for all settings. state: a file to go on from, written every so many batches and
     removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings."""
     vit = job.network()
-    dtype, rows = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
+    dtype, sizes = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
     every_setting = job.settings() if chosen is None else chosen
     models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
     loader = image_folder(job.folder, vit, job.batch, job.workers)
-    done, tallies = _resume(state, job, every_setting, rows)
+    done, tallies = _resume(state, job, every_setting, sizes)
     batches: Iterable = _from(loader, done)
     for number, (images, labels) in enumerate(show(batches, len(loader) - done) if show else batches, done + 1):
         images = images.to(job.device, dtype)
@@ -205,15 +205,15 @@ def _note(state: Path, job: Folder, done: int, every_setting: list[Setting], tal
     draft.replace(state)
 
 
-def _resume(state: Path, job: Folder, every_setting: list[Setting], rows: tuple[int, int]) -> tuple[int, list[Tally]]:
-    fresh = 0, [Tally(*rows) for _ in every_setting]
+def _resume(state: Path, job: Folder, every_setting: list[Setting], sizes: tuple[int, int]) -> tuple[int, list[Tally]]:
+    fresh = 0, [Tally(*sizes) for _ in every_setting]
     if not state.is_file():
         return fresh
     try:
         kept = json.loads(state.read_text(encoding="utf-8"))
         if kept["job"] != _identity(job):
             return fresh
-        return kept["done"], [Tally(*rows, *kept["found"][s.name]) for s in every_setting]
+        return kept["done"], [Tally(*sizes, *kept["found"][s.name]) for s in every_setting]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{state} is damaged ({error!r}); remove it to count from the beginning") from error
 

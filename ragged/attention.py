@@ -162,7 +162,7 @@ def _check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> None:
             raise ValueError(f"{name}: varlen_attention has no backward pass; use torch.no_grad() or detach it")
     if q.device.type == "meta":
         raise ValueError("q: expected tensors that hold numbers, got device 'meta'")
-    if launch.CHECK_VALUES or not q.is_cuda:
+    if launch.may_look(q):
         _check_values(cu_q, "cu_seqlens_q", q.shape[0], max_q)
         _check_values(cu_k, "cu_seqlens_k", k.shape[0], max_k)
 

@@ -71,13 +71,12 @@ def check(asked: argparse.Namespace) -> None:
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to measure on the CPU")
     for name in asked.model:
         full_name(name.removesuffix("_digits"), 224)
-    for option, file in (("--markdown", asked.markdown), ("--readme", asked.readme)):
-        if file and Path(file).is_dir():
-            raise ValueError(f"{option}: expected a file, {file} is a folder")
-        if file:
-            commandline.check_writable(Path(file).resolve().parent)
     if asked.readme and not Path(asked.readme).is_file():
         raise ValueError(f"--readme: there is no file {asked.readme}; its table goes between two marks in it")
+    if asked.markdown and Path(asked.markdown).is_dir():
+        raise ValueError(f"--markdown: expected a file, {asked.markdown} is a folder")
+    for file in filter(None, (asked.markdown, asked.readme)):
+        commandline.check_writable(Path(file).resolve().parent)
 
 
 def folder(asked: argparse.Namespace) -> Folder:

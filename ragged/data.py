@@ -77,10 +77,12 @@ def normalise(
 
     Keeps shape, dtype and device. ValueError for anything but floats with three channels.
     """
-    kind = (getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ())))
-    floats = getattr(images, "is_floating_point", lambda: False)()
-    if not floats or images.dim() < 3 or images.shape[-3] != 3:
-        raise ValueError(f"images: expected floats (..., 3, H, W) in [0, 1], got {kind[0]} {kind[1]}")
+    import torch
+
+    tensor = isinstance(images, torch.Tensor)
+    if not tensor or not images.is_floating_point() or images.dim() < 3 or images.shape[-3] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}" if tensor else type(images).__name__
+        raise ValueError(f"images: expected floats (..., 3, H, W) in [0, 1], got {got}")
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean, std: expected three numbers each, got {mean!r} and {std!r}")
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)

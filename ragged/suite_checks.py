@@ -133,8 +133,9 @@ class Padded:
 
     def replayed(self, vit: nn.Module, backend: str, dtype: torch.dtype) -> Tensor:
         """Logits of `vit` on `backend` for the same selections, float64 (images, classes)."""
-        passes = zip(self.batches(), self.passes[0])
-        return torch.cat([RaggedViT(vit, Replay(self.pruner, t), backend)(x.to(dtype)).double() for x, t in passes])
+        selections, _ = self.passes
+        pairs = zip(self.batches(), selections)
+        return torch.cat([RaggedViT(vit, Replay(self.pruner, t), backend)(x.to(dtype)).double() for x, t in pairs])
 
 
 def _difference(padded: Padded, columns: dict) -> Candidate:
@@ -143,7 +144,8 @@ def _difference(padded: Padded, columns: dict) -> Candidate:
 
     def build() -> Subject:
         need(padded.vit(), backend)
-        want = padded.exact if truth else padded.passes[1]
+        _, logits = padded.passes
+        want = padded.exact if truth else logits
         got = padded.replayed(padded.vit(), backend, padded.dtype)
         gap, agree = (want - got).abs(), (want.argmax(1) == got.argmax(1)).double()
         found.update(zip(DIFFERENCES, (gap.max().item(), gap.mean().item(), agree.mean().item())))

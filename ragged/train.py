@@ -151,7 +151,7 @@ class Run:
             why = type(error).__name__
             raise ValueError(f"{self.state} cannot be read ({why}); remove it to begin anew") from error
         if then != self.settings:
-            other = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in then.items() if self.settings.get(k) != v)
+            other = ", ".join(_changed(then, self.settings))
             raise ValueError(f"{self.state} is of another run ({other}); repeat that to go on, or remove it")
         print(f"going on after step {step} of {self.state}")
         return step
@@ -179,9 +179,12 @@ def settings_of(asked: argparse.Namespace) -> dict:
 
 
 def _command(asked: dict) -> str:
-    usual = vars(parser().parse_args([asked["model"]]))
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in asked.items() if k != "model" and v != usual[k]]
-    return " ".join([asked["model"], *changed])
+    return " ".join([asked["model"], *_changed(asked, vars(parser().parse_args([asked["model"]])))])
+
+
+def _changed(settings: dict, usual: dict) -> list[str]:
+    """The options that ask for `settings` where they differ from `usual`; both are of one model."""
+    return [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual.get(k)]
 
 
 def schedule(step: int, steps: int) -> float:

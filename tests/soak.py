@@ -122,8 +122,8 @@ class Soak:
         pairs = [(q, k) for k in lengths for q in {k, *range(1, k + 1, 32)}]
         for images, equal, (max_q, max_k) in itertools.product(range(1, self.most + 1), (False, True), pairs):
             tiles = choose_tiles.__wrapped__(max_q, max_k, self.headdim, images * self.heads, equal, 2)
-            several = images * max_q > 1 + (not equal)  # of a single row PyTorch makes up the stride
-            if (tiles, max_q == max_k) not in seen and (equal or images > 1) and several:
+            rows = images * max_q - (not equal)  # of a single one PyTorch makes up the stride
+            if (tiles, max_q == max_k) not in seen and (equal or images > 1) and rows > 1:
                 seen.add((tiles, max_q == max_k))
                 self.warm_call(max_q, max_k, images, equal)
 

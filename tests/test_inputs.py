@@ -34,11 +34,6 @@ def test_the_unchanged_call_is_fine():
     assert attention().shape == attention(ragged.varlen_attention_ref).shape
 
 
-both = pytest.mark.parametrize(
-    "function", [ragged.varlen_attention, ragged.varlen_attention_ref], ids=lambda f: f.__name__
-)
-
-
 def test_dense_refuses_lengths_that_only_add_up_to_equal_ones():
     q = torch.randn(6, 2, 16)
     cu = torch.tensor([0, 1, 3], dtype=torch.int32)  # and three rows that nobody owns
@@ -52,6 +47,9 @@ def test_no_heads_or_no_numbers(shape):
         refused(lambda b=backend: ragged.varlen_attention(x, x, x, cu, cu, 6, 6, backend=b), ValueError, "q:", "nheads")
 
 
+both = pytest.mark.parametrize(
+    "function", [ragged.varlen_attention, ragged.varlen_attention_ref], ids=lambda f: f.__name__
+)
 BAD_TENSORS = {
     "rank_2": lambda x: x[:, 0],
     "rank_4": lambda x: x[None],
