@@ -33,11 +33,11 @@ bake: $(STAMP)
 
 # From the saved outputs: nothing is run. The pages need no network and no server.
 site: $(STAMP)
-	$(BIN)/python -m ragged.site --out "$(SITE)"
+	$(BIN)/python -m ragged.course.site --out "$(SITE)"
 
 # Colab badges and set-up cells, from the one line `repository` in pyproject.toml.
 badges: $(STAMP)
-	$(BIN)/python -m ragged.notebook_tools
+	$(BIN)/python -m ragged.course.notebooks
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis

@@ -2,10 +2,9 @@
 
 from .attention import pick_backend, varlen_attention, varlen_attention_ref
 from .backends import BACKENDS, Backend
-from .layout import Packed, Padded, Selection
 from .loading import load_deit
 from .model import RaggedViT
-from .packing import pack, repack, unpack
+from .packing import Packed, Padded, Selection, pack, repack, unpack
 from .pruners import PRUNERS
 
 __version__ = "0.1.0"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from . import fused, launch
+from . import checks, launch
 from .backends import BACKENDS, reference
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AUTO = ("triton", "flash_attn", "torch_varlen", "sdpa_padded")
 
 
 def varlen_attention(
@@ -34,8 +30,8 @@ def varlen_attention(
     cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
     """
     compiling = torch.compiler.is_compiling()
-    if (backend == "auto" or backend == "triton") and not (return_lse or compiling or launch.CHECK_VALUES):
-        out = fused.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    if (backend == "auto" or backend == "triton") and not (return_lse or compiling or checks.CHECK_VALUES):
+        out = launch.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
         if out is not None:
             return out
     if softmax_scale is None:
@@ -44,15 +40,16 @@ def varlen_attention(
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
         return (out, lse) if return_lse else out
-    _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    checks.check_attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not isinstance(backend, str):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     max_seqlen_q, max_seqlen_k = _plain_int(max_seqlen_q), _plain_int(max_seqlen_k)
-    key = (backend, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape[1:], k.shape[1:], v.shape[1:])
+    shapes = (q.shape[1:], k.shape[1:], v.shape[1:])
+    key = (backend, bool(return_lse), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, shapes)
     run = _accepted.get(key)
     if run is None:
-        run = _accepted[key] = _accept(q, k, v, backend)
-    _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+        run = _accepted[key] = _accept(q, k, v, return_lse, backend)
+    checks.check_attention_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     out, lse = run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, return_lse)
     return (out, lse) if return_lse else out
 
@@ -70,18 +67,19 @@ def varlen_attention_ref(
     return_lse; `backend` is accepted and ignored. Returns float64 on the CPU.
     """
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
-    _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_kinds(q, k, v)
-    _check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+    checks.check_attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    checks.check_attention_kinds(q, k, v)
+    checks.check_attention_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
     out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
 @functools.cache
 def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
-    """The backend that "auto" stands for: the first of `AUTO` that has no reason against tensors on `device` of this
-    dtype and headdim (numbers per head). Raises ValueError with all reasons where none is left."""
-    reasons = {name: BACKENDS[name].why_not(device, dtype, headdim) for name in AUTO}
+    """The backend that "auto" stands for: the first of `BACKENDS` that may be picked by itself (`Backend.auto`) and has
+    no reason against tensors on `device` of this dtype and headdim (numbers per head). Raises ValueError with all
+    reasons where none is left."""
+    reasons = {name: b.why_not(device, dtype, headdim) for name, b in BACKENDS.items() if b.auto}
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -103,10 +101,14 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
     return name
 
 
-def _accept(q: Tensor, k: Tensor, v: Tensor, backend: str):
+def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str):
     """Checks that depend only on what a model is, not on a batch; done once per kind of call."""
-    _check_kinds(q, k, v)
-    return BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])].run
+    checks.check_attention_kinds(q, k, v)
+    picked = BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])]
+    if return_lse and not picked.has_lse:
+        able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.has_lse)
+        raise ValueError(f"return_lse: backend {picked.name!r} does not compute it; use one of {able}")
+    return picked.run
 
 
 def _default_scale(q: Tensor) -> float:
@@ -119,72 +121,6 @@ def _default_scale(q: Tensor) -> float:
 def _plain_int(n):
     """NumPy's integers as Python's; anything else, tensors above all, is left for the checks to refuse."""
     return int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n
-
-
-def _check_tensors(q, k, v, cu_q, cu_k) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-
-
-def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or 0 in x.shape[1:]:
-            raise ValueError(f"{name}: expected (total, nheads >= 1, headdim >= 1), got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected on {q.device} like q, got {x.device}")
-        if x.shape[1:] != q.shape[1:]:
-            expected, got = tuple(q.shape[1:]), tuple(x.shape[1:])
-            raise ValueError(f"{name}: expected (nheads, headdim) = {expected} like q, got {got}")
-
-
-def _check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> None:
-    """Checks of one call that need no wait for the GPU."""
-    if k.shape[0] != v.shape[0]:
-        raise ValueError(f"v: expected {k.shape[0]} rows like k, got {v.shape[0]}")
-    if type(max_q) is not int or max_q < 1:
-        raise ValueError(f"max_seqlen_q: expected an int >= 1, got {max_q!r}")
-    if type(max_k) is not int or max_k < 1:
-        raise ValueError(f"max_seqlen_k: expected an int >= 1, got {max_k!r}")
-    if not isinstance(scale, Real) or not 0.0 < scale < math.inf:
-        raise ValueError(f"softmax_scale: expected a positive finite number, got {scale!r}")
-    _check_offsets(cu_q, "cu_seqlens_q", q)
-    if cu_k is not cu_q:
-        _check_offsets(cu_k, "cu_seqlens_k", k)
-        if cu_k.shape != cu_q.shape:
-            raise ValueError(f"cu_seqlens_k: expected {cu_q.shape[0]} entries like cu_seqlens_q, got {cu_k.shape[0]}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: varlen_attention has no backward pass; use torch.no_grad() or detach it")
-    if q.device.type == "meta":
-        raise ValueError("q: expected tensors that hold numbers, got device 'meta'")
-    if launch.may_look(q):
-        _check_values(cu_q, "cu_seqlens_q", q.shape[0], max_q)
-        _check_values(cu_k, "cu_seqlens_k", k.shape[0], max_k)
-
-
-def _check_offsets(cu: Tensor, name: str, x: Tensor) -> None:
-    if cu.dtype != torch.int32:
-        raise TypeError(f"{name}: expected dtype torch.int32, got {cu.dtype}")
-    if cu.dim() != 1 or cu.shape[0] < 2 or not cu.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous vector of batch + 1 >= 2 offsets, got shape {tuple(cu.shape)}")
-    if cu.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} like its tokens, got {cu.device}")
-
-
-def _check_values(cu: Tensor, name: str, total: int, longest: int) -> None:
-    values = cu.tolist()
-    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
-    if values[0] != 0 or min(lengths) < 0 or values[-1] > total:
-        shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
-        raise ValueError(f"{name}: expected offsets rising from 0 to at most {total}, got {shown}")
-    if max(lengths) > longest:
-        of = name.removeprefix("cu_seqlens_")
-        raise ValueError(f"max_seqlen_{of}: expected at least the longest sequence, {max(lengths)}, got {longest}")
 
 
 # Under torch.compile the call is one opaque operator: the compiler neither looks inside nor breaks its graph there.

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused, launch
-from .padded import masked_sdpa, pad_rows, unfused_softmax, unpad_rows
-from .registry import Registry
+from . import launch
+from .checks import FLOATS, Registry, may_look
 
 HALF = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
@@ -26,14 +25,81 @@ Result = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """One provider. run: as this file's beginning says.  why_not: (device, dtype, headdim) -> the reason why it cannot
-    run, or None.  layout: how a model's late blocks run under it, on the flat buffer or on a padded batch."""
+    """One provider, and every fact that the rest of the package needs to know about it.
+
+    run: as this file's beginning says.  why_not: (device, dtype, headdim) -> the reason why it cannot run, or None.
+    layout: how a model's late blocks run under it, "packed" on the flat buffer or "padded" as (batch, n, dim).
+    packs_first: the blocks before the first cut run on the flat buffer too.  equal_only: refuses unequal counts.
+    recordable: does not read from the GPU in the middle of a pass, so that the pass can be a CUDA graph.
+    has_lse: computes the log-sum-exp.  auto: "auto" may pick it; the first one that runs is taken.
+    paper_padding: pads as the paper's baseline does, rows by a loop to the original length, attention unfused.
+    """
 
     name: str
     run: Callable[..., Result]
     why_not: Callable[[torch.device | str, torch.dtype, int], str | None]
-    layout: str = "packed"
     about: str = ""
+    layout: str = "packed"
+    packs_first: bool = False
+    equal_only: bool = False
+    recordable: bool = True
+    has_lse: bool = False
+    auto: bool = False
+    paper_padding: bool = False
+
+    @property
+    def pads(self) -> bool:
+        """Whether a model's late blocks run on a padded batch."""
+        return self.layout == "padded"
+
+
+# ---- padding: what every ragged method is compared with ----
+
+
+def pad_rows(x: Tensor, cu: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows x (total, ...) as (batch, width, ...), and which entries are real, bool (batch, width). No wait."""
+    column = torch.arange(width, device=x.device)
+    real = column < (cu[1:] - cu[:-1])[:, None]
+    if x.shape[0] == 0:
+        return x.new_zeros((real.shape[0], width, *x.shape[1:])), real
+    padded = x[torch.where(real, cu[:-1, None] + column, 0)]
+    return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), padded, 0), real
+
+
+def unpad_rows(x: Tensor, cu: Tensor, total: int) -> Tensor:
+    """The inverse of `pad_rows`: (batch, width, ...) to (total, ...). Rows past the last offset belong to nobody and
+    get some other row's values. No wait."""
+    row = torch.arange(total, device=x.device)
+    image = torch.searchsorted(cu[1:], row, right=True).clamp_(max=x.shape[0] - 1)
+    return x[image, (row - cu[image]).clamp_(max=x.shape[1] - 1)]
+
+
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
+    """Fused SDPA on (batch, n, nheads, headdim); real_k bool (batch, n_k) marks the keys that exist (None: all).
+    An image without any key gets zeros."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if real_k is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    some = real_k.any(1)
+    mask = (real_k | ~some[:, None])[:, None, None]  # softmax over nothing is NaN: let such an image see its zeros
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def unfused_softmax(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ) v in three separate operations on (batch, n, nheads, headdim): the paper's padded baseline."""
+    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * scale
+    if real_k is not None:
+        scores = scores.masked_fill(~real_k[:, None, None], -math.inf)
+    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+# ---- the providers ----
+
+
+def _triton(*arguments) -> Result:
+    from .kernel import attend  # imported here: Triton is optional
+
+    return attend(*arguments)
 
 
 def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
@@ -52,7 +118,6 @@ def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 
 def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     """As published, kept faithfully slow: one Python loop per image to pad, unfused attention, one to take it out."""
-    _refuse_lse("paper_padded", want_lse)
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     batch = len(starts_q) - 1
     qp, kp, vp = (x.new_zeros((batch, n, *x.shape[1:])) for x, n in ((q, max_q), (k, max_k), (v, max_k)))
@@ -72,10 +137,9 @@ def _paper_padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 
 
 def _dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
-    _refuse_lse("dense", want_lse)
     batch = cu_q.shape[0] - 1
     equal = q.shape[0] == batch * max_q and k.shape[0] == batch * max_k
-    if equal and launch.may_look(q):
+    if equal and may_look(q):
         equal = all(bool((cu.diff() == longest).all()) for cu, longest in ((cu_q, max_q), (cu_k, max_k)))
     if not equal:
         raise ValueError(
@@ -105,7 +169,6 @@ def _minus_inf(lse: Tensor) -> Tensor:
 
 def _nested(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     """NestedTensor SDPA, with the zero-copy constructor."""
-    _refuse_lse("nested", want_lse)
     q, k, v = _sixteen(q, k, v)
     make = torch.nested.nested_tensor_from_jagged
     nq = make(q, cu_q.long(), min_seqlen=1, max_seqlen=max_q)
@@ -133,10 +196,11 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 
 
 def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
-    _refuse_lse("paper_triton", want_lse)
     if cu_q is not cu_k and not (cu_q.shape == cu_k.shape and torch.equal(cu_q, cu_k)):
         raise ValueError("backend 'paper_triton': Algorithm 1 has one cu_seqlens, queries and keys must agree")
-    return fused.paper_attend(q, k, v, cu_q, max_q, scale), None
+    from .kernel import paper_attend
+
+    return paper_attend(q, k, v, cu_q, max_q, scale), None
 
 
 def reference(
@@ -161,19 +225,12 @@ def _reference_like(q, *arguments) -> Result:
     return out.to(q), None if lse is None else lse.to(q.device, torch.float32)
 
 
-def _refuse_lse(name: str, want_lse: bool) -> None:
-    if want_lse:
-        able = "use 'triton', 'flash_attn', 'torch_varlen', 'sdpa_padded' or 'reference'"
-        raise ValueError(f"return_lse: backend {name!r} does not compute it; {able}")
-
-
 def _anywhere(device, dtype, headdim) -> str | None:
     if torch.device(device).type == "meta":
         return "device 'meta' holds no numbers"
     if torch.device(device).type == "cuda" and (reason := _no_cuda(device)):
         return reason
-    known = (*HALF, torch.float32, torch.float64)
-    return None if dtype in known else f"dtype {dtype} is not one of float16, bfloat16, float32, float64"
+    return None if dtype in FLOATS else f"dtype {dtype} is not one of float16, bfloat16, float32, float64"
 
 
 def _no_cuda(device: torch.device | str) -> str | None:
@@ -234,15 +291,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-_ALL = (
-    Backend("triton", fused.attend, _why_not_triton, about="this collection's kernel"),
-    Backend("flash_attn", _flash_attn, _why_not_flash_package, about="FlashAttention-2"),
-    Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, about="PyTorch's varlen_attn"),
-    Backend("nested", _nested, _why_not_nested, about="NestedTensor SDPA, zero-copy construction"),
-    Backend("sdpa_padded", _padded, _anywhere, "padded", "fused SDPA, padded to the longest, vectorised"),
-    Backend("reference", _reference_like, _anywhere, about="float64 loop on the CPU"),
-    Backend("paper_triton", _paper_triton, _why_not_triton, about="Algorithm 1 of the paper, launched its way"),
-    Backend("paper_padded", _paper_padded, _anywhere, "padded", "the paper's padded baseline: loops, unfused"),
-    Backend("dense", _dense, _anywhere, "padded", "fused SDPA, equal counts only"),
-)
+_ALL = (  # in the order in which "auto" tries them
+    Backend("triton", _triton, _why_not_triton, "this collection's kernel", packs_first=True, has_lse=True, auto=True),
+    Backend("flash_attn", _flash_attn, _why_not_flash_package, "FlashAttention-2", has_lse=True, auto=True),
+    Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True),
+    Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False),
+    Backend("sdpa_padded", _padded, _anywhere, "fused SDPA, padded to the longest, vectorised", layout="padded",
+            has_lse=True, auto=True),
+    Backend("reference", _reference_like, _anywhere, "float64 loop on the CPU", recordable=False, has_lse=True),
+    Backend("paper_triton", _paper_triton, _why_not_triton, "Algorithm 1 of the paper, launched its way"),
+    Backend("paper_padded", _paper_padded, _anywhere, "the paper's padded baseline: loops, unfused", layout="padded",
+            recordable=False, paper_padding=True),
+    Backend("dense", _dense, _anywhere, "fused SDPA, equal counts only", layout="padded", equal_only=True),
+)  # fmt: skip
 BACKENDS: Registry[str, Backend] = Registry("backend", {backend.name: backend for backend in _ALL})

@@ -17,7 +17,6 @@ import functools
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,6 @@ STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that 
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
 WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
-
-
-def _go_on() -> None:
-    pass
-
-
-# what happens between two blocks of a pass: nothing, unless this thread is recording it
-between_blocks: ContextVar[Callable[[], None]] = ContextVar("between_blocks", default=_go_on)
 
 
 def bucket_sizes(rows: int) -> list[int]:
@@ -55,11 +46,11 @@ class Chain:
     The GPU begins with a graph when the host has handed over the whole of it, 10 to 20 µs for a hundred kernels. Cut
     there, the GPU works on the first block while the host hands over the rest.
 
-    work: what to record, on `stream`, its memory in `pool`.  result: what it returned; its tensors are filled anew by
-    every replay.
+    work: what to record, on `stream`, its memory in `pool`; it gets a function to call after each block.  result: what
+    it returned; its tensors are filled anew by every replay.
     """
 
-    def __init__(self, work: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]):
+    def __init__(self, work: Callable[[Callable[[], None]], object], stream: torch.cuda.Stream, pool: tuple[int, int]):
         self.graphs: list[torch.cuda.CUDAGraph] = []
         with contextlib.ExitStack() as recording:
 
@@ -73,11 +64,7 @@ class Chain:
                     begin()
 
             begin()
-            token = between_blocks.set(cut)
-            try:
-                self.result = work()
-            finally:
-                between_blocks.reset(token)
+            self.result = work(cut)
 
     def replay(self) -> None:
         """Start it on the current stream."""
@@ -174,8 +161,8 @@ def capture(
     if wait is not None and not isinstance(wait, bool):
         raise TypeError(f"wait: expected True, False or None, got {wait!r}")
     pruner, tokens = model.pruner, model.vit.patch_embed.num_patches + model.prefix
-    if model.backend in ("paper_padded", "reference", "nested"):
-        raise NotImplementedError(f"capture: backend {model.backend!r} reads from the GPU in the middle of the pass")
+    if not BACKENDS[model.picked].recordable:
+        raise NotImplementedError(f"capture: backend {model.picked!r} reads from the GPU in the middle of the pass")
     if wait is None:
         wait = batch_size * tokens > FEW_ROWS
     if wait and pruner is not None and pruner.adaptive and len(pruner.at) > 1:
@@ -187,37 +174,37 @@ def capture(
     shape = (batch_size, weight.shape[1], *model.vit.patch_embed.img_size)
     with torch.no_grad(), torch.cuda.device(weight.device):
         images = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-        return _record(model, images, warmup, between, wait)
+        return _capture(model, images, warmup, between, wait)
 
 
-def _record(model, images: Tensor, warmup: int, between: tuple[int, int] | None, wait: bool) -> Captured:
+def _capture(model, images: Tensor, warmup: int, between: tuple[int, int] | None, wait: bool) -> Captured:
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     cuts: list = []  # the pass's adaptive cuts: each a `Pending`
 
-    def front(wait: bool):
-        result = model.begin(images)
+    def front(wait: bool, after_block: Callable[[], None]):
+        result = model.begin(images, after_block=after_block)
         while not isinstance(result, Tensor):
             cuts.append(result)
             if wait:
                 break
-            result = result.resume(images.shape[0] * result.width, result.width)
+            result = result.resume(images.shape[0] * result.width, result.width, after_block)
         return result
 
-    def dry_run(work: Callable[[], object]) -> None:
+    def dry_run(work: Callable[[Callable[[], None]], object]) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            work()
+            work(lambda: None)
         torch.cuda.current_stream().wait_stream(stream)
 
     for _ in range(warmup):  # compile, tune cuBLAS and fill caches outside the recording
-        dry_run(lambda: front(wait=False))
+        dry_run(functools.partial(front, False))
     cuts.clear()
-    captured = Captured(model, images, Chain(lambda: front(wait), stream, pool))
+    captured = Captured(model, images, Chain(functools.partial(front, wait), stream, pool))
     if not cuts:
         return captured
     pending = cuts[-1]
     rows, width = images.shape[0] * pending.width, pending.width
-    captured.counts, captured.padded = pending.counts, BACKENDS[model.picked].layout == "padded"
+    captured.counts, captured.padded = pending.counts, BACKENDS[model.picked].pads
     captured._capacity = rows
     if not wait:
         return captured

@@ -1,15 +1,16 @@
-"""Getting a Vision Transformer: `load_deit`, and the check that a model is one this package handles exactly."""
+"""Getting a Vision Transformer: `load_deit`, and the reading of weights from files.
+
+Files are safetensors, or read by `torch.load(weights_only=True)`: nothing in a file is ever executed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoints import load_state
-from .data import checkpoint_path, verify_sha256
-from .scenes import check_int
+from .checks import check_int, check_supported
+from .data import checkpoint_path, sidecar, verify_sha256
 
 DEITS = ("deit_tiny", "deit_small", "deit_base")
 WEIGHTS = ("digits", "imagenet", "random")
@@ -120,46 +121,35 @@ def _fill(vit: nn.Module, state: dict, path: Path) -> nn.Module:
     return vit
 
 
-def check_supported(vit: nn.Module) -> nn.Module:
-    """`vit` itself, if its tokens may be dropped without changing what the rest computes. Raises ValueError saying
-    which part is not handled: better refused than silently wrong."""
-    from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import Block, VisionTransformer
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of the checkpoint `path` by name. A dict stored under "model" or "state_dict" is unwrapped.
 
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}")
-    problems = []
-    if any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ("forward", "forward_features")):
-        problems.append(f"{type(vit).__name__} has a forward pass of its own")
-    if not isinstance(vit.patch_embed, PatchEmbed):
-        problems.append(f"its patch embedding is a {type(vit.patch_embed).__name__}")
-    if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
-        problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
-    if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
-        problems.append("it drops patches on its own (patch_drop)")
-    for i, block in enumerate(vit.blocks):
-        problem = f"type {type(block).__name__}" if type(block) is not Block else _block_problem(block)
-        if problem:
-            problems.append(f"block {i}: {problem}")
-            break
-    if problems:
-        raise ValueError(f"vit: this model is not handled: {'; '.join(problems)}")
-    return vit
+    A file with a .sha256 beside it is held against that before it is read.
+    Raises FileNotFoundError, or ValueError for a damaged file and for one that is not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    if sidecar(path).is_file():
+        verify_sha256(path)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
-
-def _block_problem(block: nn.Module) -> str | None:
-    """Why a block is not made of row-wise parts and one ordinary attention, or None."""
-    from timm import layers
-    from timm.models.vision_transformer import Attention
-
-    if type(block.attn) is not Attention:
-        return f"attention {type(block.attn).__name__}"
-    if getattr(block.attn, "gate", None) is not None:
-        return "gated attention"
-    if not isinstance(block.mlp, (layers.Mlp, layers.GluMlp, layers.SwiGLU)):
-        return f"MLP {type(block.mlp).__name__}"
-    norms = (nn.LayerNorm, nn.Identity, getattr(nn, "RMSNorm", nn.LayerNorm), getattr(layers, "RmsNorm", nn.LayerNorm))
-    for part in (block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm):
-        if not isinstance(part, norms):
-            return f"normalisation {type(part).__name__}"
-    return None
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for files that are not its own
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {why}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    return state

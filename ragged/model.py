@@ -1,25 +1,127 @@
-"""The pruned model: images -> early blocks -> pruner -> pack -> attend -> classify."""
+"""The pruned model: images -> blocks -> pruner -> pack -> attend -> classify, in one loop.
+
+First a transformer block in pieces: four row-wise ones around one attention call. Row-wise pieces do not care whether
+they get (batch, n, dim) or (total, dim); only attention does. Every piece is a plain function of a block and tensors,
+so that `torch.compile` compiles it once and uses it for all blocks. Then `RaggedViT`, which runs them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention import resolve_backend
-from .backends import BACKENDS
-from .blocks import PIECES, compiled_pieces
-from .fused import cls_attention
-from .graph import Captured, between_blocks, capture
-from .layout import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
-from .loading import check_supported
-from .pruners import Pruner
-from .selection import View, row_norms
+from .attention import resolve_backend, varlen_attention
+from .backends import BACKENDS, Backend, masked_sdpa, unfused_softmax
+from .checks import check_supported
+from .graph import Captured, capture
+from .packing import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
+from .pruners import Pruner, View, row_norms
+from .rows import cls_attention
 
 State = Packed | Padded
+
+
+# ---- the pieces of a block ----
+
+
+def embed(vit: nn.Module, images: Tensor) -> Tensor:
+    """Tokens (batch, n, dim) of images (batch, channels, height, width), with vit's prefix tokens and positions."""
+    patch = vit.patch_embed
+    x = _patch_rows(patch, images) if _is_product(patch) else patch(images)
+    return vit.norm_pre(vit._pos_embed(x))
+
+
+def _is_product(patch: nn.Module) -> bool:
+    """Whether the patch embedding is one matrix product: patches that neither overlap nor are padded."""
+    conv = patch.proj
+    plain = conv.stride == conv.kernel_size and set(conv.padding) == {0} and set(conv.dilation) == {1}
+    return plain and conv.groups == 1 and patch.flatten and not patch.dynamic_img_pad
+
+
+def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
+    """The patch embedding as the matrix product that it is. As a convolution with stride 16 it runs in kernels made
+    for overlapping windows: a fifth of a DeiT-S forward pass, and the same however many tokens are pruned."""
+    conv, batch = patch.proj, images.shape[0]
+    (high, wide), (down, across), channels = patch.grid_size, conv.kernel_size, conv.in_channels
+    images = images[..., : high * down, : wide * across]  # what is left over at the edge is in no patch
+    pixels = images.reshape(batch, channels, high, down, wide, across).permute(0, 2, 4, 1, 3, 5)
+    rows = pixels.reshape(batch * high * wide, channels * down * across)  # one row a patch
+    x = nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)  # (batch * patches, dim)
+    return patch.norm(x.unflatten(0, (batch, high * wide)))  # (batch, patches, dim)
+
+
+def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
+    projection."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (..., 3, nheads, headdim)
+    q, k, v = qkv.unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def finish_attention(block: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
+    """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim)."""
+    attn, out = block.attn, heads.flatten(-2)  # (..., dim)
+    return x + block.ls1(attn.proj(attn.norm(out) if hasattr(attn, "norm") else out))
+
+
+def finish_block(block: nn.Module, x: Tensor) -> Tensor:
+    """The MLP half of a block on x (..., dim)."""
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+                  backend: str) -> Tensor:  # fmt: skip
+    """Attention on packed q, k, v (total, nheads, headdim); cu_q, cu_k, max_q, max_k, scale, backend: as
+    `varlen_attention` takes them."""
+    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, backend=backend)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
+    """Attention on q, k, v (batch, n, nheads, headdim) times scale; lengths_k (batch,) marks the real keys. unfused: as
+    the paper pads."""
+    real = None if lengths_k is None else torch.arange(k.shape[1], device=k.device) < lengths_k[:, None]
+    return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
+
+
+def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
+    """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
+    `attend_packed`."""
+    q, k, v = project(block, x)
+    heads = attend_packed(q, k, v, cu, cu, longest, longest, scale, backend)
+    return finish_block(block, finish_attention(block, x, heads))
+
+
+def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool) -> Tensor:
+    """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); scale, unfused: as in
+    `attend_padded`."""
+    q, k, v = project(block, x)
+    return finish_block(block, finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused)))
+
+
+PIECES = (
+    embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
+)  # fmt: skip
+
+# Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
+# the winner of that moment: a pass becomes up to a tenth slower, and another one every time.
+STEADY = {"triton.autotune_pointwise": False}
+
+
+def compiled_pieces(**options: object) -> dict[str, Callable]:
+    """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
+    or a backend of their own."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if not {"mode", "options", "backend"} & options.keys():
+        options["options"] = STEADY
+    return {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}
+
+
+# ---- what a pass leaves behind ----
 
 
 class Stage(NamedTuple):
@@ -39,14 +141,65 @@ class Trace(NamedTuple):
     stages: list[Stage]
 
 
+def _nothing() -> None:
+    pass
+
+
+class Pass(NamedTuple):
+    """What stays the same during a pass. backend: who attends.  stages: where cuts are noted, or None.
+    after_block: called after every block without a cut (a recording begins its second graph there)."""
+
+    backend: Backend
+    stages: list[Stage] | None = None
+    after_block: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
+    block: index, -1 for the embedding.  remains: what of the block is still to do, nothing, its "mlp" or its
+    "attention" and MLP; then `state.tokens` holds tokens and queries side by side, and keys, values are (rows, nheads,
+    headdim) of all rows before the cut."""
+
+    state: State
+    selection: Selection | None
+    block: int
+    remains: str = ""
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether only the GPU knows how many rows stay."""
+        return self.selection is not None and isinstance(self.selection.counts, Tensor)
+
+
 @dataclass(frozen=True)
 class Pending:
-    """A forward pass that cannot go on before somebody says how many rows stay: call `resume(total, longest)`.
-    It may be resumed more than once, which is how one front serves several CUDA graphs."""
+    """A pass that cannot go on before somebody says how many rows stay: call `resume(total, longest)`. It may be
+    resumed more than once, which is how one front serves several CUDA graphs."""
 
-    counts: Tensor
-    width: int  # no count is larger
-    resume: Callable[[int, int], Tensor | Pending]
+    model: RaggedViT = field(repr=False)
+    cut: Cut
+    run: Pass
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each image after the cut, int32 (batch,), on the device."""
+        return self.cut.selection.counts
+
+    @property
+    def width(self) -> int:
+        """Rows per image before the cut: no count is larger."""
+        return self.cut.state.width
+
+    def resume(self, total: int, longest: int, after_block: Callable[[], None] = _nothing) -> Tensor | Pending:
+        """Go on with room for `total` rows, at most `longest` in one image; after_block: as in `Pass`."""
+        run = self.run._replace(after_block=after_block)
+        return self.model._blocks(self.model._leave(self.cut, run, (total, longest)), self.cut.block + 1, run)
+
+
+# ---- the model ----
 
 
 class RaggedViT(nn.Module):
@@ -65,8 +218,8 @@ class RaggedViT(nn.Module):
         self.vit, self.pruner = check_supported(vit).eval(), pruner
         if backend != "auto" and (not isinstance(backend, str) or backend not in BACKENDS):
             raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend == "dense" and pruner is not None and pruner.adaptive:
-            raise ValueError(f"backend 'dense': needs equal counts, and {pruner.name} keeps what each image needs")
+        if backend != "auto" and BACKENDS[backend].equal_only and pruner is not None and pruner.adaptive:
+            raise ValueError(f"backend {backend!r}: needs equal counts, and {pruner.name} keeps what each image needs")
         self.backend, self.prefix = backend, vit.num_prefix_tokens
         if pruner is not None:
             pruner.bind(vit.embed_dim, len(vit.blocks))
@@ -97,23 +250,101 @@ class RaggedViT(nn.Module):
         """The whole forward as CUDA graphs for `batch_size` images; options and errors: see `ragged.graph.capture`."""
         return capture(self, batch_size, **options)
 
-    def begin(self, images: Tensor, stages: list[Stage] | None = None) -> Tensor | Pending:
-        """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`."""
+    def begin(self, images: Tensor, stages: list[Stage] | None = None,
+              after_block: Callable[[], None] = _nothing) -> Tensor | Pending:  # fmt: skip
+        """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`;
+        after_block: as in `Pass`."""
         self._check_images(images)
-        x, prefix = self._run["embed"](self.vit, images), self.prefix
-        n = x.shape[1]
-        state = Padded(x, torch.arange(n, device=x.device).expand(x.shape[0], n), n, count=n)
-        if self.pruner is not None and self.picked == "triton":
+        run = Pass(BACKENDS[self.picked], stages, after_block)  # asked once: to find it out takes microseconds
+        x = self._run["embed"](self.vit, images)  # (batch, n, dim)
+        batch, n, _ = x.shape
+        state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
+        if self.pruner is not None and run.backend.packs_first:
             state = state.flat()  # our kernel is ahead of dense SDPA too, so the early blocks use it as well
-        if -1 in self._cuts:
-            selection = self.pruner.select(View(state, prefix, self._cuts[-1]))
-            return self._cut(state, selection, -1, stages, lambda new: self._blocks(new, 0, stages))
-        return self._blocks(state, 0, stages)
+        return self._blocks(state, -1, run)
 
     def _finish(self, result: Tensor | Pending) -> Tensor:
         while isinstance(result, Pending):
             result = result.resume(*read_sizes(result.counts))
         return result
+
+    def _blocks(self, state: State, first: int, run: Pass) -> Tensor | Pending:
+        """The loop: every block up to its cut, the cut, and what remains of the block. Block -1 is the embedding."""
+        for i in range(first, len(self.vit.blocks)):
+            if i not in self._cuts:
+                if i >= 0:
+                    state = self._whole_block(state, self.vit.blocks[i], run)
+                    run.after_block()
+                continue
+            cut = self._reach(state, i, run)
+            if cut.waits and not run.backend.paper_padding:  # the paper's loop asks by itself
+                return Pending(self, cut, run)
+            state = self._leave(cut, run)
+        return self.vit.forward_head(self.vit.norm(state.first_rows(self.prefix)))
+
+    def _whole_block(self, state: State, block: nn.Module, run: Pass) -> State:
+        scale, backend = block.attn.scale, run.backend
+        if isinstance(state, Packed):
+            sizes = (state.cu_seqlens, state.max_seqlen)
+            x = self._run["packed_block"](block, state.tokens, *sizes, scale, backend.name)
+        else:
+            x = self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))
+        return replace(state, tokens=x)
+
+    def _reach(self, state: State, i: int, run: Pass) -> Cut:
+        """Run block i as far as its cut, and ask the pruner which rows stay."""
+        if i < 0:
+            return Cut(state, self.pruner.select(View(state, self.prefix, self._cuts[i])), i)
+        block, x = self.vit.blocks[i], state.tokens
+        q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
+        if self.pruner.where == "inside" and self.pruner.rows_only:
+            selection = self._select(state, i, q, k, v)
+            queries_too = replace(state, tokens=torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
+            return Cut(queries_too, selection, i, "attention", k, v)
+        x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run))
+        if self.pruner.where == "inside":
+            state = replace(state, tokens=x)
+            return Cut(state, self._select(state, i, q, k, v), i, "mlp")
+        state = replace(state, tokens=self._run["finish_block"](block, x))
+        return Cut(state, self._select(state, i, q, k, v), i)
+
+    def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
+        """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
+        new = _take(cut, run.backend, sizes)
+        if run.stages is not None:
+            run.stages.append(_stage(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
+        if not cut.remains:
+            return new
+        block, x = self.vit.blocks[cut.block], new.tokens
+        if cut.remains == "attention":
+            heads, dim = cut.keys.shape[-2:]
+            x, q = x[..., : -heads * dim], x[..., -heads * dim :].unflatten(-1, (heads, dim))
+            out = self._attend(new, cut.state, q, cut.keys, cut.values, block, run)
+            x = self._run["finish_attention"](block, x, out)
+        return replace(new, tokens=self._run["finish_block"](block, x))
+
+    def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module,
+                run: Pass) -> Tensor:  # fmt: skip
+        scale = block.attn.scale
+        if isinstance(state_q, Padded):
+            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, run.backend))
+        k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
+        sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
+        return self._run["attend_packed"](q, k, v, *sizes, scale, run.backend.name)
+
+    def _select(self, state: State, i: int, q: Tensor, k: Tensor, v: Tensor) -> Selection | None:
+        """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim)."""
+        view = View(state, self.prefix, self._cuts[i])
+        if "attention" in self.pruner.needs:
+            lead, lengths = state.tokens.shape[:-1], state.lengths
+            if lengths is None:
+                lengths = torch.full((state.batch,), state.width, dtype=torch.int32, device=q.device)
+            rows = (x.flatten(0, -3) for x in (q, k))  # (rows, nheads, headdim)
+            probs = cls_attention(*rows, state.starts, lengths, state.width, self.vit.blocks[i].attn.scale)
+            view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)
+        if "values" in self.pruner.needs:
+            view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))  # (batch, n)
+        return self.pruner.select(view)
 
     def _check_images(self, images: Tensor) -> None:
         weight = self.vit.patch_embed.proj.weight
@@ -129,104 +360,6 @@ class RaggedViT(nn.Module):
                 f"got {images.dtype} on {images.device}"
             )
 
-    def _blocks(self, state: State, first: int, stages: list | None) -> Tensor | Pending:
-        blocks, backend = self.vit.blocks, self.picked  # asked once: to find it out takes microseconds
-        for i in range(first, len(blocks)):
-            if i not in self._cuts:
-                state = replace(state, tokens=self._whole_block(state, blocks[i], backend))
-                between_blocks.get()()
-            elif self.pruner.where == "inside":
-                return self._inside(state, i, stages)
-            else:
-                return self._after(state, i, stages)
-        return self.vit.forward_head(self.vit.norm(state.first_rows(self.prefix)))
-
-    def _after(self, state: State, i: int, stages: list | None) -> Tensor | Pending:
-        block = self.vit.blocks[i]
-        q, k, v = self._run["project"](block, state.tokens)
-        x = self._run["finish_attention"](block, state.tokens, self._attend(state, state, q, k, v, block))
-        new = replace(state, tokens=self._run["finish_block"](block, x))
-        selection = self.pruner.select(self._view(new, i, q, k, v, block))
-        return self._cut(new, selection, i, stages, lambda cut: self._blocks(cut, i + 1, stages))
-
-    def _inside(self, state: State, i: int, stages: list | None) -> Tensor | Pending:
-        block = self.vit.blocks[i]
-        q, k, v = self._run["project"](block, state.tokens)
-        if not self.pruner.rows_only:
-            x = self._run["finish_attention"](block, state.tokens, self._attend(state, state, q, k, v, block))
-            state = replace(state, tokens=x)
-
-            def rest(cut: State) -> Tensor | Pending:
-                return self._blocks(replace(cut, tokens=self._run["finish_block"](block, cut.tokens)), i + 1, stages)
-
-            return self._cut(state, self.pruner.select(self._view(state, i, q, k, v, block)), i, stages, rest)
-
-        def rows(cut: State) -> Tensor | Pending:
-            # tokens and queries went through the cut side by side; keys and values of all rows are still here
-            dim = state.tokens.shape[-1]
-            x, new_q = cut.tokens[..., :dim], cut.tokens[..., dim:].unflatten(-1, q.shape[-2:])
-            heads = self._attend(cut, state, new_q, k, v, block)
-            x = self._run["finish_block"](block, self._run["finish_attention"](block, x, heads))
-            return self._blocks(replace(cut, tokens=x), i + 1, stages)
-
-        selection = self.pruner.select(self._view(state, i, q, k, v, block))
-        both = replace(state, tokens=torch.cat((state.tokens, q.flatten(-2)), -1))
-        return self._cut(both, selection, i, stages, rows)
-
-    def _cut(self, state: State, selection: Selection | None, block: int, stages: list | None,
-             then: Callable[[State], Tensor | Pending]) -> Tensor | Pending:  # fmt: skip
-        def go(new: State) -> Tensor | Pending:
-            if stages is not None:
-                stage = self._cuts[block]
-                stages.append(_record(new, self.pruner.at[stage], self.pruner.where))
-            return then(new)
-
-        if selection is None:
-            return go(state)
-        backend = BACKENDS[self.picked]
-        if backend.name == "paper_padded":  # the paper pads to the original length, always
-            return go(take_by_loop(state, selection))
-        known = isinstance(selection.counts, int)
-        if backend.layout == "padded":
-            if known:
-                return go(take_padded(state, selection))
-            return Pending(
-                selection.counts, state.width, lambda total, longest: go(take_padded(state, selection, longest))
-            )
-        if known:
-            return go(take_packed(state, selection))
-        return Pending(
-            selection.counts, state.width,
-            lambda total, longest: go(take_packed(state, selection, lambda counts: (total, longest))),
-        )  # fmt: skip
-
-    def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> Tensor:
-        scale, backend = block.attn.scale, self.picked
-        if isinstance(state_q, Padded):
-            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, backend))
-        k, v = (x.flatten(0, -3) for x in (k, v))
-        arguments = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width, scale, backend)
-        return self._run["attend_packed"](q, k, v, *arguments)
-
-    def _whole_block(self, state: State, block: nn.Module, backend: str) -> Tensor:
-        scale = block.attn.scale
-        if isinstance(state, Packed):
-            return self._run["packed_block"](block, state.tokens, state.cu_seqlens, state.max_seqlen, scale, backend)
-        return self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))
-
-    def _view(self, state: State, i: int, q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> View:
-        view = View(state, self.prefix, self._cuts[i])
-        if "attention" in self.pruner.needs:
-            lead, lengths = state.tokens.shape[:-1], state.lengths
-            if lengths is None:
-                lengths = torch.full((state.batch,), state.width, dtype=torch.int32, device=q.device)
-            rows = (x.flatten(0, -3) for x in (q, k))
-            probs = cls_attention(*rows, state.starts, lengths, state.width, block.attn.scale)
-            view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))
-        if "values" in self.pruner.needs:
-            view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))
-        return view
-
     @property
     def picked(self) -> str:
         """The backend that runs, with "auto" decided for the model's present device and dtype."""
@@ -234,12 +367,23 @@ class RaggedViT(nn.Module):
         return resolve_backend(self.backend, weight.device, weight.dtype, head_dim)
 
 
-def _unfused(state: Padded, backend: str) -> bool:
+def _take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
+    """The rows that stay, in the layout of the backend."""
+    if cut.selection is None:
+        return cut.state
+    if backend.paper_padding:  # the paper pads to the original length, always
+        return take_by_loop(cut.state, cut.selection)
+    if backend.pads:
+        return take_padded(cut.state, cut.selection, sizes and sizes[1])
+    return take_packed(cut.state, cut.selection, lambda counts: sizes)
+
+
+def _unfused(state: Padded, backend: Backend) -> bool:
     """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
-    return backend == "paper_padded" and state.lengths is not None
+    return backend.paper_padding and state.lengths is not None
 
 
-def _record(state: State, block: int, where: str) -> Stage:
+def _stage(state: State, block: int, where: str) -> Stage:
     if isinstance(state, Packed):
         counts = state.lengths.tolist()
         return Stage(block, where, counts, list(state.ids[: sum(counts)].split(counts)))

@@ -1,15 +1,227 @@
-"""pack, repack, unpack: into the flat buffer, from flat to flatter, and back."""
+"""The two layouts of a ragged batch, how a selection of rows is taken from either, and pack, repack, unpack.
+
+Two layouts hold the same thing, and everything after this file works on either:
+
+* `Padded`  (batch, n, dim): every image owns n rows; rows past its length are padding. A dense batch is the case
+  where no length is given. This is what an ordinary ViT computes on.
+* `Packed`  (total, dim): the images stand one behind the other, with no padding, and `cu_seqlens` says where each
+  begins. This is what a variable-length attention kernel reads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from . import launch
-from .copying import scatter_rows
-from .layout import Packed, Padded, Selection, read_sizes, take_packed
+from .checks import FLOATS, check_tensor, may_look
+from .rows import copy_rows, equal_offsets, kept_rows, take_rows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of every image stay, in the order in which they shall stand.
+
+    index: int64 (batch, k), row numbers within each image.  counts: how many leading entries of each row of `index`
+    are real; an int when that is the same for every image (then nobody has to ask the GPU), else int32 (batch,).
+    blend: optional weights (batch, n); every image gets one more row, the weighted sum of its rows (EViT's fused
+    token).
+    """
+
+    index: Tensor
+    counts: int | Tensor
+    blend: Tensor | None = None
+
+
+def read_sizes(counts: Tensor) -> tuple[int, int]:
+    """Total and longest of counts (batch,), in ONE device-to-host wait: adding up a few numbers is quicker on the host
+    than two more launches."""
+    numbers = counts.tolist()
+    return sum(numbers), max(numbers)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A ragged batch without padding.
+
+    tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
+    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
+    is longer.  seqlen: the length before any pruning.  count: rows per image where the host knows that all are equal.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch: int
+    seqlen: int
+    count: int | None = None
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of every image, int32 (batch,)."""
+        return self.cu_seqlens[:-1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Rows of every image, int32 (batch,), on the tokens' device."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: no image has more rows."""
+        return self.max_seqlen
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
+        if self.count is not None:
+            return values.unflatten(0, (self.batch, self.count))
+        column = torch.arange(self.max_seqlen, device=values.device)
+        real = column < self.lengths[:, None]
+        rows = torch.where(real, self.starts[:, None] + column, 0)
+        real = real.view(*real.shape, *[1] * (values.dim() - 1))
+        return torch.where(real, values[rows], torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
+        rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
+        return self.tokens[rows.clamp_(max=self.tokens.shape[0] - 1)]  # a buffer may be too small while it is recorded
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
+    or None when every row is real, seqlen and count as in `Packed`. Padding rows are zero and have the id -1."""
+
+    tokens: Tensor
+    ids: Tensor
+    seqlen: int
+    lengths: Tensor | None = None
+    count: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images."""
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: rows every image owns, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
+        return equal_offsets(self.batch, self.width, self.tokens.device)
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of every image in the flattened batch, int32 (batch,)."""
+        return self.cu_seqlens[:-1]
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (batch, n, ...) with `fill` in the padding."""
+        if self.lengths is None:
+            return values
+        real = torch.arange(self.width, device=values.device) < self.lengths[:, None]
+        real = real.view(*real.shape, *[1] * (values.dim() - 2))
+        return torch.where(real, values, torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim)."""
+        return self.tokens[:, :count]
+
+    def flat(self) -> Packed:
+        """A dense batch seen as a packed one: the same memory, all images equally long."""
+        if self.lengths is not None:
+            raise ValueError("flat: expected a dense batch, this one is padded")
+        tokens, ids, n = self.tokens.flatten(0, 1), self.ids.flatten(), self.width
+        return Packed(tokens, ids, self.cu_seqlens, n, self.batch, self.seqlen, n)
+
+
+Sizes = Callable[[Tensor], tuple[int, int]]
+
+
+def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes) -> Packed:
+    """The rows of `state` that `selection` names, image after image, as a `Packed` batch.
+
+    Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
+    default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
+    total are zeros that no attention call looks at.
+    """
+    batch, index, counts = state.batch, selection.index, selection.counts
+    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    if isinstance(counts, int):
+        rows = (state.starts[:, None] + index).flatten()
+        new_tokens, new_ids = copy_rows(tokens, ids, rows)
+        cu_seqlens = equal_offsets(batch, counts, index.device)
+        packed = Packed(new_tokens, new_ids, cu_seqlens, max(counts, 1), batch, state.seqlen, counts)
+        return _append_fused(packed, state, selection.blend)
+    if selection.blend is not None:
+        raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
+    total, longest = sizes(counts)
+    new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest)
+    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen)
+
+
+def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:
+    """The rows of `state` that `selection` names as a `Padded` batch, `width` rows an image (default: the longest,
+    which for unequal counts costs one wait)."""
+    counts, index, blend = selection.counts, selection.index, selection.blend
+    known = isinstance(counts, int)
+    if blend is not None and not known:
+        raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
+    rows = counts + (blend is not None) if known else None
+    if width is None:
+        width = rows if known else read_sizes(counts)[1]
+    index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
+    tokens = state.tokens.gather(1, index[..., None].expand(-1, -1, state.tokens.shape[-1]))
+    ids = state.ids.gather(1, index)
+    if rows != width:
+        real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
+        tokens, ids = tokens * real[..., None], torch.where(real, ids, -1)
+    if blend is not None:
+        tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
+    lengths = counts
+    if known:
+        lengths = None if rows == width else torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
+    return Padded(tokens, ids, state.seqlen, lengths, rows)
+
+
+def take_by_loop(state: Padded, selection: Selection) -> Padded:
+    """`take_padded` of state and selection to the present width as the paper's padded baseline does it, kept faithfully
+    slow: the counts are read from the GPU, and one Python loop copies image after image into zeros."""
+    sizes = take_padded(replace(state, tokens=state.tokens[..., :1]), replace(selection, blend=None), state.width)
+    counts = selection.counts
+    counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
+    tokens, ids, lengths = torch.zeros_like(state.tokens), sizes.ids, sizes.lengths
+    for b, n in enumerate(counts):
+        tokens[b, :n] = state.tokens[b, selection.index[b, :n]]
+    if selection.blend is not None:
+        tokens[:, counts[0]], ids[:, counts[0]] = _fuse(state, selection.blend)[:, 0], -1
+        lengths = torch.full_like(selection.index[:, 0], counts[0] + 1, dtype=torch.int32)
+    count = int(lengths[0]) if isinstance(selection.counts, int) and lengths is not None else sizes.count
+    return Padded(tokens, ids, state.seqlen, lengths, count)
+
+
+def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
+    """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim)."""
+    return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
+
+
+def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:
+    if blend is None:
+        return packed
+    count, batch = packed.count + 1, packed.batch
+    tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
+    ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
+    return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count)
+
+
+# ---- pack, repack, unpack ----
 
 
 def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
@@ -17,24 +229,23 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
 
     x: (batch, n, dim), any floating dtype.  keep: bool (batch, n), or int64 (batch, k) with the row numbers to keep in
     the order wanted (then every image keeps k rows).  counts: the number of kept rows of every image, if the host
-    knows it. Without it a mask costs exactly one device-to-host wait, which reads total and maximum together; an
-    index, or a mask with counts, costs none. Raises ValueError or TypeError for other shapes and dtypes.
+    knows it. Without it a mask costs exactly one device-to-host wait, which reads the counts; an index, or a mask with
+    counts, costs none. Raises ValueError or TypeError for other shapes and dtypes.
     """
-    _check(x, "x", 3, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    _check(keep, "keep", 2, (torch.bool, torch.int64))
+    check_tensor("x", x, 3, FLOATS)
+    check_tensor("keep", keep, 2, (torch.bool, torch.int64))
     batch, n, _ = x.shape
     if batch == 0:
         raise ValueError(f"x: expected at least one image, got shape {tuple(x.shape)}")
     if keep.device != x.device:
         raise ValueError(f"keep: expected on {x.device} like x, got {keep.device}")
-    ids = torch.arange(n, device=x.device).expand(batch, n)
-    dense = Padded(x, ids, n, count=n)
+    dense = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
     if keep.dtype == torch.int64:
         if counts is not None:
             raise ValueError("counts: an index already says how many rows every image keeps")
         if keep.shape[0] != batch:
             raise ValueError(f"keep: expected {batch} rows of row numbers like x, got {tuple(keep.shape)}")
-        if keep.device.type == "cpu" and keep.numel() and not (0 <= keep.min() and keep.max() < n):
+        if may_look(keep) and keep.numel() and not (0 <= keep.min() and keep.max() < n):
             raise ValueError(f"keep: row numbers must lie in [0, {n}), got {keep.min()} to {keep.max()}")
         return take_packed(dense, Selection(keep, keep.shape[1]))
     if keep.shape != (batch, n):
@@ -46,27 +257,24 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
     """Drop rows of a `Packed` batch: ragged in, ragged out.
 
     packed: what `pack` or `repack` returned.  keep: bool (total,).  counts: as in `pack`; without it, exactly one
-    device-to-host wait. Rows keep their order and their ids. The position of a row in the output is the number of kept
-    rows before it: a prefix sum, no `nonzero`.
+    device-to-host wait. Rows keep their order and their ids.
     """
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
-    _check(keep, "keep", 1, (torch.bool,))
+    check_tensor("keep", keep, 1, (torch.bool,))
     if keep.device != packed.tokens.device:
         raise ValueError(f"keep: expected on {packed.tokens.device} like the tokens, got {keep.device}")
     if keep.shape[0] != packed.tokens.shape[0]:
         raise ValueError(f"keep: expected one entry per row, {packed.tokens.shape[0]}, got {keep.shape[0]}")
-    place = keep.cumsum(0, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(place, (1, 0))[packed.cu_seqlens]
+    index, kept = kept_rows(keep, packed.starts, packed.lengths, packed.width)
     if counts is None:
-        total, longest = read_sizes(cu_seqlens[1:] - cu_seqlens[:-1])
+        total, longest = read_sizes(kept)
     else:
         total, longest = _host_sizes(counts, packed.batch)
-        if launch.may_look(keep) and cu_seqlens.diff().tolist() != list(counts):
+        if may_look(keep) and kept.tolist() != list(counts):
             raise ValueError("counts: they do not agree with keep")
-    tokens, ids = scatter_rows(packed.tokens, packed.ids, keep, place, total)
-    equal = longest if total == longest * packed.batch else None
-    return Packed(tokens, ids, cu_seqlens, max(longest, 1), packed.batch, packed.seqlen, equal)
+    new = take_packed(packed, Selection(index, kept), lambda _: (total, longest))
+    return replace(new, count=longest) if total == longest * packed.batch else new
 
 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
@@ -90,12 +298,3 @@ def _host_sizes(counts: list[int], batch: int) -> tuple[int, int]:
     if len(counts) != batch:
         raise ValueError(f"counts: expected {batch} numbers, one per image, got {len(counts)}")
     return int(sum(counts)), int(max(counts))
-
-
-def _check(x: Tensor, name: str, rank: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dim() != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(x.shape)}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected one of {', '.join(map(str, dtypes))}, got {x.dtype}")

@@ -7,21 +7,110 @@ grid (batch, n) and answers with a `Selection`. To add one, write a class with `
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_state
-from .layout import Selection
-from .registry import Registry
-from .selection import View, at_least, inverse_cdf, row_norms, top_k, with_prefix
+from .checks import Registry, check_blocks, check_int, check_positive, check_share
+from .loading import load_state
+from .packing import Packed, Padded, Selection
+from .rows import best_rows, equal_offsets, kept_rows, with_prefix
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
+
+
+# ---- what a pruner sees, and the rules that turn scores into a selection ----
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
+    stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
+    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated. The last two only where
+    the pruner `needs` them; both are zero in padding."""
+
+    state: Packed | Padded
+    prefix: int
+    stage: int
+    cls_attention: Tensor | None = None
+    value_norm: Tensor | None = None
+
+    def real(self) -> Tensor:
+        """bool (batch, n): which entries of the grid are rows, and which are padding."""
+        column = torch.arange(self.state.width, device=self.state.tokens.device)
+        lengths = self.state.lengths
+        return (column < lengths[:, None]) if lengths is not None else (column >= 0).expand(self.state.batch, -1)
+
+    def equal_rows(self, method: str) -> int:
+        """Real rows per image where all images have the same number, which a fixed ratio needs. Raises ValueError,
+        naming `method`, where they have not."""
+        if self.state.count is None:
+            raise ValueError(f"{method}: a fixed keep ratio needs the same number of tokens in every image")
+        return self.state.count
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms of x (..., dim), float32 (...), summed up in at least that precision and without a copy of x in it."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+
+
+# Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
+
+
+def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Selection:
+    """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
+    they stood. The first `prefix` rows are no patches, and stay."""
+    return Selection(best_rows(scores, prefix, count, in_place=in_place), prefix + count)
+
+
+def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
+    """The patches of scores (batch, n) that reach limit (batch, 1), in the order in which they stood; their number
+    varies. The first `prefix` rows stay anyway; real, bool (batch, n), is False in padding."""
+    return kept(scores >= limit, prefix, real)
+
+
+def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
+    """The rows that keep, bool (batch, n), marks, in the order in which they stand. The first `prefix` rows stay
+    anyway; real, bool (batch, n), is False in padding."""
+    batch, n = keep.shape
+    starts = equal_offsets(batch, n, keep.device)[:-1]
+    lengths = torch.full((batch,), n, device=keep.device, dtype=torch.int32)
+    return Selection(*kept_rows(keep & real, starts, lengths, n, prefix))
+
+
+def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:
+    """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
+
+    The scores (batch, n) of an image behind its `prefix`, where `real` (batch, n), sorted and summed up, make a
+    staircase from 0 to 1. `samples` evenly spaced heights, from the first positive step to 1, each pick the nearest
+    step; patches picked more than once stay once, lowest score first.
+    """
+    scores, real = scores[:, prefix:].float(), real[:, prefix:]
+    if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from
+        return Selection(with_prefix(real.long(), prefix), real.sum(1, dtype=torch.int32) + prefix)
+    ranked, order = torch.where(real, scores, math.inf).sort(1)
+    real = real.gather(1, order)
+    cdf = torch.where(real, ranked, 0.0).cumsum(1)
+    cdf = cdf / cdf[:, -1:].clamp_min(torch.finfo(torch.float32).tiny)
+    low, high = cdf[:, :1], cdf[:, -1:]
+    cdf = (cdf - low) / torch.where(high > low, high - low, 1.0)
+    cdf = torch.where(real, cdf, 2.0)  # past every height, so that padding is never the nearest step
+    start = torch.where(cdf > 0, cdf, 2.0).amin(1, keepdim=True).clamp_max(1.0)
+    height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device)
+    last = cdf.shape[1] - 1  # among NaNs a search ends past it
+    above = torch.searchsorted(cdf, height).clamp_max(last)
+    below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0))).clamp_max(last)  # the first of equal steps
+    nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
+    picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True)
+    steps = kept(picked, 0, real)
+    return Selection(with_prefix(order.gather(1, steps.index), prefix), steps.counts + prefix)
+
+
+# ---- the pruners ----
 
 
 class Pruner(nn.Module):
@@ -38,7 +127,7 @@ class Pruner(nn.Module):
 
     def __init__(self, name: str, at: Blocks, where: str):
         super().__init__()
-        self.name, self.at, self.where = name, _stages(at), where
+        self.name, self.at, self.where = name, check_blocks(at), where
         if where not in PLACES:
             raise ValueError(f"where: expected one of {', '.join(PLACES)}, got {where!r}")
 
@@ -65,8 +154,8 @@ class ThresholdL2(Pruner):
         super().__init__("threshold_l2", at, where)
         if keep is not None and tau is not None:
             raise ValueError(f"keep and tau: expected one of the two, got keep={keep!r} and tau={tau!r}")
-        self.keep = None if tau is not None else _ratio(0.5 if keep is None else keep)
-        self.tau = None if tau is None else _positive(tau, "tau")
+        self.keep = None if tau is not None else check_share("keep", 0.5 if keep is None else keep)
+        self.tau = None if tau is None else check_positive("tau", tau)
         self.adaptive = tau is not None
 
     def select(self, view: View) -> Selection | None:
@@ -106,7 +195,7 @@ class DynamicViT(Pruner):
     def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), where: str = "before",
                  predictors: str | Path | None = None, seed: int = 0):  # fmt: skip
         super().__init__("dynamicvit", at, where)
-        self.keep, self.seed = _ratio(keep), seed
+        self.keep, self.seed = check_share("keep", keep), seed
         self.score_predictor = nn.ModuleList()
         self.trained = predictors is not None
         self._file = None if predictors is None else Path(predictors)
@@ -157,7 +246,7 @@ class EViT(Pruner):
 
     def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
         super().__init__("evit", at, where)
-        self.keep, self.fuse = _ratio(keep), fuse
+        self.keep, self.fuse = check_share("keep", keep), fuse
 
     def select(self, view: View) -> Selection | None:
         rows = view.equal_rows("evit")
@@ -180,7 +269,7 @@ class ATS(Pruner):
 
     def __init__(self, samples: int = 196, at: Blocks = range(3, 12), where: str = "inside"):
         super().__init__("ats", at, where)
-        self.samples = _positive_int(samples, "samples")
+        self.samples = check_int("samples", samples, 1)
 
     def select(self, view: View) -> Selection | None:
         scores = view.cls_attention.sum(-1) * view.value_norm
@@ -195,7 +284,7 @@ class GivenLengths(Pruner):
 
     def __init__(self, lengths: Sequence[int], at: Blocks = (3,), where: str = "after", seed: int = 0):
         super().__init__("given_lengths", at, where)
-        self.lengths = [_positive_int(n, "lengths") for n in lengths]
+        self.lengths = [check_int("lengths", n, 1) for n in lengths]
         self.register_buffer("counts", torch.tensor(self.lengths, dtype=torch.int32), persistent=False)
         self.seed, self._order = seed, {}
 
@@ -220,31 +309,3 @@ def given_lengths(lengths: Sequence[int], at: Blocks = (3,), where: str = "after
 
 
 PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS})
-
-
-def _stages(at: int | Iterable[int]) -> tuple[int, ...]:
-    try:
-        stages = (at,) if isinstance(at, Integral) else tuple(operator.index(i) for i in at)
-    except TypeError:
-        raise TypeError(f"at: expected a block index or several, got {at!r}") from None
-    if not stages or min(stages) < 0 or list(stages) != sorted(set(stages)):
-        raise ValueError(f"at: expected rising block indices >= 0, got {at!r}")
-    return stages
-
-
-def _ratio(keep: float) -> float:
-    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep: expected a share in (0, 1], got {keep!r}")
-    return float(keep)
-
-
-def _positive(x: float, name: str) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real) or not 0.0 < x < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {x!r}")
-    return float(x)
-
-
-def _positive_int(x: int, name: str) -> int:
-    if isinstance(x, bool) or not isinstance(x, Integral) or x < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {x!r}")
-    return int(x)

@@ -21,27 +21,10 @@ HIGHEST_GRID = 65535  # CUDA's limit for the second dimension of a grid
 FEW = 264  # programs, two per multiprocessor of an H200: with fewer, the queries of a head are shared out
 # Widths into which the resident kernel cuts the keys, narrowest first. With equal lengths only the last piece is
 # masked, so all others must be full: no list is chosen for fewer keys than it has without its last piece.
-PIECES = (
+PIECE_WIDTHS = (
     (16, 0, 0), (32, 0, 0), (32, 0, 16), (64, 0, 0), (64, 0, 16), (64, 0, 32), (64, 32, 16), (64, 0, 64),
     (128, 0, 16), (128, 0, 32), (128, 0, 64), (128, 64, 16),
 )  # fmt: skip
-
-# Predicted, and what came of it (H200, float16, 12 heads of 64; GPU time against this table's choice):
-# - no division by a run-time number (a second grid dimension): "a few per cent in short programs".
-#   256 x U(20,197) 81.2 -> 77.9 us, 64 x U(20,197) 24.2 -> 23.4 us, 32 x 577 unchanged within noise.
-# - the last query tile with 16 rows where 16 suffice (197 = 3 * 64 + 5): "a fifth less arithmetic". 140 -> 188 us:
-#   four warps share 16 rows badly, and the second code path takes registers from the first.
-# - heads fastest in the grid: no difference. All first tiles before all second tiles: 14 to 35 % slower, the keys have
-#   left the cache by then.
-# - query tiles of 128 with 8 warps: "keys read half as often". 197: 140 -> 219 us, 577: 102 -> 107 us.
-# - 99 equal tokens, the two query tiles of a head in two programs, though both read all keys: "more traffic, no gain
-#   once the GPU is full". With 128 registers 64 x 99 16.8 -> 16.5 us, 16 x 99 5.41 -> 5.15 us, 32 x 99 10.0 -> 9.9 us:
-#   half as long programs fill the last wave better.
-# - what bounds 256 x 197 (140 us, half of what memory alone allows), by Nsight Compute: nothing is full. Memory 41 %,
-#   instructions 35 %, exponentials 33 %, tensor cores 31 %: three programs on a multiprocessor hide too little of each
-#   other's waiting. "A fourth": it has to fit into 144 registers, spills, and takes 227 us.
-# - 80, 96 and 104 registers at 32-wide keys: 77.4, 77.7 and 85.2 us at 256 x U(20,197): how many
-#   programs fit on a multiprocessor decides, not what one of them can hold.
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,7 +56,7 @@ def _stream(m: int, n: int, tail: int, stages: int, flat: int, **options: int) -
 
 def _resident(max_q: int, max_k: int, few: bool, programs: int, equal: bool) -> Tiles:
     tiles = -(-max_q // 64)
-    a, b, tail = next(pieces for pieces in PIECES if sum(pieces) >= max_k)
+    a, b, tail = next(pieces for pieces in PIECE_WIDTHS if sum(pieces) >= max_k)
     split, limit = tiles, {}
     if 64 < max_k <= 112:  # 128 registers let a fourth program onto a multiprocessor, 96 a fifth
         split = min(tiles, 2 if programs <= 4 * FEW else 1)

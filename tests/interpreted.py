@@ -11,7 +11,9 @@ import torch
 from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
 
 import ragged
-from ragged import copying, fused, launch, ranking, tiles
+from ragged import kernel as kernels
+from ragged import launch, tiles
+from ragged import rows as row_ops
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -78,7 +80,7 @@ def test_equal_lengths_and_lengths_that_only_look_equal(n, many, monkeypatch):
     """A buffer with room for equal lengths, whatever the offsets say: from them alone an image knows its keys."""
     if many:  # choose as for a large batch
         monkeypatch.setattr(tiles, "FEW", 0)
-    fused.choose_tiles.cache_clear()
+    kernels.choose_tiles.cache_clear()
     for lengths in ([n, n], [n // 3, n]):
         q, k, v, *sizes = inputs(lengths, heads=1, dtype=torch.float16)
         surplus = torch.full((2 * n - sum(lengths), 1, 16), math.nan, dtype=torch.float16)
@@ -86,7 +88,7 @@ def test_equal_lengths_and_lengths_that_only_look_equal(n, many, monkeypatch):
         out, lse = ragged.varlen_attention(*wide, *sizes, return_lse=True, backend="triton")
         assert_in_budget(out[: len(q)], (q, k, v, *sizes))
         assert_lse(lse[:, : len(q)], (q, k, v, *sizes))
-    fused.choose_tiles.cache_clear()
+    kernels.choose_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["triton", "paper_triton"])
@@ -109,9 +111,9 @@ def test_every_kind_of_strides(backend):
 def test_attention_of_cls(lengths, dim, dtype):
     q, k, _, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
     sizes = (cu[:-1], cu.diff(), max(lengths), dim**-0.5)
-    probs = fused.cls_attention(q, k, *sizes)
+    probs = row_ops.cls_attention(q, k, *sizes)
     assert probs.shape == q.shape[:2] and probs.dtype == torch.float32
-    torch.testing.assert_close(probs, fused._cls_attention_torch(q, k, *sizes), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probs, row_ops._cls_attention_torch(q, k, *sizes), rtol=1e-4, atol=1e-6)
     for b, length in enumerate(lengths):
         if length:
             torch.testing.assert_close(probs[cu[b] : cu[b + 1]].sum(0), torch.ones(3))
@@ -123,7 +125,7 @@ def test_attention_of_cls_leaves_padding_alone():
     lengths, starts = torch.tensor([4, 10], dtype=torch.int32), torch.tensor([0, 10], dtype=torch.int32)
     k = k.clone()
     k[4:10] = math.nan
-    probs = fused.cls_attention(q, k, starts, lengths, 10, 0.25)
+    probs = row_ops.cls_attention(q, k, starts, lengths, 10, 0.25)
     assert not probs[4:10].any() and probs.isfinite().all()
 
 
@@ -136,18 +138,25 @@ def test_gather(dim, dtype):
     x, ids = torch.randn(13, dim).to(dtype), torch.arange(13) * 10
     for rows in ([], [12], [3, 3, 0, 12, 7], list(range(12, -1, -1))):
         rows = torch.tensor(rows, dtype=torch.int64)
-        got, got_ids = copying.copy_rows(x, ids, rows)
+        got, got_ids = row_ops.copy_rows(x, ids, rows)
         assert torch.equal(got, x[rows]) and torch.equal(got_ids, ids[rows])
 
 
-@pytest.mark.parametrize("dim", [1, 5, 130])
-def test_scatter(dim):
-    x, ids = torch.randn(2 * dim, 29).T[:, :dim], torch.arange(58)[::2]  # neither lies in one piece
-    for keep in (torch.zeros(29), torch.ones(29), torch.arange(29) % 3 == 1, torch.arange(29) == 28):
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_a_mask_as_an_index(prefix, monkeypatch):
+    """More rows than a program looks at at a time, images of several lengths, and the same answer as PyTorch's."""
+    lengths = torch.tensor([0, 1, 300, 29], dtype=torch.int32)
+    starts = row_ops.offsets(lengths)[:-1]
+    for keep in (torch.zeros(330), torch.ones(330), torch.arange(330) % 3 == 1, torch.arange(330) == 329):
         keep = keep.bool()
-        place = keep.cumsum(0, dtype=torch.int32)
-        got, got_ids = copying.scatter_rows(x, ids, keep, place, int(keep.sum()))
-        assert torch.equal(got, x[keep]) and torch.equal(got_ids, ids[keep])
+        index, counts = row_ops.kept_rows(keep, starts, lengths, 300, prefix)
+        with monkeypatch.context() as without:
+            without.setattr(row_ops.launch, "usable", lambda device: False)
+            want, want_counts = row_ops.kept_rows(keep, starts, lengths, 300, prefix)
+        assert torch.equal(index, want) and torch.equal(counts, want_counts)
+        own = keep[1:301].clone()
+        own[:prefix] = True
+        assert torch.equal(index[2, : counts[2]], own.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("surplus", [0, 13, -3], ids=["exact", "surplus", "too small"])
@@ -164,12 +173,12 @@ def test_take(batch, dim, surplus, monkeypatch):
     total = int(counts.sum()) + surplus
     rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])[:total]
     for longest in (n, 1):  # whoever says so: every row arrives
-        tokens, new_ids, cu = copying.take_rows(x, ids, starts, index, counts, total, longest)
+        tokens, new_ids, cu = row_ops.take_rows(x, ids, starts, index, counts, total, longest)
         assert torch.equal(tokens[: len(rows)], x[rows]) and torch.equal(new_ids[: len(rows)], ids[rows])
         assert not tokens[len(rows) :].any() and (new_ids[len(rows) :] == -1).all() and len(tokens) == total
-        assert cu.dtype == torch.int32 and torch.equal(cu, copying.offsets(counts).clamp(max=total))
+        assert cu.dtype == torch.int32 and torch.equal(cu, row_ops.offsets(counts).clamp(max=total))
     monkeypatch.setattr(launch, "usable", lambda device: False)
-    for got, want in zip(copying.take_rows(x, ids, starts, index, counts, total, n), (tokens, new_ids, cu)):
+    for got, want in zip(row_ops.take_rows(x, ids, starts, index, counts, total, n), (tokens, new_ids, cu)):
         assert torch.equal(got, want)
 
 
@@ -184,10 +193,10 @@ def test_ranking(n, prefix, count, dtype, monkeypatch):
     order = scores[:, prefix:].sort(dim=1, descending=True, stable=True).indices[:, :count] + prefix
     first = torch.arange(prefix).expand(5, prefix)
     for in_place, want in ((False, order), (True, order.sort(1).values)):
-        assert torch.equal(ranking.best_rows(scores, prefix, count, in_place=in_place), torch.cat((first, want), 1))
-    both = [ranking.best_rows(scores, prefix, count)]
+        assert torch.equal(row_ops.best_rows(scores, prefix, count, in_place=in_place), torch.cat((first, want), 1))
+    both = [row_ops.best_rows(scores, prefix, count)]
     monkeypatch.setattr(launch, "usable", lambda device: False)
-    assert torch.equal(both[0], ranking.best_rows(scores, prefix, count))
+    assert torch.equal(both[0], row_ops.best_rows(scores, prefix, count))
 
 
 def test_pack_repack_unpack():

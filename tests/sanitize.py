@@ -16,7 +16,8 @@ from unittest import mock
 
 import torch
 
-from ragged import copying, fused, ranking
+from ragged import kernel as kernels
+from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.tiles import choose_tiles
@@ -62,11 +63,11 @@ def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, 
     rows = sum(counts_q)
     highest = 0 if dict(tiles.shape).get("FLAT") else tiles_of.HIGHEST_GRID  # the grid must go with the choice
     with (
-        mock.patch.object(fused, "choose_tiles", lambda *_: tiles),
+        mock.patch.object(kernels, "choose_tiles", lambda *_: tiles),
         mock.patch.object(tiles_of, "HIGHEST_GRID", highest),
     ):
         for _ in range(2):
-            out, sums = fused.attend(*arguments, dim**-0.5, lse)
+            out, sums = kernels.attend(*arguments, dim**-0.5, lse)
             close(out[:rows], want[:rows], dtype)
             if lse:
                 torch.testing.assert_close(sums.cpu()[:, :rows].double(), want_lse[:, :rows], rtol=1e-5, atol=1e-4)
@@ -120,7 +121,7 @@ def paper(device, dtype, dim):
     cu = offsets(counts, device)
     want = varlen_attention_ref(q.cpu(), k.cpu(), v.cpu(), cu.cpu(), cu.cpu(), 70, 70)
     for _ in range(2):
-        close(fused.paper_attend(q, k, v, cu, 70, dim**-0.5), want, dtype)
+        close(kernels.paper_attend(q, k, v, cu, 70, dim**-0.5), want, dtype)
 
 
 def cls(device, dtype, dim):
@@ -129,7 +130,7 @@ def cls(device, dtype, dim):
     cu = offsets(counts, "cpu")
     starts, lengths = cu[:-1].contiguous().to(device), cu.diff().to(device)
     for _ in range(2):
-        probs = fused.cls_attention(q, k, starts, lengths, 70, dim**-0.5).cpu()
+        probs = row_ops.cls_attention(q, k, starts, lengths, 70, dim**-0.5).cpu()
     for start, n in zip(cu.tolist(), counts):
         scores = torch.einsum(
             "hd,nhd->nh", q.cpu()[start : start + 1].sum(0).float(), k.cpu()[start : start + n].float()
@@ -137,14 +138,20 @@ def cls(device, dtype, dim):
         torch.testing.assert_close(probs[start : start + n], (scores * dim**-0.5).softmax(0), rtol=1e-3, atol=1e-5)
 
 
+def kept(x, ids, keep, cu):
+    """The rows of one image that a mask marks, by way of an index."""
+    index, counts = row_ops.kept_rows(keep, cu[:-1], cu[1:] - cu[:-1], keep.shape[0])
+    return row_ops.take_rows(x, ids, cu[:-1], index, counts, int(keep.sum()), keep.shape[0])[:2]
+
+
 def copies(device, dtype, width):
     x, ids = numbers(device, dtype, 29, width), torch.arange(29).to(device)
     rows, keep = torch.tensor([28, 0, 5, 5, 7]), torch.arange(29) % 3 != 1
-    place = keep.cumsum(0, dtype=torch.int32)
+    whole = torch.tensor([0, 29], dtype=torch.int32).to(device)
     for _ in range(2):
         for (got, got_ids), want in (
-            (copying.copy_rows(x, ids, rows.to(device)), rows),
-            (copying.scatter_rows(x, ids, keep.to(device), place.to(device), int(place[-1])), keep.nonzero()[:, 0]),
+            (row_ops.copy_rows(x, ids, rows.to(device)), rows),
+            (kept(x, ids, keep.to(device), whole), keep.nonzero()[:, 0]),
         ):
             assert torch.equal(got.cpu(), x.cpu()[want]) and torch.equal(got_ids.cpu(), want)
 
@@ -157,10 +164,10 @@ def takes(device, dtype, batch):
     rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])
     sizes = (len(rows) + surplus, n)
     for _ in range(2):
-        got, got_ids, cu = copying.take_rows(x, ids, *(t.to(device) for t in (starts, index, counts)), *sizes)
+        got, got_ids, cu = row_ops.take_rows(x, ids, *(t.to(device) for t in (starts, index, counts)), *sizes)
         assert torch.equal(got[: len(rows)].cpu(), x.cpu()[rows]) and not got[len(rows) :].any()
         assert got_ids.cpu().tolist() == rows.tolist() + [-1] * surplus
-        assert torch.equal(cu.cpu(), copying.offsets(counts))
+        assert torch.equal(cu.cpu(), row_ops.offsets(counts))
 
 
 def ranks(device, dtype, n):
@@ -168,15 +175,15 @@ def ranks(device, dtype, n):
     want = scores.cpu()[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : n // 2] + 1
     for in_place, rows in ((False, want), (True, want.sort(1).values)):
         for _ in range(2):
-            assert torch.equal(ranking.best_rows(scores, 1, n // 2, in_place=in_place).cpu()[:, 1:], rows)
+            assert torch.equal(row_ops.best_rows(scores, 1, n // 2, in_place=in_place).cpu()[:, 1:], rows)
 
 
 def mistakes(device):
     """What the tools must not let pass: a row far outside, and rows that nobody has written."""
     x, ids = numbers(device, HALF, 29, 384), torch.arange(29).to(device)
     blank = torch.empty(29, 384, device=device, dtype=HALF)
-    copying.copy_rows(blank, ids, torch.tensor([1, 2, 3]).to(device))
-    copying.copy_rows(x, ids, torch.tensor([1, 2, 1 << 20]).to(device))
+    row_ops.copy_rows(blank, ids, torch.tensor([1, 2, 3]).to(device))
+    row_ops.copy_rows(x, ids, torch.tensor([1, 2, 1 << 20]).to(device))
 
 
 def main():

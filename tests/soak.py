@@ -25,8 +25,8 @@ import torch
 from gpu_tools import compiled_kernels
 
 import ragged
-from ragged import fused
-from ragged.pipelines import Replay, noting
+from ragged import launch
+from ragged.bench.pipelines import Replay, noting
 from ragged.pruners import given_lengths
 from ragged.tiles import choose_tiles
 
@@ -274,7 +274,7 @@ class Soak:
         from torch._dynamo.utils import counters
 
         state = {"graphs": counters["stats"]["unique_graphs"], "kernels": len(compiled_kernels())}
-        state |= {"plans": sum(map(len, fused._plans.values())), "host_mb": host_mb()}
+        state |= {"plans": sum(map(len, launch._plans.values())), "host_mb": host_mb()}
         if self.cuda:
             state["allocated_mb"] = torch.cuda.memory_allocated() / 1e6
             state["reserved_mb"] = torch.cuda.memory_reserved() / 1e6
@@ -286,7 +286,7 @@ class Soak:
         self.failures += [f"compiled after the warm-up: {kernel}" for kernel in late]
         if after["graphs"] != before["graphs"]:
             self.failures.append(f"{after['graphs'] - before['graphs']} graphs compiled after the warm-up")
-        if after["plans"] > 2 * fused.MOST_PLANS:
+        if after["plans"] > 2 * launch.MOST_PLANS:
             self.failures.append(f"{after['plans']} kinds of calls are remembered")
         if after["host_mb"] > halfway["host_mb"] + HOST_MB:
             self.failures.append(f"the process grew by {after['host_mb'] - halfway['host_mb']:.0f} MB")

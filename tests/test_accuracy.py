@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 import ragged
-from ragged import accuracy, bench, data
-from ragged.accuracy import Folder, Setting, Tally, count, settings
+from ragged import data
+from ragged.bench import __main__ as bench
+from ragged.bench import accuracy
+from ragged.bench.accuracy import Folder, Setting, Tally, count, settings
 
 CHOSEN = [
     Setting("none", "unpruned", 1.0, lambda: None),
@@ -144,7 +146,7 @@ def test_checkpoints_that_do_not_fit(images, checkpoint, tmp_path):
         count(job(images, checkpoint, sha256="0" * 64), state, chosen=CHOSEN)
     with pytest.raises(ValueError, match="SHA-256"):
         count(job(images, checkpoint, predictors=checkpoint, predictors_sha256="0" * 64), state)
-    found = ragged.checkpoints.load_state(checkpoint)
+    found = ragged.loading.load_state(checkpoint)
     del found["score_predictor.1.out_conv.4.weight"]
     torch.save({"model": found}, tmp_path / "lacks.pth")
     whole = Setting("dynamicvit", "published", 0.7, lambda: ragged.PRUNERS["dynamicvit"](

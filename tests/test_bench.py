@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ragged import bench, data, flops, loading, pipelines, runner
+from ragged import data, loading
 from ragged.backends import BACKENDS
-from ragged.layout import Selection
+from ragged.bench import __main__ as bench
+from ragged.bench import flops, pipelines, runner
+from ragged.bench.rounds import Subject, measure
+from ragged.bench.suites.attention import Inputs
+from ragged.packing import Selection
 from ragged.pruners import PRUNERS
-from ragged.rounds import Subject, measure
-from ragged.suite_attention import Inputs
 
 ON_CPU = ["--quick", "--repeats", "1", "--device", "cpu"]
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="writes rows of a machine without a GPU")
@@ -215,7 +217,7 @@ def test_quick_suites_on_a_gpu(suite, tmp_path):
 
 
 def test_the_readme_shows_the_recorded_rows():
-    from ragged.report import BEGIN, END, summary
+    from ragged.bench.report import BEGIN, END, summary
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0].strip() == summary()

@@ -221,7 +221,7 @@ def move_all_sliders(browser, lab, path):
 
 @pytest.fixture(scope="module")
 def site_folder(tmp_path_factory):
-    from ragged import site
+    from ragged.course.site import __main__ as site
 
     out = tmp_path_factory.mktemp("built") / "site"
     site.build(out, ROOT)

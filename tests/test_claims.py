@@ -6,8 +6,7 @@ import figure_frames as frames
 import pytest
 
 from ragged import data
-from ragged.beside import KERNEL, LOOK_UP, Record, beside
-from ragged.claims import ahead, all_claims, call_claims, said
+from ragged.bench.paper import KERNEL, LOOK_UP, Rows, ahead, all_claims, beside, call_claims, said
 
 
 def invented():
@@ -30,7 +29,7 @@ def invented():
                     records.append(dict(suite="model", model=model, backend=backend, batch=float(batch), mode=mode,
                                         tokens="197" if backend == "unpruned" else "99", metric="images_per_s",
                                         value=factor * value))  # fmt: skip
-    return Record(frames.rows(records))
+    return Rows(frames.rows(records))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_the_counterpart_of_a_row(record, table, which, expected):
 
 
 def test_what_is_not_recorded_is_nan(record):
-    nothing = Record(frames.rows([dict(suite="x", metric="y", value=1.0)]))
+    nothing = Rows(frames.rows([dict(suite="x", metric="y", value=1.0)]))
     for table in data.paper_tables():
         found = beside(table, {"here": record, "nothing": nothing})
         assert len(found) == len(data.paper(table)) and found["nothing"].isna().all(), table
@@ -102,5 +101,5 @@ def test_all_claims_answer_with_numbers(record):
 
 
 def test_the_recording_answers_the_claims_on_calls():
-    ours = Record(data.results(gpu="NVIDIA H200"))
+    ours = Rows(data.results(gpu="NVIDIA H200"))
     assert all(c.fair(ours) > 0 for c in call_claims())

@@ -13,7 +13,7 @@ import torch
 from attention_cases import assert_in_budget, inputs, offsets
 
 import ragged
-from ragged import fused, launch
+from ragged import launch
 from ragged.pruners import given_lengths
 from ragged.tiles import choose_tiles
 
@@ -55,12 +55,12 @@ def restless():
 @pytest.fixture
 def cpu_as_device(monkeypatch):
     """The launcher takes CPU tensors for tensors of the current device; nothing is really started."""
-    fused.forget()
+    launch.forget()
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "current_device", lambda: -1)
     monkeypatch.setattr(launch, "current_stream", lambda device: 0)
     yield
-    fused.forget()
+    launch.forget()
 
 
 # --- the launcher's bookkeeping
@@ -81,7 +81,7 @@ def tiles_of(q, k, cu, longest):
     return choose_tiles(longest, longest, q.shape[2], images * q.shape[1], equal, q.element_size())
 
 
-@pytest.mark.skipif(fused.TensorGuards is None, reason="no TensorGuards in this PyTorch: calls take the long way")
+@pytest.mark.skipif(launch.TensorGuards is None, reason="no TensorGuards in this PyTorch: calls take the long way")
 def test_threads_share_the_remembered_calls(cpu_as_device, restless):
     """While calls of six kinds are remembered, used and forgotten, none is ever started with another one's kernel, or
     with other tensors than its own."""
@@ -97,15 +97,15 @@ def test_threads_share_the_remembered_calls(cpu_as_device, restless):
             used.append(kind)
 
         for _ in range(2000):
-            fused._remember(q, k, v, cu_q, cu_k, tiles, launcher)
-            out = fused.quick(q, k, v, cu_q, cu_k, longest, longest, 0.25)
+            launch.remember(q, k, v, cu_q, cu_k, tiles, launcher)
+            out = launch.quick(q, k, v, cu_q, cu_k, longest, longest, 0.25)
             assert out is None or (out.shape == q.shape and out.dtype == q.dtype)
         # both lists are bounded, whatever threads add at the same moment
-        assert all(len(plans) <= fused.MOST_PLANS + 8 for plans in fused._plans.values())
+        assert all(len(plans) <= launch.MOST_PLANS + 8 for plans in launch._plans.values())
 
     def forgetter():
         for _ in range(2000):
-            fused.forget()
+            launch.forget()
 
     at_once(*[functools.partial(worker, *call) for call in kinds_of_calls()], forgetter)
     assert len({*used}) == 6, "every kind was started the short way at some time"
@@ -166,11 +166,11 @@ def test_threads_share_the_launchers(cpu_as_device, restless, monkeypatch):
 
 def test_forgetting_leaves_nothing(cpu_as_device):
     for (q, k, v, cu_q, cu_k, longest, _), _ in kinds_of_calls():
-        fused._remember(q, k, v, cu_q, cu_k, tiles_of(q, k, cu_q, longest), lambda *_: None)
+        launch.remember(q, k, v, cu_q, cu_k, tiles_of(q, k, cu_q, longest), lambda *_: None)
     launch._launchers["key"] = None
-    assert any(fused._plans.values()) or fused.TensorGuards is None
-    fused.forget()
-    assert not launch._launchers and not any(fused._plans.values())
+    assert any(launch._plans.values()) or launch.TensorGuards is None
+    launch.forget()
+    assert not launch._launchers and not any(launch._plans.values())
 
 
 def test_threads_use_one_model():
@@ -204,7 +204,7 @@ def images(seed, batch=8, device="cuda"):
 @gpu
 def test_two_threads_on_two_streams():
     """Attention, an eager model and one recording, shared: the same bits as one behind the other."""
-    fused.forget()
+    launch.forget()
     eager = ragged.RaggedViT(network(), ragged.PRUNERS["threshold_l2"](tau=1.0))
     captured = ragged.RaggedViT(network(), ragged.PRUNERS["threshold_l2"](tau=1.0)).capture(8)
     calls = [inputs(lengths, 3, 64, HALF, "cuda") for lengths in ([197] * 9, [3, 100, 0, 64, 197, 65])]
@@ -216,7 +216,7 @@ def test_two_threads_on_two_streams():
         with torch.cuda.stream(torch.cuda.Stream()):
             for i in range(100):
                 if i % 25 == 0:
-                    fused.forget()
+                    launch.forget()
                 assert torch.equal(ragged.varlen_attention(*call), expected[0])
                 if i % 5 == 0:
                     assert (eager(x) - expected[1]).abs().max() < 0.007
@@ -247,7 +247,7 @@ def test_two_streams_from_one_thread():
 @two_gpus
 def test_two_devices_at_once():
     """One thread each: attention, packing, eager models and recordings, while the current device is the first."""
-    fused.forget()
+    launch.forget()
     pruner = ragged.PRUNERS["threshold_l2"](tau=1.0)
     models = {d: ragged.RaggedViT(copy.deepcopy(network()).to(d), copy.deepcopy(pruner)) for d in ("cuda:0", "cuda:1")}
     recorded = {d: model.capture(8) for d, model in models.items()}

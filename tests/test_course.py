@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ragged
-from ragged import course, data, notebook_output
+from ragged import course, data
+from ragged.course import output as notebook_output
 
 
 @pytest.fixture(autouse=True)

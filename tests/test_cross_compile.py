@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import ragged
-from ragged import copying, fused, launch, ranking
+from ragged import kernel as kernels
+from ragged import launch
+from ragged import rows as row_ops
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")
@@ -77,7 +79,7 @@ def attend(dim, dtype, want_lse, longest, images, spare, heads=12):
     fill, so that the images cannot all be equally long. On the meta device nothing is allocated."""
     q, k, v = torch.empty(images * longest - spare, 3, heads, dim, dtype=dtype, device="meta").unbind(1)
     cu = torch.empty(images + 1, dtype=torch.int32, device="meta")
-    fused.attend(q, k, v, cu, cu, longest, longest, dim**-0.5, want_lse)
+    kernels.attend(q, k, v, cu, cu, longest, longest, dim**-0.5, want_lse)
 
 
 @pytest.fixture
@@ -97,15 +99,15 @@ def record_the_others(recorder, dims, dtypes):
     cu = torch.tensor([0, 16], dtype=torch.int32)
     for dtype in dtypes:
         x, ids, keep = torch.empty(16, 768, dtype=dtype), torch.arange(16), torch.ones(16, dtype=torch.bool)
-        copying.copy_rows(x, ids, ids)
-        copying.scatter_rows(x, ids, keep, keep.cumsum(0, dtype=torch.int32), 16)
-        copying.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
+        row_ops.copy_rows(x, ids, ids)
+        row_ops.kept_rows(keep, cu[:-1], cu[1:], 16, prefix=1)
+        row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
         for n in (17, 197, 577, 1025):
-            ranking.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1)
+            row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
-            fused.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
-            fused.paper_attend(q, k, v, cu, 16, 0.1)
+            row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
+            kernels.paper_attend(q, k, v, cu, 16, 0.1)
     return list(recorder)
 
 

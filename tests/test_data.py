@@ -1,25 +1,12 @@
 """The data folder: pictures have credits, tables parse, results overwrite themselves, bad input is refused in words."""
 
 import hashlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from ragged import data
-
-
-def test_the_plain_parts_need_no_torch():
-    code = (
-        "import sys, importlib.machinery, types\n"
-        "package = types.ModuleType('ragged'); package.__path__ = [sys.argv[1]]; sys.modules['ragged'] = package\n"
-        "import ragged.data as d; d.results(); d.paper(d.paper_tables()[0]); d.lengths('197', 2)\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(data.Path(data.__file__).parent)]).returncode == 0
-
 
 # ---- photographs ----
 
@@ -54,7 +41,7 @@ def test_normalise():
 
 
 def test_the_folder_is_found_in_an_installed_package_and_missed_clearly(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "site" / "ragged" / "data.py"))
+    monkeypatch.setattr(data.files, "__file__", str(tmp_path / "site" / "ragged" / "data" / "files.py"))
     with pytest.raises(FileNotFoundError, match="_data"):
         data.data_dir()
     (tmp_path / "site" / "data").mkdir(parents=True)  # somebody else's folder beside the package
@@ -90,7 +77,7 @@ def a_row(**changes):
 
 @pytest.fixture
 def empty_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(data.files, "data_dir", lambda: tmp_path)
     return tmp_path / "results"
 
 
@@ -190,7 +177,7 @@ def test_a_checkpoint_that_is_not_bundled_names_the_alternatives():
 
 
 def test_bundled_checkpoints_are_verified(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(data.files, "data_dir", lambda: tmp_path)
     file = tmp_path / "checkpoints" / "tiny.safetensors"
     file.parent.mkdir()
     file.write_bytes(b"weights")

@@ -304,7 +304,8 @@ def fill_and_try(venv, bounds, folder):
     command = [str(inside), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    listed = run_python("import sys; from ragged.runner import machine; print(sys.version, machine())", folder, inside)
+    code = "import sys; from ragged.bench.runner import machine; print(sys.version, machine())"
+    listed = run_python(code, folder, inside)
     print(bounds, listed)
     assert run_python(ALONE.format(where=str(venv.resolve())), folder, inside).strip() == "fine"
     timed = TIMED.format(names=("timm", "plotly", "pandas"))

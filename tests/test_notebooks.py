@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from notebook_files import FIGURE, LESSONS, PICTURE, ROOT, SOLUTIONS, code, outputs, prose, read, tags
 
-from ragged import notebook_tools
+from ragged.course import notebooks as notebook_tools
 
 REPOSITORY = notebook_tools.repository(ROOT)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")  # image?, text (may hold an image), address
@@ -132,7 +132,7 @@ def test_saved_outputs(notebook):
 
 
 def test_every_figure_is_described(notebook):
-    """The title and more, as text beside the picture: `ragged.style.alt_text` makes it when outputs are saved."""
+    """The title and more, as text beside the picture: `ragged.plots.style.alt_text` makes it when outputs are saved."""
     for cell, output in outputs(notebook):
         if FIGURE in output.get("data", {}):
             words = "".join(output["data"].get("text/plain", ""))

@@ -26,7 +26,8 @@ from attention_cases import (
 from pruner_cases import ALL, pictures, small_vit
 
 import ragged
-from ragged import copying, fused, launch, ranking
+from ragged import launch
+from ragged import rows as row_ops
 from ragged.pruners import given_lengths
 
 gpu = pytest.mark.gpu
@@ -210,10 +211,10 @@ def test_a_broken_image_stays_alone(device, backend, value):
 def test_a_broken_image_s_scores_stay_alone(device, value):
     q, k, _, cu, *_ = inputs([5, 1, 18, 3], heads=3, device=device)
     sizes = (cu[:-1], cu.diff(), 18, 0.25)
-    want = fused.cls_attention(q, k, *sizes)
+    want = row_ops.cls_attention(q, k, *sizes)
     for victim in range(4):
         broken, others = poisoned((q, k, q, cu, cu, 18, 18), victim, value)
-        assert torch.equal(fused.cls_attention(*broken[:2], *sizes)[others], want[others])
+        assert torch.equal(row_ops.cls_attention(*broken[:2], *sizes)[others], want[others])
 
 
 @devices
@@ -289,7 +290,7 @@ def test_a_broken_picture_stays_alone_in_a_graph(name):
 @pytest.fixture
 def dirty(monkeypatch):
     """Uninitialised memory holds NaN (integers: their largest), so that whatever is not written shows."""
-    monkeypatch.setattr(fused, "_empty_cuda", None)  # it takes memory past PyTorch's own filling
+    monkeypatch.setattr(launch, "_empty_cuda", None)  # it takes memory past PyTorch's own filling
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -326,21 +327,21 @@ def test_every_copied_and_scored_number_is_written(dirty, device):
     for dim in (1, 5, 130):
         x, ids = torch.randn(29, dim, device=device), torch.arange(29, device=device)
         rows = torch.tensor([3, 3, 0, 28, 7], device=device)
-        got, got_ids = copying.copy_rows(x, ids, rows)
+        got, got_ids = row_ops.copy_rows(x, ids, rows)
         assert torch.equal(got, x[rows]) and torch.equal(got_ids, rows)
         keep = torch.arange(29, device=device) % 3 == 1
-        got, got_ids = copying.scatter_rows(x, ids, keep, keep.cumsum(0, dtype=torch.int32), int(keep.sum()))
-        assert torch.equal(got, x[keep]) and torch.equal(got_ids, ids[keep])
+        packed = ragged.pack(x[None], keep[None])
+        assert torch.equal(packed.tokens, x[keep]) and torch.equal(packed.ids, ids[keep])
         starts, counts, index = (torch.tensor(t, device=device) for t in ([0, 20], [3, 2], [[2, 0, 1], [8, 4, 0]]))
-        got, got_ids, cu = copying.take_rows(x, ids, starts.int(), index, counts.int(), 9, 3)
+        got, got_ids, cu = row_ops.take_rows(x, ids, starts.int(), index, counts.int(), 9, 3)
         rows = torch.tensor([2, 0, 1, 28, 24], device=device)
         assert torch.equal(got[:5], x[rows]) and not got[5:].any() and cu.tolist() == [0, 3, 5]
         assert got_ids.tolist() == [*rows.tolist(), -1, -1, -1, -1]
     scores = torch.arange(40, device=device).float().remainder(7).view(2, 20)
     want = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :12] + 1
-    assert torch.equal(ranking.best_rows(scores, 1, 12), torch.nn.functional.pad(want, (1, 0)))
+    assert torch.equal(row_ops.best_rows(scores, 1, 12), torch.nn.functional.pad(want, (1, 0)))
     q, k, _, cu, *_ = inputs([70, 1, 5], heads=3, device=device)
-    probs = fused.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
+    probs = row_ops.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
     assert probs.isfinite().all()
     torch.testing.assert_close(probs[:70].sum(0), torch.ones(3, device=device))
 
@@ -383,7 +384,7 @@ def test_more_than_two_to_the_31_elements(backend, ragged_lengths):
 def _check_cls(q, k, cu, counts, images):
     """The row of CLS on the same tensors."""
     lengths = cu.diff()
-    probs = fused.cls_attention(q, k, cu[:-1], lengths, max(counts), 0.125)
+    probs = row_ops.cls_attention(q, k, cu[:-1], lengths, max(counts), 0.125)
     for b in images:
         rows = slice(*cu[b : b + 2].tolist())
         want = torch.einsum("hd,nhd->nh", q[rows.start].double(), k[rows].double()).mul(0.125).softmax(0)
@@ -398,10 +399,8 @@ def test_copies_of_more_than_two_to_the_31_elements():
     x, ids = torch.empty(n, dim, device="cuda", dtype=HALF).normal_(), torch.arange(n, device="cuda")
     keep = ids % 100 != 0
     total = int(keep.sum())
-    for got, got_ids in (
-        copying.scatter_rows(x, ids, keep, keep.cumsum(0, dtype=torch.int32), total),
-        copying.copy_rows(x, ids, keep.nonzero()[:, 0]),
-    ):
+    packed = ragged.pack(x[None], keep[None])
+    for got, got_ids in ((packed.tokens, packed.ids), row_ops.copy_rows(x, ids, keep.nonzero()[:, 0])):
         assert torch.equal(got_ids, ids[keep])
         for rows in (slice(0, 1000), slice(total - 1000, total), slice(1_045_000, 1_046_000)):
             assert torch.equal(got[rows], x[got_ids[rows]])
@@ -409,7 +408,7 @@ def test_copies_of_more_than_two_to_the_31_elements():
     del got_ids
     starts, counts = torch.tensor([0, n // 2], device="cuda").int(), torch.tensor([n // 2, n // 2], device="cuda").int()
     index = torch.arange(n // 2, device="cuda").flip(0).expand(2, -1).contiguous()
-    got, got_ids, cu = copying.take_rows(x, ids, starts, index, counts, n, n // 2)
+    got, got_ids, cu = row_ops.take_rows(x, ids, starts, index, counts, n, n // 2)
     assert cu.tolist() == [0, n // 2, n] and torch.equal(got_ids, torch.cat((index[0], index[0] + n // 2)))
     for rows in (slice(0, 1000), slice(n - 1000, n)):
         assert torch.equal(got[rows], x[got_ids[rows]])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ragged
-from ragged import layout, packing
+from ragged import packing
 
 
 def tokens(batch=3, n=7, dim=4, seed=0):
@@ -166,8 +166,8 @@ def test_a_selection_from_either_layout():
     x = tokens()
     counts, index = torch.tensor([7, 2, 4], dtype=torch.int32), torch.rand(3, 7).argsort(1)
     dense = ragged.Padded(x, torch.arange(7).expand(3, 7), 7, count=7)
-    packed = layout.take_packed(dense, ragged.Selection(index, counts))
-    padded = layout.take_padded(dense, ragged.Selection(index, counts))
+    packed = packing.take_packed(dense, ragged.Selection(index, counts))
+    padded = packing.take_padded(dense, ragged.Selection(index, counts))
     for b, n in enumerate(counts.tolist()):
         start = int(packed.cu_seqlens[b])
         assert torch.equal(packed.ids[start : start + n], index[b, :n])
@@ -183,8 +183,7 @@ def test_a_selection_from_either_layout():
 def waits(monkeypatch):
     """`read_sizes` answers a fixed (8, 5) and writes down that it was asked; nothing else can be read."""
     calls = []
-    for module in (packing, layout):
-        monkeypatch.setattr(module, "read_sizes", lambda counts: calls.append(counts) or (8, 5))
+    monkeypatch.setattr(packing, "read_sizes", lambda counts: calls.append(counts) or (8, 5))
     return calls
 
 
@@ -216,11 +215,11 @@ def test_a_selection_with_an_upper_bound_costs_none(waits):
     """What a graph records: sizes from the host instead of from the device."""
     dense = ragged.Padded(on_meta(3, 7, 4), on_meta(3, 7, dtype=torch.int64), 7, count=7)
     selection = ragged.Selection(on_meta(3, 7, dtype=torch.int64), on_meta(3, dtype=torch.int32))
-    packed = layout.take_packed(dense, selection, lambda counts: (16, 7))
+    packed = packing.take_packed(dense, selection, lambda counts: (16, 7))
     assert packed.tokens.shape == (16, 4) and packed.max_seqlen == 7
-    assert layout.take_padded(dense, selection, 7).tokens.shape == (3, 7, 4)
+    assert packing.take_padded(dense, selection, 7).tokens.shape == (3, 7, 4)
     assert not waits
-    layout.take_padded(dense, selection)
+    packing.take_padded(dense, selection)
     assert len(waits) == 1
 
 
@@ -228,5 +227,5 @@ def test_both_sizes_come_in_one_piece(monkeypatch):
     """`read_sizes` brings one tensor to the host, once."""
     seen, original = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: seen.append(self) or original(self))
-    assert layout.read_sizes(torch.tensor([3, 0, 5], dtype=torch.int32)) == (8, 5)
+    assert packing.read_sizes(torch.tensor([3, 0, 5], dtype=torch.int32)) == (8, 5)
     assert len(seen) == 1

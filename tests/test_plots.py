@@ -13,7 +13,8 @@ pytest.importorskip("plotly")
 import figure_frames as frames
 from PIL import Image
 
-from ragged import data, plots, style
+from ragged import data, plots
+from ragged.plots import style
 
 ATTENTION, MODEL, SPARSITY = frames.attention_frame(), frames.model_frame(), frames.sparsity_frame()
 PRUNED = [b for b in plots.LOOKS if b != "dense"]
@@ -176,7 +177,7 @@ def test_kept_patches_are_counted_without_cls_and_fused():
 
 
 def test_dropped_patches_are_washed_out():
-    from ragged.plots_pictures import _washed
+    from ragged.plots.pictures import _washed
 
     pixels, real = _washed(IMAGE, [0, 24], 16)
     assert real == 1 and pixels[:48].min() >= 225
@@ -216,7 +217,7 @@ def test_bad_pictures_are_refused(call, said):
 
 
 def test_a_png_shrinks_and_keeps_its_size():
-    from ragged.plots_pictures import small_png
+    from ragged.plots.pictures import small_png
 
     noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -227,7 +228,7 @@ def test_a_png_shrinks_and_keeps_its_size():
 
 def test_a_small_png_keeps_similar_colours_apart():
     """Thin lines in the figures' colours, beside all the shades of soft edges."""
-    from ragged.plots_pictures import small_png
+    from ragged.plots.pictures import small_png
 
     colours = [(213, 94, 0), (230, 159, 0), (0, 114, 178), (86, 180, 233)]
     pixels = np.full((300, 400, 3), 255)

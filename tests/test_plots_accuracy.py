@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("plotly")
 
 from ragged import data, plots
-from ragged.plots_accuracy import pareto_front, pruner_looks
+from ragged.plots.quality import pareto_front, pruner_looks
 
 PRUNERS = ("threshold_l2", "threshold_l2_tau", "dynamicvit", "evit", "ats")
 

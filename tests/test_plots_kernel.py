@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("plotly")
 
-from ragged import plots, plots_kernel
+from ragged import plots
+from ragged.plots import kernel as plots_kernel
 
 STEPS = [
     {"weights": [0.5, 1.0], "new": 2, "top": 1.0, "total": 1.5},

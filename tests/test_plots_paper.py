@@ -8,7 +8,8 @@ pytest.importorskip("plotly")
 import figure_frames as frames
 import pandas
 
-from ragged import plots, plots_paper
+from ragged import plots
+from ragged.plots import paper as plots_paper
 
 MODES = (("eager", 5e-3), ("graph", 6e-4), ("compile+graph", 5e-4))
 SPEEDS = {"unpruned": 10e3, "dense": 15e3, "triton": 15.3e3, "sdpa_padded": 14.8e3, "paper_padded": 4.8e3}

@@ -8,7 +8,7 @@ pytest.importorskip("plotly")
 import figure_frames as frames
 
 from ragged import data, plots
-from ragged.plots_pruning import WAYS, pruner_look
+from ragged.plots.pruning import WAYS, pruner_look
 
 IMAGE = np.linspace(0, 1, 3 * 64 * 96, dtype=np.float32).reshape(3, 64, 96)  # 4 x 6 patches
 SCORES = np.arange(24.0)[::-1] ** 2

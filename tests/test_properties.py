@@ -24,9 +24,8 @@ from pruner_cases import ALL, DEPTH, pictures, small_vit
 from test_packing import assert_packed, masks, tokens
 
 import ragged
-from ragged import launch, layout
-from ragged.pruners import Predictor, given_lengths
-from ragged.selection import View
+from ragged import launch, packing
+from ragged.pruners import Predictor, View, given_lengths
 from ragged.tiles import choose_tiles
 
 SEPARATE = {"paper_triton", "dense"}  # one cu_seqlens for queries and keys
@@ -280,11 +279,11 @@ def views(draw, device, ragged_too):
     x = {"random": x, "ties": (x * 3).round(), "constant": x * 0 + 0.5, "zero": x * 0, "huge": x * 1e18,
          "one_large": x.index_fill(1, torch.tensor([n - 1]), 1e6)}[kind].to(device)  # fmt: skip
     ids = torch.arange(n, device=device).expand(batch, n)
-    state, counts = layout.Padded(x, ids, n, count=n), [n] * batch
+    state, counts = packing.Padded(x, ids, n, count=n), [n] * batch
     if ragged_too and draw(st.booleans()):
         counts = [draw(st.integers(prefix, n)) for _ in range(batch)]
-        chosen = layout.Selection(ids, torch.tensor(counts, dtype=torch.int32, device=device))
-        state = (layout.take_packed if draw(st.booleans()) else layout.take_padded)(state, chosen)
+        chosen = packing.Selection(ids, torch.tensor(counts, dtype=torch.int32, device=device))
+        state = (packing.take_packed if draw(st.booleans()) else packing.take_padded)(state, chosen)
     real = torch.arange(state.width, device=device) < torch.tensor(counts, device=device)[:, None]
     scores = state.grid(state.tokens)[..., :2]
     attention = torch.where(real[..., None], scores / scores.sum(1, keepdim=True).clamp_min(1e-30), 0.0)
@@ -322,11 +321,11 @@ def test_a_pruner_keeps_cls_repeats_nothing_and_respects_its_count(device, name,
         assert view.prefix + least <= count <= view.prefix + most
         assert kept[: view.prefix] == list(range(view.prefix)), "CLS and the other prefix rows stay, and stay in front"
         assert len(set(kept)) == len(kept) and all(0 <= row < n for row in kept)
-    for take in (layout.take_packed, layout.take_padded):
-        if take is layout.take_padded and isinstance(view.state, layout.Packed):
+    for take in (packing.take_packed, packing.take_padded):
+        if take is packing.take_padded and isinstance(view.state, packing.Packed):
             continue
         cut = take(view.state, selection)
-        ids = cut.ids.split(cut.lengths.tolist()) if take is layout.take_packed else cut.ids
+        ids = cut.ids.split(cut.lengths.tolist()) if take is packing.take_packed else cut.ids
         assert all(row[0] == 0 for row in ids)
 
 

@@ -8,7 +8,7 @@ from timm.models import create_model
 from timm.models import vision_transformer as tv
 
 import ragged
-from ragged.blocks import embed
+from ragged.model import embed
 
 REFUSAL = (ValueError, NotImplementedError, TypeError)
 

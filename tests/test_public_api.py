@@ -10,12 +10,13 @@ import ragged
 
 # The library. Benchmark suites, figures and the makers of site and checkpoints are programs built on it.
 LIBRARY = (
-    "registry launch copying layout packing tiles fused padded backends attention blocks checkpoints selection pruners "
-    "graph scenes data loading model flops timing course"
+    "checks launch tiles backends attention rows packing pruners model graph loading data.files data.images "
+    "data.tables data.scenes bench.flops bench.timing course.lesson"
 ).split()
 # What lessons and users call by name; the rest is documented where its file begins.
 DOCUMENTED = (
-    "attention layout packing checkpoints selection pruners graph scenes data loading model flops timing course"
+    "attention packing pruners graph loading model data.files data.images data.tables data.scenes bench.flops "
+    "bench.timing course.lesson"
 ).split()
 TRIVIAL = {"self", "cls"}
 

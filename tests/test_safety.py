@@ -18,10 +18,12 @@ from pruner_cases import DEPTH, DIM
 from safetensors.torch import save_file
 
 import ragged
-from ragged import bench, checkpoints, commandline, data
+from ragged import data, loading
+from ragged.bench import __main__ as bench
+from ragged.bench import commandline
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "ragged").glob("*.py"))
+SOURCES = sorted((ROOT / "ragged").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb"))
 PROGRAMS = [path for path in SOURCES if re.search(r"^if __name__ == .__main__.:", path.read_text("utf-8"), re.M)]
 
@@ -153,7 +155,7 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     (tmp_path / "files").mkdir()
     mark = tmp_path / "the intruder was here"
     readers = {
-        "load_state": checkpoints.load_state,
+        "load_state": loading.load_state,
         "load_deit": lambda path: ragged.load_deit("deit_tiny", weights=path),
         "dynamicvit": lambda path: ragged.PRUNERS["dynamicvit"](keep=0.5, at=(1,), predictors=path).bind(DIM, DEPTH),
     }
@@ -174,7 +176,7 @@ def test_a_table_is_only_text(tmp_path, monkeypatch):
     cells = ["=1+1", "{0.__class__}", "{{7*7}}", "__import__('os')", "%(gpu)s"]
     row = dict.fromkeys(data.RESULT_COLUMNS, "") | {"suite": "attention", "metric": "host_us", "gpu": "cpu", "value": 1}
     data.write_results([row | {"backend": cell, "status": cell} for cell in cells], tmp_path / "results")
-    monkeypatch.setattr(data, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(data.files, "data_dir", lambda: tmp_path)
     frame = data.results("attention")
     assert sorted(frame["backend"]) == sorted(frame["status"]) == sorted(cells)
 
@@ -212,9 +214,9 @@ def damaged(path):
 def test_a_damaged_checkpoint_is_not_read(tmp_path, unread, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     path = damaged(tmp_path / "checkpoints" / "deit_tiny_digits.safetensors")
-    monkeypatch.setattr(data, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(data.files, "data_dir", lambda: tmp_path)
     uses = [
-        lambda: checkpoints.load_state(path),
+        lambda: loading.load_state(path),
         lambda: ragged.load_deit("deit_tiny", weights="digits"),
         lambda: ragged.load_deit("deit_tiny", weights=path),
         lambda: ragged.load_deit("deit_tiny", weights=path, sha256="0" * 64),
@@ -246,7 +248,8 @@ WHOLE_TOUR = """
 from pathlib import Path
 import torch
 import ragged
-from ragged import bench, course, data, plots
+from ragged import course, data, plots
+from ragged.bench import __main__ as bench
 
 here = course.setup(quiet=True)
 print(course.backends_table(here))
@@ -425,9 +428,14 @@ def run_in_a_row(programs, folder):
     return json.loads(result.stdout)
 
 
+def program_of(path):
+    """What stands after `python -m ragged.`"""
+    return ".".join(path.relative_to(ROOT / "ragged").with_suffix("").parts).removesuffix(".__main__")
+
+
 def test_every_program_explains_itself(tmp_path):
-    names = [path.stem for path in PROGRAMS]
-    assert {"bench", "train"} <= set(names)
+    names = [program_of(path) for path in PROGRAMS]
+    assert {"bench", "train", "course.site"} <= set(names)
     asked = [[name, option] for name in names for option in ("--help", "--no-such-option")]
     for (name, option), (code, error) in zip(asked, run_in_a_row(asked, tmp_path)):
         assert code in (0, None) if option == "--help" else code == 2, f"{name} {option}: {code}, {error}"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ragged import data, scenes
+from ragged import data
+from ragged.data import scenes
 
 
 @pytest.fixture(scope="module")

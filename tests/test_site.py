@@ -17,8 +17,8 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_files import FIGURE, LESSONS, ROOT, SOLUTIONS, outputs, read
 
-from ragged import site
-from ragged.notebook_tools import NotebookError, badge
+from ragged.course.notebooks import NotebookError, badge
+from ragged.course.site import __main__ as site
 
 FETCHES = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "video": "src",
            "audio": "src", "object": "data", "embed": "src", "use": "href"}  # fmt: skip
@@ -186,7 +186,7 @@ def test_a_folder_of_something_else_is_left_alone(small, tmp_path, capsys):
 
 
 def test_without_its_packages_the_command_says_what_to_install():
-    hide = "import sys; sys.modules['latex2mathml'] = sys.modules['latex2mathml.converter'] = None; import ragged.site"
+    hide = "import sys; sys.modules['latex2mathml'] = sys.modules['latex2mathml.converter'] = None; import ragged.course.site.__main__"  # noqa: E501
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and re.fullmatch(r"ragged\.site: latex2mathml.* is not installed.*\n", result.stderr)
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from ragged import timing
+from ragged.bench import timing
 
 
 def spin(us):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import ragged
-from ragged import data, scene_pool, train
+from ragged import data
+from ragged.data import scene_pool
+from ragged.data.scenes import CONTRAST, digit_fields
 from ragged.pruners import Predictor
-from ragged.scenes import CONTRAST, digit_fields
-from ragged.token_training import (
+from ragged.train import __main__ as train
+from ragged.train.losses import (
     CLASSES,
     Masked,
     Taught,

@@ -1,0 +1,222 @@
+"""How often a pruned model is right: the settings that are compared, and the count over images of a folder.
+
+`python -m ragged.bench accuracy` counts on digit scenes; with `--imagenet DIR` over an ordinary validation folder
+(one folder of images per class), in one pass for all settings, since reading the images takes longest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data import verify_sha256
+from ..loading import load_deit
+from ..model import RaggedViT
+from ..pruners import PRUNERS, Pruner
+from .suites.model import SINGLE_CUT
+from .timing import Stats
+
+KEEPS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
+# The knobs of the adaptive pruners for the same places of the curve; their keep column is what they then kept.
+TAUS = dict(zip(KEEPS, (0.5, 0.75, 0.9, 0.96, 1.0, 1.2)))
+SAMPLES = dict(zip(KEEPS, (100_000, 12_544, 3136, 784, 196, 49)))
+SCHEDULES = {"published": {}, "single cut": SINGLE_CUT}  # and a pruner's arguments for it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pruner at one place of its curve. keep: its ratio, or None where it is only known afterwards.  schedule:
+    "published" or "single cut".  make: the pruner, new each time, or None for the unpruned model."""
+
+    pruner: str
+    schedule: str
+    keep: float | None
+    make: Callable[[], Pruner | None]
+    knob: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.pruner} {self.schedule} {self.keep if self.keep is not None else self.knob}"
+
+
+UNPRUNED = Setting("none", "unpruned", 1.0, lambda: None)
+
+
+def settings(schedule: str, keep: float, predictors: Path | None) -> list[Setting]:
+    """The pruners at one place of their curves. predictors: a file of trained ones; without it DynamicViT is left out.
+
+    Threshold-L2 is published as a single cut, so both schedules hold the same four for it.
+    """
+    how, make = SCHEDULES[schedule], functools.partial
+    tau, samples = TAUS[keep], SAMPLES[keep]
+    found = [
+        Setting("threshold_l2", schedule, keep, make(PRUNERS["threshold_l2"], keep=keep)),
+        Setting("threshold_l2_tau", schedule, None, make(PRUNERS["threshold_l2"], tau=tau), f"tau={tau}"),
+        Setting("evit", schedule, keep, make(PRUNERS["evit"], keep=keep, **how)),
+        Setting("ats", schedule, None, make(PRUNERS["ats"], samples=samples, **how), f"samples={samples}"),
+    ]
+    if predictors is not None:
+        # a single cut has one predictor: the first of the trained ones
+        found.append(Setting("dynamicvit", schedule, keep, make(PRUNERS["dynamicvit"], keep=keep,
+                                                                 predictors=predictors, **how)))  # fmt: skip
+    return found
+
+
+class Tally:
+    """How many images, how many right, and how often each number of rows stayed after the last cut."""
+
+    def __init__(self, patches: int, prefix: int, seen: int = 0, right: int = 0, counts: Sequence[int] = ()):
+        self.patches, self.prefix, self.seen, self.right = patches, prefix, seen, right
+        self.counts = torch.zeros(patches + prefix + 2, dtype=torch.int64)
+        self.counts[: len(counts)] = torch.tensor(counts, dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, model: RaggedViT, images: Tensor, labels: Tensor) -> None:
+        """Run a batch, images (n, 3, H, W) and labels (n,), and count."""
+        logits, stages = model.trace(images)
+        self.seen += len(labels)
+        self.right += (logits.argmax(1) == labels.to(logits.device)).sum().item()
+        kept = stages[-1].counts if stages else [self.patches + self.prefix] * len(labels)
+        self.counts += torch.bincount(torch.tensor(kept), minlength=len(self.counts))
+
+    def values(self) -> dict[str, float | Stats]:
+        """top1, a share; kept_tokens, mean with 20 % and 80 % quantiles, CLS included."""
+        rows, total = torch.arange(len(self.counts)), max(1, int(self.counts.sum()))
+        below = self.counts.cumsum(0)
+        q20, q80 = (int((below < share * total).sum()) for share in (0.2, 0.8))
+        mean = (rows * self.counts).sum().item() / total
+        return {"top1": self.right / max(1, self.seen), "kept_tokens": Stats(mean, q20, q80)}
+
+    def keep(self) -> float:
+        """The mean share of patches that stayed, two decimals."""
+        return round((self.values()["kept_tokens"].median - self.prefix) / self.patches, 2)
+
+
+# ---- a folder of images ----
+
+
+def image_folder(folder: Path, vit: nn.Module, batch: int, workers: int) -> torch.utils.data.DataLoader:
+    """Batches (images, labels) of a validation folder, prepared the way the model's timm configuration says.
+
+    ValueError naming the file or folder: no class folders, an empty one, more or fewer classes than the model has; a
+    broken image raises it when its turn comes.
+    """
+    from timm.data import create_transform, resolve_model_data_config
+    from torchvision.datasets import ImageFolder
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"--imagenet: no such folder: {folder}")
+    classes = sorted(entry for entry in Path(folder).iterdir() if entry.is_dir())
+    if len(classes) != vit.num_classes:
+        raise ValueError(f"--imagenet: {folder} has {len(classes)} class folders, the model {vit.num_classes} classes")
+    for entry in classes:
+        if next(entry.iterdir(), None) is None:
+            raise ValueError(f"--imagenet: the class folder {entry} is empty")
+    config = resolve_model_data_config(vit)
+    config["input_size"] = (3, *vit.patch_embed.img_size)
+    try:
+        images = ImageFolder(str(folder), create_transform(**config, is_training=False), loader=_read)
+    except FileNotFoundError as error:  # class folders without one image among their files
+        raise ValueError(f"--imagenet: {error}") from error
+    return torch.utils.data.DataLoader(images, batch, num_workers=workers)
+
+
+def _read(path: str):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not an image that can be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What `--imagenet` counts: a folder, a model with its weights, and optional DynamicViT predictors."""
+
+    folder: Path
+    model: str = "deit_small"
+    weights: str = "imagenet"
+    sha256: str | None = None
+    predictors: Path | None = None
+    predictors_sha256: str | None = None
+    batch: int = 128
+    workers: int = 8
+    device: str = "cuda"
+
+    def settings(self) -> list[Setting]:
+        """Everything that is counted: the unpruned model, then each schedule at each place of the curve."""
+        if self.predictors is not None and self.predictors_sha256 is not None:
+            verify_sha256(self.predictors, self.predictors_sha256)
+        found = [UNPRUNED]
+        for schedule in SCHEDULES:
+            for keep in KEEPS:
+                found += settings(schedule, keep, self.predictors)
+        return found
+
+    def network(self) -> nn.Module:
+        """The model, on its device, in half precision on a GPU."""
+        vit = load_deit(self.model, weights=self.weights, sha256=self.sha256)
+        return vit.to(self.device, torch.float16 if self.device == "cuda" else torch.float32)
+
+
+def count(job: Folder, state: Path, every: int = 20, show: Callable[[Iterable, int], Iterable] | None = None,
+          chosen: list[Setting] | None = None) -> list[tuple[Setting, Tally]]:  # fmt: skip
+    """One pass over the folder for all settings. state: a file to go on from, written every so many batches and
+    removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings."""
+    vit = job.network()
+    dtype, sizes = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
+    every_setting = job.settings() if chosen is None else chosen
+    models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
+    loader = image_folder(job.folder, vit, job.batch, job.workers)
+    done, tallies = _resume(state, job, every_setting, sizes)
+    batches: Iterable = _from(loader, done)
+    for number, (images, labels) in enumerate(show(batches, len(loader) - done) if show else batches, done + 1):
+        images = images.to(job.device, dtype)
+        for model, tally in zip(models, tallies):
+            tally.add(model, images, labels)
+        if number % every == 0 and number < len(loader):
+            _note(state, job, number, every_setting, tallies)
+    state.unlink(missing_ok=True)
+    return list(zip(every_setting, tallies))
+
+
+def _from(loader: torch.utils.data.DataLoader, done: int) -> Iterator:
+    """The batches after the first `done`, without reading those again."""
+    rest = torch.utils.data.Subset(loader.dataset, range(done * loader.batch_size, len(loader.dataset)))
+    try:
+        yield from torch.utils.data.DataLoader(rest, loader.batch_size, num_workers=loader.num_workers)
+    except ValueError as error:  # from another process it comes wrapped in that process's traceback
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def _note(state: Path, job: Folder, done: int, every_setting: list[Setting], tallies: list[Tally]) -> None:
+    found = {s.name: [t.seen, t.right, t.counts.tolist()] for s, t in zip(every_setting, tallies)}
+    state.parent.mkdir(parents=True, exist_ok=True)
+    draft = state.with_suffix(".draft")
+    draft.write_text(json.dumps({"job": _identity(job), "done": done, "found": found}), encoding="utf-8")
+    draft.replace(state)
+
+
+def _resume(state: Path, job: Folder, every_setting: list[Setting], sizes: tuple[int, int]) -> tuple[int, list[Tally]]:
+    fresh = 0, [Tally(*sizes) for _ in every_setting]
+    if not state.is_file():
+        return fresh
+    try:
+        kept = json.loads(state.read_text(encoding="utf-8"))
+        if kept["job"] != _identity(job):
+            return fresh
+        return kept["done"], [Tally(*sizes, *kept["found"][s.name]) for s in every_setting]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{state} is damaged ({error!r}); remove it to count from the beginning") from error
+
+
+def _identity(job: Folder) -> list[str]:
+    return [str(x) for x in (job.folder, job.model, job.weights, job.sha256, job.predictors, job.batch)]

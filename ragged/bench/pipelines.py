@@ -1,0 +1,205 @@
+"""Whole models as things to time: built the same way for every backend, and checked before any clock runs.
+
+The check: a pruner's selections are noted during one forward pass and replayed in the same network in float32, padded,
+eager. A pipeline may be off from that by twice as much as the padded half-precision network that got the same
+selections (root mean square over the logits): another attention kernel may round differently, not worse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import BACKENDS
+from ..loading import load_deit
+from ..model import RaggedViT
+from ..packing import Selection
+from ..pruners import Pruner
+from .flops import forward_flops
+from .rounds import Subject
+from .runner import Skip, Wrong
+
+CLOCKS = ("host_us", "gpu_us", "wall_us", "stream_us", "syncs")
+METRICS = ("host_us", "gpu_us", "wall_us", "syncs", "images_per_s", "kept_tokens", "capacity_waste", "flops_ratio")
+EPS = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}  # slack, relative to the logits
+MODES = ("eager", "graph", "compile+graph")
+
+
+@contextlib.contextmanager
+def noting(pruner: Pruner | None) -> Iterator[list[Selection | None]]:
+    """Collects what the pruner selects."""
+    taken: list[Selection | None] = []
+    if pruner is None:
+        yield taken
+        return
+    original = pruner.select
+
+    def select(view):
+        taken.append(original(view))
+        return taken[-1]
+
+    pruner.select = select
+    try:
+        yield taken
+    finally:
+        del pruner.select
+
+
+class Replay(Pruner):
+    """Selects what another pruner selected."""
+
+    def __init__(self, pruner: Pruner, taken: list[Selection | None]):
+        super().__init__(pruner.name, pruner.at, pruner.where)
+        self.taken, self.rows_only, self.adaptive = taken, pruner.rows_only, pruner.adaptive
+
+    def select(self, view) -> Selection | None:
+        return self.taken[view.stage]
+
+
+class Workbench:
+    """One network with its float32 twin and sets of random images, shared by the pipelines of a case."""
+
+    def __init__(self, name: str, batch: int, dtype: torch.dtype, device: str, img_size: int = 224, sets: int = 2):
+        self.name, self.batch, self.dtype, self.device = name, batch, dtype, device
+        self.vit, self.exact = network(name, img_size, dtype, device), network(name, img_size, torch.float32, device)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, 3, img_size, img_size)
+        self.images = [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(sets)]
+        self._answers: list[tuple[list, Tensor, float]] = []
+
+    def model(self, pruner: Pruner | None, backend: str) -> RaggedViT:
+        return RaggedViT(self.vit, pruner, backend).to(self.device, self.dtype)
+
+    def expected(self, pruner: Pruner | None, taken: list[Selection | None]) -> tuple[Tensor, float]:
+        """Float32 logits for these selections, and the root mean square error allowed."""
+        for known, exact, allowed in self._answers:
+            if _same(known, taken):
+                return exact, allowed
+        replay = None if pruner is None else Replay(pruner, taken)
+        exact = RaggedViT(self.exact, replay, "sdpa_padded")(self.images[0].float())
+        plain = RaggedViT(self.vit, replay, "sdpa_padded")(self.images[0])
+        allowed = 2 * rms(plain - exact) + EPS[self.dtype] * rms(exact)
+        self._answers.append((taken, exact, allowed))
+        return exact, allowed
+
+    def check(self, model: RaggedViT, run) -> None:
+        """Compare `run` (the model, or its recording) with the exact logits for what the model itself selects."""
+        with noting(model.pruner) as taken:
+            first = model(self.images[0])
+        exact, allowed = self.expected(model.pruner, taken)
+        for logits in (first, run(self.images[0])):
+            error = rms(logits - exact)
+            if not error <= allowed:
+                raise Wrong(f"root mean square error of the logits {error:.2g}, allowed {allowed:.2g}")
+
+
+@functools.lru_cache(4)
+def network(name: str, img_size: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """A DeiT kept between cases: with random weights, or trained where the name ends in _digits."""
+    if dtype == torch.float32:
+        weights = "digits" if name.endswith("_digits") else "random"
+        return load_deit(name.removesuffix("_digits"), weights=weights, img_size=img_size).to(device)
+    return copy.deepcopy(network(name, img_size, torch.float32, device)).to(dtype)
+
+
+def need(vit: nn.Module, backend: str) -> None:
+    """Raise Skip, with the reason, where `backend` cannot run on the device and in the dtype of `vit`."""
+    if backend == "auto":
+        return
+    weight, headdim = vit.patch_embed.proj.weight, vit.embed_dim // vit.blocks[0].attn.num_heads
+    why = BACKENDS[backend].why_not(weight.device, weight.dtype, headdim)
+    if why is not None:
+        raise Skip(why)
+
+
+def rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
+
+
+def _same(a: list, b: list) -> bool:
+    def equal(x, y) -> bool:
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            return torch.equal(x, y)
+        return x is y if x is None or y is None or isinstance(x, Tensor) or isinstance(y, Tensor) else x == y
+
+    def alike(x, y) -> bool:
+        if x is None or y is None:
+            return x is y
+        return equal(x.counts, y.counts) and equal(x.index, y.index) and equal(x.blend, y.blend)
+
+    return len(a) == len(b) and all(map(alike, a, b))
+
+
+class Pipeline:
+    """A model in one mode, built when asked for: eager; graph, the whole forward recorded; compile+graph, the pieces
+    of its blocks compiled first."""
+
+    def __init__(self, bench, pruner, backend: str, mode: str):
+        self.bench, self.pruner, self.backend, self.mode = bench, pruner, backend, mode
+        self.run = self.trace = None
+
+    def build(self) -> Subject:
+        bench, pruner = self.bench(), self.pruner() if self.pruner is not None else None
+        name = "auto" if self.backend == "unpruned" else self.backend
+        need(bench.vit, name)
+        if self.mode != "eager" and bench.device != "cuda":
+            raise Skip("CUDA graphs need a CUDA device")
+        model = bench.model(pruner, name)
+        self.run = self._trace(model) if self.mode == "eager" else self._capture(model)
+        bench.check(model, self.run)
+        calls = [functools.partial(self.run, images) for images in bench.images]
+        queued = None  # recorded passes that wait for nothing can be lined up behind each other
+        if self.mode != "eager" and self.run.waits == 0:
+            queued = functools.partial(_each, calls)
+        return Subject(calls, queued, len(calls), torch.no_grad, CLOCKS)
+
+    def _trace(self, model: RaggedViT) -> RaggedViT:
+        self.trace = model.trace(self.bench().images[0])
+        return model
+
+    def _capture(self, model: RaggedViT):
+        bench = self.bench()
+        if self.backend == "paper_padded":
+            raise Skip("the paper's padded pipeline is measured as published: eager")
+        if self.mode == "compile+graph":
+            model.compile(dynamic=True)
+        traces = [model.trace(images) for images in bench.images]
+        self.trace = traces[0]
+        if not self.trace.stages:
+            return model.capture(bench.batch)
+        padded = BACKENDS[self.backend].layout == "padded"
+        needs = [max(t.stages[0].counts) if padded else sum(t.stages[0].counts) for t in traces]
+        # only the buckets that these images use, and their neighbours where rounding may tip a count
+        return model.capture(bench.batch, between=(int(0.99 * min(needs)), int(1.01 * max(needs))))
+
+    def values(self, subject: Subject) -> dict[str, float]:
+        """kept_tokens: mean rows per image after the last cut, CLS included.  capacity_waste: rows computed per real
+        row after it, minus one.  flops_ratio: arithmetic of the unpruned network over this one's."""
+        bench, stages = self.bench(), self.trace.stages
+        full = bench.vit.patch_embed.num_patches + bench.vit.num_prefix_tokens
+        counts = stages[-1].counts if stages else [full] * bench.batch
+        unpruned = forward_flops(bench.vit, batch=bench.batch)
+        return {
+            "kept_tokens": sum(counts) / len(counts),
+            "capacity_waste": self._waste(counts, full),
+            "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch),
+        }
+
+    def _waste(self, counts: list[int], full: int) -> float:
+        if self.mode != "eager" and self.run.counts is not None:
+            return self.run.capacity_waste
+        if self.backend == "paper_padded":
+            return full * len(counts) / sum(counts) - 1
+        if BACKENDS.get(self.backend) and BACKENDS[self.backend].layout == "padded":
+            return max(counts) * len(counts) / sum(counts) - 1
+        return 0.0
+
+
+def _each(calls) -> None:
+    for call in calls:
+        call()

@@ -1,0 +1,249 @@
+"""From candidates to rows: build, check, time in rounds, write. Whatever fails becomes a row that says why."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ..data import RESULT_COLUMNS, read_csv, slug, write_results
+from .rounds import Broken, Subject, is_fatal, measure
+from .timing import Stats, stats, wait
+
+UNITS = {
+    "syncs": "1", "images_per_s": "images/s", "peak_mb": "MB", "kept_tokens": "tokens", "capacity_waste": "1",
+    "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "top1": "1",
+    "flops_ratio": "1",
+}  # fmt: skip
+_IDENTITY = ("model", "pruner", "backend", "mode", "batch", "tokens", "dtype")
+
+
+class Wrong(Exception):
+    """An output that does not agree with the reference: such a call is not timed."""
+
+
+class Skip(Exception):
+    """A reason why something is not measured here."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for. models, batches: only these; empty means what the suite calls for."""
+
+    device: str = "cuda"
+    quick: bool = False
+    models: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float16; float32 on a CPU, where half precision is emulated."""
+        return torch.float16 if self.device == "cuda" else torch.float32
+
+    def pick_batches(self, usual: Iterable[int]) -> list[int]:
+        return list(self.batches or usual)
+
+    def pick_models(self, usual: Iterable[str]) -> list[str]:
+        return list(self.models or usual)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One provider in one mode. columns: its part of a row's key.  build: makes the checked call, or raises.
+    metrics: the rows that a failure leaves blank.  values: further metrics, asked for after the timing."""
+
+    columns: dict
+    build: Callable[[], Subject]
+    metrics: tuple[str, ...]
+    values: Callable[[Subject], dict[str, float | Stats]] = lambda subject: {}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared with each other, in the same rounds. columns: what all candidates share.
+    finish: may add rows made from the finished ones."""
+
+    columns: dict
+    candidates: list[Candidate]
+    finish: Callable[[list[dict]], list[dict]] = lambda rows: rows
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(self.columns.get(c, "")) for c in ("suite", "model", "batch", "tokens", "dtype"))
+
+
+class Recorder:
+    """Measures cases and writes their rows. out: folder of results.  redo: measure again what is recorded already.
+    repeats, slice_us: rounds, and time per clock and round.  budget_s: start no case later than that."""
+
+    def __init__(self, out: Path, repeats: int = 7, slice_us: float = 4000, redo: bool = False, budget_s=None):
+        self.out, self.repeats, self.slice_us, self.redo = Path(out), repeats, slice_us, redo
+        self.deadline = None if budget_s is None else time.monotonic() + budget_s
+        self.machine, self.spent = machine(), {"building": 0.0, "timing": 0.0}
+
+    def run(self, case: Case) -> list[dict]:
+        """Measure what is missing of a case, write it, and return the new rows."""
+        missing = case.candidates if self.redo else self._missing(case)
+        built, rows = self._build(case, missing)
+        start = time.monotonic()
+        try:
+            measure([subject for _, subject in built], self.repeats, self.slice_us)
+        except Broken as error:
+            (culprit,) = [c for c, subject in built if subject is error.subject]
+            self._give_up(case, culprit, error)
+        self.spent["timing"] += time.monotonic() - start
+        for candidate, subject in built:
+            try:
+                rows += self._rows(case, candidate, subject)
+            except Exception as error:
+                rows += self._failed(case, candidate, error)
+        rows = case.finish(rows) if rows else rows
+        if rows:
+            write_results(rows, self.out)
+        return rows
+
+    def _build(self, case: Case, candidates: list[Candidate]) -> tuple[list[tuple[Candidate, Subject]], list[dict]]:
+        built: list[tuple[Candidate, Subject]] = []
+        rows: list[dict] = []
+        start = time.monotonic()
+        for candidate in candidates:
+            try:
+                built.append((candidate, candidate.build()))
+                wait()
+            except Exception as error:  # recorded as a row: one provider's trouble does not stop the others
+                if is_fatal(error):
+                    self._give_up(case, candidate, error)
+                rows += self._failed(case, candidate, error)
+        self.spent["building"] += time.monotonic() - start
+        return built, rows
+
+    def _give_up(self, case: Case, candidate: Candidate, error: Exception) -> None:
+        """Record the one that broke the GPU's context; the others are for the next process."""
+        write_results(self._failed(case, candidate, error), self.out)
+        raise Broken(candidate, error) from error
+
+    def folder(self) -> Path:
+        """Where this machine's rows are."""
+        return self.out / slug(self.machine["gpu"])
+
+    def late(self) -> bool:
+        """Whether the time is used up."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _rows(self, case: Case, candidate: Candidate, subject: Subject) -> list[dict]:
+        if subject.error is not None:
+            raise subject.error
+        found: dict = {clock: stats(times) for clock, times in subject.times.items()}
+        found |= candidate.values(subject)
+        stream = found.pop("stream_us", None)
+        if stream is not None and "images_per_s" in candidate.metrics:
+            batch = case.columns["batch"] * 1e6
+            found["images_per_s"] = Stats(batch / stream.median, batch / stream.q80, batch / stream.q20)
+        return [self.row(case, candidate, name, found.get(name)) for name in candidate.metrics]
+
+    def row(self, case: Case, candidate: Candidate, metric: str, value, status: str = "ok") -> dict:
+        """One row of a candidate, with the columns of RESULT_COLUMNS."""
+        if value is None and status == "ok":
+            status = "no CUDA device, nothing to read" if not torch.cuda.is_available() else "not read"
+        numbers = value if isinstance(value, Stats) else Stats(value, None, None)
+        row = dict.fromkeys(RESULT_COLUMNS, "") | case.columns | candidate.columns | self.machine
+        row |= {"metric": metric, "value": numbers.median, "q20": numbers.q20, "q80": numbers.q80}
+        return row | {"unit": UNITS.get(metric, "us"), "status": status}
+
+    def _failed(self, case: Case, candidate: Candidate, error: Exception) -> list[dict]:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return [self.row(case, candidate, metric, None, reason(error)) for metric in candidate.metrics]
+
+    def _missing(self, case: Case) -> list[Candidate]:
+        suite = case.columns["suite"]
+        there = recorded(self.out, self.machine["gpu"], suite, self.machine["version"])
+        rows = [(candidate, case.columns | candidate.columns) for candidate in case.candidates]
+        return [c for c, row in rows if tuple(_plain(row.get(name, "")) for name in identity(suite)) not in there]
+
+
+def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:
+    """What a version has recorded already, as values of the columns that identify a candidate."""
+    path = Path(out) / slug(gpu) / f"{suite}.csv"
+    if not path.exists():
+        return set()
+    rows = read_csv(path, RESULT_COLUMNS)
+    return {tuple(_plain(row[c]) for c in identity(suite)) for row in rows if row["version"] == version}
+
+
+def identity(suite: str) -> tuple[str, ...]:
+    """The columns that tell candidates apart. keep may be a measurement (ats), but accuracy tells places of a curve
+    apart by it; an adaptive pruner is measured again there."""
+    return (*_IDENTITY, "keep") if suite == "accuracy" else _IDENTITY
+
+
+def _plain(cell) -> str:
+    return str(cell).removesuffix(".0")
+
+
+def reason(error: Exception) -> str:
+    """One line for the status column."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, Wrong):
+        return f"wrong: {lines[0]}"
+    if isinstance(error, Skip):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def settle() -> None:
+    """Between two cases: free what the last one held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        wait()
+        torch.cuda.empty_cache()
+
+
+@functools.cache
+def machine() -> dict[str, str]:
+    """The columns that say where and with what a row was measured."""
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else "cpu", "driver": _driver() if cuda else "",
+        "torch": torch.__version__, "triton": _version("triton"), "flash_attn": _version("flash_attn"),
+        "version": _own_version(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output(query).split("\n")[0]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _own_version() -> str:
+    """The package's version, with the commit of a checkout. RAGGED_REVISION names it for a copy without its .git."""
+    package = Path(__file__).resolve().parents[1]
+    version = re.search(r'__version__ = "(.+?)"', (package / "__init__.py").read_text(encoding="utf-8"))[1]
+    commit = os.environ.get("RAGGED_REVISION")
+    if commit is None and (package.parent / ".git").exists():
+        commit = _output(["git", "-C", str(package.parent), "rev-parse", "--short=7", "HEAD"])
+    return f"{version}+g{commit}" if commit else version
+
+
+def _output(command: Iterable[str]) -> str:
+    try:
+        return subprocess.run(list(command), capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,141 @@
+"""Suites of whole models: `model`, `sparsity`, `resolution`. Every backend gets the same code path and the same tricks.
+
+backend unpruned    the same network without a cut
+tokens 99           equal counts: threshold_l2 at keep 0.5, the paper's single cut after the fourth block
+tokens U(30,168)    truly ragged: prescribed random lengths, mean 99, which the host is not told
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+from ... import data, pruners
+from ...pruners import PRUNERS
+from ..pipelines import METRICS, MODES, Pipeline, Workbench
+from ..runner import Candidate, Case, Options
+
+MODELS = ("deit_base", "deit_small", "deit_tiny")
+BACKENDS = ("triton", "sdpa_padded", "flash_attn", "torch_varlen", "paper_triton", "paper_padded")
+SINGLE_CUT = {"at": (3,), "where": "after"}
+KEEPS = (0.5, 0.1, 0.3, 0.7, 0.9, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+# Predicted, and what came of it (H200, float16, compile+graph unless said otherwise; time of one pass):
+# - the patch embedding as a matrix product: "a convolution with stride 16 is one already". It was not: DeiT-S, batch
+#   256, unpruned 9.0 -> 7.6 ms, half the tokens 7.2 -> 5.7 ms. What every image must pass in full hides what pruning
+#   saves: 90 % pruned, DeiT-B reached 0.85 of its FLOP ratio, with this and the next change 1.03.
+# - fixed block sizes for compiled row-wise kernels: "a little slower than tuned ones". Faster: the tuning times two
+#   choices once, and GELU took 110 or 155 us by the luck of that moment. DeiT-B, 256, half: 15.7 -> 14.7 ms.
+# - a memset early in the graph, so that the GPU begins there: no difference. Two graphs instead of one: DeiT-S, 16,
+#   713 -> 692 us; DeiT-B, 1, 552 -> 543 us; DeiT-Ti, 1, 344 -> 346 us.
+# - no events and contexts round a replay: "a few us". 12 to 16 us of host time.
+# - room for all rows instead of a wait: "pays while the GPU does not fill up". DeiT-B, batch 1, 533 -> 501 us; batch 2,
+#   563 -> 578 us (DeiT-S 442 -> 431 us); batch 4, 629 -> 676 us.
+# - an adaptive cut packed by one kernel instead of sixteen, and a ranking by one instead of eight: 20 to 40 us.
+
+
+def _columns(suite: str, name: str, batch: int, options: Options) -> dict:
+    dtype = str(options.dtype).removeprefix("torch.")
+    return {"suite": suite, "model": name, "batch": batch, "dtype": dtype}
+
+
+def _candidate(bench, pruner: Callable | None, columns: dict) -> Candidate:
+    pipeline = Pipeline(bench, pruner, columns["backend"], columns["mode"])
+    return Candidate(columns, pipeline.build, METRICS, pipeline.values)
+
+
+def _bench(name: str, batch: int, options: Options, img_size: int = 224):
+    return functools.cache(functools.partial(Workbench, name, batch, options.dtype, options.device, img_size))
+
+
+def _unpruned(bench, modes, patches: int = 196) -> list[Candidate]:
+    columns = {"pruner": "none", "backend": "unpruned", "tokens": str(patches + 1), "keep": 1.0}
+    return [_candidate(bench, None, columns | {"mode": mode}) for mode in modes]
+
+
+def equal_counts(keep: float) -> Callable:
+    """A constructor of threshold_l2 in the paper's single cut."""
+    return functools.partial(PRUNERS["threshold_l2"], keep=keep, **SINGLE_CUT)
+
+
+def model(options: Options) -> list[Case]:
+    """DeiT-Ti, -S and -B, unpruned and pruned to a half, by every backend in every mode."""
+    cases = []
+    quick = options.quick
+    # where the paper's claims are first, so that a recording cut short holds them
+    for name in options.pick_models(("deit_tiny",) if quick else MODELS):
+        for batch in options.pick_batches((4,) if quick else (64, 256, 1, 16, 4)):
+            bench = _bench(name, batch, options)
+            candidates = _unpruned(bench, MODES)
+            columns = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
+            for backend, mode in itertools.product(("dense", *BACKENDS), MODES):
+                candidates.append(_candidate(bench, equal_counts(0.5), columns | {"backend": backend, "mode": mode}))
+            columns = {"pruner": "given_lengths", "tokens": "U(30,168)", "keep": 0.5}
+            lengths = functools.partial(pruners.given_lengths, data.lengths("U(30,168)", batch))
+            for backend, mode in itertools.product(BACKENDS, MODES):
+                candidates.append(_candidate(bench, lengths, columns | {"backend": backend, "mode": mode}))
+            cases.append(Case(_columns("model", name, batch, options), candidates))
+    return cases
+
+
+def sparsity(options: Options) -> list[Case]:
+    """Speed against the share kept, for the four pruners in the paper's single cut. ats draws 196 * keep sample points
+    and keeps what they hit: its keep column is the measured mean share, and its tokens column names the points."""
+    quick, cases = options.quick, []
+    modes = ("eager", "graph") if quick else ("eager", "compile+graph")
+    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
+        for batch, keep in itertools.product(
+            options.pick_batches((4,) if quick else (64, 256)), (0.5, 0.1) if quick else KEEPS
+        ):
+            bench = _bench(name, batch, options)
+            candidates = _unpruned(bench, modes) if keep == 0.5 else []
+            for pruner, backend, mode in itertools.product(PRUNERS, ("triton", "sdpa_padded"), modes):
+                candidates.append(_cut(bench, pruner, keep, {"backend": backend, "mode": mode}))
+            cases.append(Case(_columns("sparsity", name, batch, options) | {"tokens": f"keep {keep}"}, candidates))
+    return cases
+
+
+def _cut(bench, pruner: str, keep: float, columns: dict) -> Candidate:
+    if pruner != "ats":
+        make, tokens = functools.partial(PRUNERS[pruner], keep=keep, **SINGLE_CUT), f"{1 + int(196 * keep)}"
+        if pruner == "evit":  # it rounds up, and adds the fused token
+            tokens = str(1 + math.ceil(196 * keep) + (keep < 1))
+        return _candidate(bench, make, columns | {"pruner": pruner, "tokens": tokens, "keep": keep})
+    samples = round(196 * keep)
+    make = functools.partial(PRUNERS["ats"], samples=samples, **SINGLE_CUT)
+    pipeline_columns = columns | {"pruner": "ats", "tokens": f"samples={samples}", "keep": keep}
+    pipeline = Pipeline(bench, make, columns["backend"], columns["mode"])
+
+    def values(subject) -> dict:
+        found = pipeline.values(subject)
+        pipeline_columns["keep"] = round((found["kept_tokens"] - 1) / 196, 2)
+        return found
+
+    return Candidate(pipeline_columns, pipeline.build, METRICS, values)
+
+
+def resolution(options: Options) -> list[Case]:
+    """224 and 384 pixels, 196 and 576 patches, at keep 0.5."""
+    quick, cases = options.quick, []
+    sizes = ((224, 196),) if quick else ((384, 576), (224, 196))
+    modes = ("eager", "graph") if quick else ("eager", "compile+graph")
+    backends = ("triton", "sdpa_padded") if quick else ("dense", *BACKENDS)
+    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
+        for (size, patches), batch in itertools.product(sizes, options.pick_batches((2,) if quick else (64, 16, 4, 1))):
+            bench = _bench(name, batch, options, size)
+            candidates = _unpruned(bench, modes, patches)
+            columns = {"pruner": "threshold_l2", "tokens": str(1 + patches // 2), "keep": 0.5}
+            for backend, mode in itertools.product(backends, modes):
+                candidates.append(_candidate(bench, equal_counts(0.5), columns | {"backend": backend, "mode": mode}))
+            if not quick:
+                low, high = patches * 30 // 196, patches * 168 // 196
+                spec = f"U({low},{high})"
+                lengths = functools.partial(pruners.given_lengths, data.lengths(spec, batch))
+                columns = {"pruner": "given_lengths", "tokens": spec, "keep": 0.5}
+                for backend, mode in itertools.product(("triton", "sdpa_padded", "flash_attn"), modes):
+                    candidates.append(_candidate(bench, lengths, columns | {"backend": backend, "mode": mode}))
+            cases.append(Case(_columns("resolution", name, batch, options) | {"tokens": f"{size} pixels"}, candidates))
+    return cases

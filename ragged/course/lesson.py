@@ -1,0 +1,213 @@
+"""What the notebooks need beside the package: a set-up line, sliders that survive a static view, feedback on exercises.
+
+Nothing here is needed to use the package. plotly and ipywidgets are imported only where they are used.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from .. import data
+from ..attention import pick_backend
+from ..backends import BACKENDS
+from .output import figure_bundle, saving, use_small_pictures
+
+HEAD_DIM = 64  # of every DeiT
+
+
+@dataclass(frozen=True)
+class Here:
+    """The machine a notebook runs on, and sizes that keep its cells short there."""
+
+    device: str  # "cuda" or "cpu"
+    device_name: str
+    dtype: torch.dtype
+    model: str  # a name for load_deit
+    batch: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is a CUDA device."""
+        return self.device == "cuda"
+
+
+def setup(seed: int = 0, quiet: bool = False) -> Here:
+    """Seed everything with `seed`, choose light defaults for this machine, and print (unless quiet) versions and
+    device.
+
+    On a GPU: float16 and DeiT-S; without: float32, DeiT-Ti and a small batch. Figures get the course's template;
+    tables print as text.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_grad_enabled(False)  # the course only runs networks forward
+    use_small_pictures()
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    here = Here(
+        "cuda" if gpu else "cpu", name, torch.float16 if gpu else torch.float32, "deit_small" if gpu else "deit_tiny",
+        64 if gpu else 8, versions(),
+    )  # fmt: skip
+    if not quiet:
+        print(" · ".join(f"{package} {version}" for package, version in here.versions.items()))
+        print(f"{here.device_name} · {str(here.dtype).removeprefix('torch.')} · {here.model} · batch {here.batch}")
+    return here
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the course stands on; "missing" where something is not installed."""
+    own = sys.modules["ragged"].__version__
+    found = {"python": platform.python_version(), "ragged-vit": own, "torch": torch.__version__}
+    for package in ("triton", "timm", "flash-attn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # no record of an installation; a bare folder on the path still counts
+            found[package] = "present" if find_spec(package.replace("-", "_")) else "missing"
+    return found
+
+
+def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
+    """Every backend and whether it runs `here` with head_dim numbers per head, one line each; the reason where not."""
+    picked = pick_backend(here.device, here.dtype, head_dim)
+    lines = []
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(here.device, here.dtype, head_dim)
+        sign = "->" if name == picked else "ok" if reason is None else "no"
+        lines.append(f"{sign}  {name:<13} {backend.about if reason is None else reason}")
+    return "\n".join([*lines, f"\n->  is what backend='auto' takes here ({here.device}, {here.dtype})"])
+
+
+# ---- tables ----
+
+
+def table(rows: Sequence[dict], digits: int = 1) -> str:
+    """rows, records of the same keys, as lines of text: words to the left, numbers (to so many digits) to the right."""
+    if not rows:
+        return "(no rows)"
+    texts = [[f"{v:,.{digits}f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    names = [str(name) for name in rows[0]]
+    widths = [max(map(len, column)) for column in zip(names, *texts)]
+    words = [isinstance(v, str) for v in rows[0].values()]
+
+    def line(cells):
+        return "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(cells, widths, words)).rstrip()
+
+    return "\n".join([line(names), "  ".join("-" * w for w in widths), *map(line, texts)])
+
+
+# ---- recorded results ----
+
+
+def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options: object) -> object | None:
+    """The figure `draw(rows, **options)` of what `gpu` recorded for a suite; without rows a line and None.
+
+    What a notebook shows on a machine without a GPU: the subtitle names the device and the date of the recording.
+    """
+    rows = data.results(suite, gpu)
+    if rows.empty:
+        print(f"Nothing recorded yet for {gpu}, suite {suite!r}: `python -m ragged.bench {suite}` measures it.")
+        return None
+    try:
+        return draw(rows, **options)
+    except ValueError as error:  # a recording may be partial; the lesson goes on without the figure
+        print(f"The recording of {gpu} does not hold what this figure needs: {error}")
+        return None
+
+
+# ---- sliders ----
+
+
+def slider(render: Callable, values: Sequence, start: object = None, label: str = "value") -> object | None:
+    """A live slider: shows `render(value)` and, on a running kernel, a slider that draws it again.
+
+    render: value -> a plotly figure or text, and nothing else: it neither prints nor keeps state, so it can be tested
+    and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider. Returns
+    the widget (None in a saved notebook, where only the first picture remains: widget state does not survive a static
+    view).
+    """
+    from IPython.display import display
+
+    values = list(values)
+    start = values[0] if start is None else start
+    if start not in values:
+        raise ValueError(f"start: expected one of {values}, got {start!r}")
+    if saving():
+        print(f"{label} = {start}   (run this cell to get a slider over {values[0]} … {values[-1]})")
+        display(_shown(render(start)), raw=True)
+        return None
+    import ipywidgets
+
+    stops = [(str(value), value) for value in values]
+    widget = ipywidgets.SelectionSlider(options=stops, value=start, description=label, continuous_update=False)
+    display(widget)
+    picture = display(_shown(render(start)), raw=True, display_id=True)
+
+    def redraw(change):
+        new = _shown(render(change["new"]))
+        # JupyterLab's plotly renderer keeps the figure it has and ignores an update; other content in between makes it
+        # start afresh
+        picture.update({"text/plain": " "}, raw=True)
+        picture.update(new, raw=True)
+
+    widget.observe(redraw, names="value")
+    return widget
+
+
+def _shown(result) -> dict:
+    """A MIME bundle of text or a figure: a display handle takes it in every front end."""
+    return {"text/plain": result} if isinstance(result, str) else figure_bundle(result)
+
+
+# ---- exercises ----
+
+
+def check(spec: object, yours: object, *inputs: object, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
+    """Compare your answer with the specification and say where they differ. Returns whether they agree.
+
+    spec, yours: tensors, arrays, numbers, lists, or functions, which are both called with `inputs`.  atol, rtol: as
+    in `torch.allclose`. An exercise still to be done (None or NotImplementedError) is said to be so.
+    """
+    if callable(yours):
+        try:
+            yours = yours(*inputs)
+        except NotImplementedError:
+            yours = None
+    if yours is None:
+        print("Not done yet: your function returned nothing.")
+        return False
+    spec = spec(*inputs) if callable(spec) else spec
+    verdict = difference(spec, yours, atol, rtol)
+    print(verdict or "Correct.")
+    return verdict is None
+
+
+def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e-4) -> str | None:
+    """What is wrong with `yours` beside `spec` in one line, or None within atol and rtol: shape, NaN, largest error and
+    first bad index."""
+    want, got = (torch.as_tensor(x).detach().cpu() for x in (spec, yours))
+    if want.shape != got.shape:
+        return f"Wrong shape: expected {tuple(want.shape)}, got {tuple(got.shape)}."
+    if got.is_floating_point() != want.is_floating_point():
+        return f"Wrong kind of numbers: expected {want.dtype}, got {got.dtype}."
+    want, got = want.double(), got.double()
+    error = (want - got).abs()
+    bad = ~((error <= atol + rtol * want.abs()) | (want == got))  # NaN fails, equal infinities pass
+    if not bad.any():
+        return None
+    first = tuple(bad.nonzero()[0].tolist())
+    where = f"[{', '.join(map(str, first))}]" if first else ""
+    return (
+        f"{int(bad.sum())} of {bad.numel()} values differ, the largest error is {error[bad].max():.3g}. "
+        f"First at {where or 'the value itself'}: expected {want[first]:.6g}, got {got[first]:.6g}."
+    )

@@ -1,0 +1,1 @@
+"""The course as static web pages. `python -m ragged.course.site`."""

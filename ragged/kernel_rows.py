@@ -1,0 +1,167 @@
+"""The small kernels: one row of the attention matrix, and four ways to choose and move token rows.
+
+`cls_kernel` scores, `rank_kernel` ranks, `keep_kernel` reads a mask, `copy_kernel` and `take_kernel` move. Lengths and
+totals are ordinary arguments that Triton is told not to specialise on, as in kernel.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernel import load_tile, number
+
+
+@triton.jit
+def cls_kernel(
+    Q, K, Probs, Starts, Lengths, scale_log2,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS).
+
+    One row of the attention matrix instead of all of them. Grid (HEADS * batch,). Two passes over the keys: the first
+    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
+    """
+    head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    start = tl.load(Starts + image).to(tl.int64)
+    length = tl.load(Lengths + image)
+    if length == 0:
+        return
+    column = tl.arange(0, BLOCK_D)
+    q = tl.load(Q + start * Q_TOKEN + head * Q_HEAD + column * Q_DIM, mask=column < D, other=0.0)
+    q = q.to(tl.float32) * scale_log2
+    k_head = K + start * K_TOKEN + head * K_HEAD
+    lane = tl.arange(0, N)
+    top = tl.full([N], float("-inf"), tl.float32)
+    total = tl.zeros([N], tl.float32)
+    for j in range(0, number(length), N):
+        k = load_tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, CHECK=True)
+        score = tl.where(j + lane < length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        new_top = tl.maximum(top, score)  # one running softmax per lane, merged after the loop
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - safe) + tl.exp2(score - safe)
+        top = new_top
+    best = tl.max(top, 0)
+    norm = tl.sum(total * tl.exp2(top - best), 0)
+    for j in range(0, number(length), N):
+        k = load_tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, CHECK=True)
+        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
+
+
+@triton.jit(do_not_specialize=["total"])
+def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Gather: row i of Out is row Rows[i] of X, and the ids go along. Grid (rows / ROWS, DIM / BLOCK)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = row < total
+    source = tl.load(Rows + row, mask=real, other=0)
+    mask = real[:, None] & (column[None, :] < DIM)
+    x = tl.load(X + source[:, None] * DIM + column[None, :], mask=mask)
+    tl.store(Out + row.to(tl.int64)[:, None] * DIM + column[None, :], x, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(OutIds + row, tl.load(Ids + source, mask=real), mask=real)
+
+
+@triton.jit(do_not_specialize=["images", "total", "width"])
+def take_kernel(X, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, width,
+                DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Pack what an index names: row Index[b, j] of image b, which begins at row Starts[b] of X, becomes row Cu[b] + j
+    of Out, for the first Counts[b] entries of Index (images, width).
+
+    Every program adds up the counts before its image by itself, so the offsets Cu need no kernel of their own, and
+    nobody waits for anybody. Grid (images + 1, programs per image): image number `images` is the surplus, the rows of
+    Out that nobody owns, and gets zeros.
+    """
+    image = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    before = tl.zeros([CHUNK], tl.int32)
+    for i in range(0, number(image), CHUNK):
+        before += tl.load(Counts + i + lane, mask=i + lane < image, other=0)
+    start = tl.minimum(tl.sum(before, 0), total)  # whatever capacity the host chose, nothing is written past it
+    real = image < images
+    count = tl.minimum(tl.load(Counts + image, mask=real, other=total), total - start)
+    taken = tl.minimum(tl.where(real, count, 0), width)  # of the surplus no row comes from X
+    if tl.program_id(1) == 0:
+        tl.store(Cu + image, start)
+    source = tl.load(Starts + image, mask=real, other=0).to(tl.int64)
+    target = start.to(tl.int64)
+    for j in range(number(tl.program_id(1) * ROWS), number(count), number(tl.num_programs(1) * ROWS)):
+        row = j + tl.arange(0, ROWS)
+        here, mine = row < count, row < taken
+        place = source + tl.load(Index + image.to(tl.int64) * width + row, mask=mine, other=0)
+        tl.store(OutIds + target + row, tl.load(Ids + place, mask=mine, other=-1), mask=here)
+        for d in tl.static_range(0, DIM, BLOCK):
+            column = d + tl.arange(0, BLOCK)[None, :]
+            x = tl.load(X + place[:, None] * DIM + column, mask=mine[:, None] & (column < DIM), other=0.0)
+            tl.store(Out + (target + row)[:, None] * DIM + column, x, mask=here[:, None] & (column < DIM))
+
+
+@triton.jit
+def _sortable(scores):
+    """float32 -> int32 in the same order, NaN above everything, as PyTorch sorts."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes -0 and 0 equal
+    return tl.where(scores != scores, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit(do_not_specialize=["stride", "patches", "count"])
+def rank_kernel(Scores, Index, stride, patches, count, PREFIX: tl.constexpr, IN_PLACE: tl.constexpr,
+                N: tl.constexpr, CHUNK: tl.constexpr):
+    """The `count` patches of highest score of every image, best first, or (IN_PLACE) in the order in which they stood.
+
+    A patch's rank is the number of patches ahead of it: higher scores, and equal ones that come earlier. Comparing all
+    with all is more arithmetic than sorting, but no step has to wait for another, and a few hundred patches fit into
+    one program. Scores (images, stride), its first PREFIX columns no patches; Index (images, PREFIX + count). Grid
+    (images,).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    scores = Scores + image * stride + PREFIX
+    out = Index + image * (PREFIX + count)
+    i = tl.arange(0, N)
+    mine = _sortable(tl.load(scores + i, mask=i < patches, other=0.0).to(tl.float32))
+    rank = tl.zeros([N], tl.int32)
+    for j in range(0, number(patches), CHUNK):
+        other = j + tl.arange(0, CHUNK)
+        theirs = _sortable(tl.load(scores + other, mask=other < patches, other=0.0).to(tl.float32))
+        earlier = other[None, :] < i[:, None]
+        ahead = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & earlier)
+        rank += tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
+    keep = (i < patches) & (rank < count)
+    place = rank
+    if IN_PLACE:
+        place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(out + PREFIX + place, i.to(tl.int64) + PREFIX, mask=keep)
+    tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)
+
+
+@triton.jit
+def _kept(Keep, start, row, length, PREFIX: tl.constexpr):
+    """Which of the rows `row` of an image stay; 0 or 1."""
+    marked = tl.load(Keep + start + row, mask=row < length, other=0) != 0
+    return ((marked | (row < PREFIX)) & (row < length)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["width"])
+def keep_kernel(Keep, Starts, Lengths, Index, Counts, width, PREFIX: tl.constexpr, CHUNK: tl.constexpr):
+    """A mask as an index: the row numbers of each image that Keep marks, then those of its other rows, each in order.
+
+    Keep holds one byte a row; image b owns rows Starts[b] to Starts[b] + Lengths[b] of it. Its first PREFIX rows stay
+    whatever Keep says. Index (images, width), Counts (images,): how many stay. Grid (images,): a program reads its part
+    of the mask twice, first to count and then to place.
+    """
+    image = tl.program_id(0)
+    start, length = tl.load(Starts + image).to(tl.int64), tl.load(Lengths + image)
+    lane = tl.arange(0, CHUNK)
+    kept = tl.zeros([CHUNK], tl.int32)
+    for j in range(0, number(width), CHUNK):
+        kept += _kept(Keep, start, j + lane, length, PREFIX)
+    count = tl.sum(kept, 0)
+    tl.store(Counts + image, count)
+    before = count - count  # kept rows of earlier chunks
+    for j in range(0, number(width), CHUNK):
+        row = j + lane
+        keep = _kept(Keep, start, row, length, PREFIX)
+        place = before + tl.cumsum(keep, 0)  # kept rows up to and with this one
+        target = tl.where(keep != 0, place - 1, count + row - place)
+        tl.store(Index + image.to(tl.int64) * width + target, row.to(tl.int64), mask=row < width)
+        before += tl.sum(keep, 0)

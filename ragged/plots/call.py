@@ -1,0 +1,238 @@
+"""Figures of one attention call: the dispatch floor, the clocks, the grid of shapes, the roofline, the cost of padding.
+
+Each takes a frame with the columns of `ragged.data.RESULT_COLUMNS` and returns a plotly figure; see `ragged.plots`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ..data import lengths
+from .style import CLOCKS, draw_line, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle
+
+# Data-sheet peaks of the dense half-precision tensor cores (FLOP/s) and of the memory (bytes/s).
+PEAKS = {
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1.555e12),
+    "Tesla T4": (65e12, 0.32e12),
+}
+
+
+def dispatch_floor(frame, *, batch=32, clock="wall_us", mode="eager", dtype="float16", **only):
+    """Time of one attention call against tokens per image: where a line stays flat, the GPU is not what takes time.
+
+    Needs rows of metric `clock` for one batch and at least two token counts; the legend gives every backend's floor,
+    its smallest time.
+    """
+    name = "dispatch_floor"
+    rows = pick(frame, name, metric=clock, batch=batch, mode=mode, dtype=dtype, **only)
+    rows = rows[rows["tokens"].str.fullmatch(r"\d+")].assign(tokens=lambda r: r["tokens"].astype(int))
+    if rows["tokens"].nunique() < 2:
+        raise ValueError(f"{name}: a line over tokens needs two token counts, there are {sorted(set(rows['tokens']))}")
+    one_of_each(rows, name, "gpu", "model")
+    figure = new_figure("The dispatch floor: one attention call", subtitle(rows, f"batch {batch}", mode, dtype))
+    for backend in in_order(rows["backend"]):
+        line = rows[rows["backend"] == backend].sort_values("tokens")
+        floor = line["value"].min()
+        draw_line(figure, line["tokens"], line, backend, label=f"{look(backend).label}, floor {short(floor)} µs")
+        figure.add_hline(y=floor, line=dict(color=look(backend).colour, width=1, dash="dot"), opacity=0.5)
+    figure.update_xaxes(title_text="tokens per image", rangemode="tozero")
+    return figure.update_yaxes(title_text=f"{CLOCKS[clock]} (log)", **log_ticks(rows["value"]))
+
+
+def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float16", **only):
+    """The clocks of one call side by side: time to enqueue it, time on the GPU, and time until the result is there.
+
+    Needs rows of host_us and gpu_us; wall_us is drawn too where it is recorded. One slow backend sets the scale for
+    all: leave it out with backend=[...].
+    """
+    name, clocks = "host_against_gpu", ["gpu_us", "host_us", "wall_us"]
+    rows = pick(frame, name, batch=batch, tokens=tokens, dtype=dtype, metric=clocks, **only)
+    # graph replay has a GPU time and no host time of its own: the GPU time of a call counts in any mode
+    rows = rows[(rows["mode"] == mode) | (rows["metric"] == "gpu_us")]
+    rows = rows.assign(_first=rows["mode"] != mode).sort_values("_first").drop_duplicates(["backend", "metric", "gpu"])
+    for metric in clocks[:2]:
+        pick(rows, name, metric=metric)
+    one_of_each(rows, name, "gpu")
+    backends = in_order(rows["backend"])[::-1]  # bars are drawn from the bottom up: the first of the order on top
+    times = rows.pivot(index="backend", columns="metric", values="value").reindex(index=backends, columns=clocks)
+    labels, colours = [look(b).label for b in backends], [look(b).colour for b in backends]
+    below = subtitle(rows, f"batch {batch}", f"{tokens} tokens", mode, dtype)
+    figure = new_figure("Who takes the time, the host or the GPU?", below, height=150 + 64 * len(backends))
+    # the colour belongs to the backend and the filling to the clock, so the keys are grey
+    for metric, key in (("wall_us", "wall clock: call and wait"), ("gpu_us", "GPU: run"), ("host_us", "host: enqueue")):
+        if times[metric].isna().all():
+            continue
+        text = [short(t) if t == t else "" for t in times[metric]]
+        figure.add_bar(y=labels, x=times[metric], text=text, textposition="outside", cliponaxis=False, orientation="h",
+                       textfont=dict(size=11), constraintext="none", marker=filling(metric, colours),
+                       showlegend=False)  # fmt: skip
+        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"))
+    keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0, traceorder="reversed")
+    figure.update_layout(barmode="group", bargap=0.25, legend=keys, margin_t=110)
+    return figure.update_xaxes(title_text="time per call, µs", rangemode="tozero")
+
+
+def filling(metric: str, colour) -> dict:
+    """GPU time is solid, host time hatched, wall-clock time hollow."""
+    if metric == "gpu_us":
+        return dict(color=colour, line=dict(color=colour, width=1))
+    hatch = dict(shape="/" if metric == "host_us" else "", fgcolor=colour, bgcolor="white", size=6)
+    return dict(color=colour if metric == "host_us" else "white", pattern=hatch, line=dict(color=colour, width=1))
+
+
+def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_triton", "triton"), **only):
+    """Host time of every layer of a call, each layer called alone: where the dispatch floor comes from.
+
+    Needs host_us rows of the suite `dispatch`: backend is "<provider>" for the public function and
+    "<provider>:<layer>" for what lies below it.
+    """
+    name = "call_anatomy"
+    rows = pick(frame, name, metric="host_us", **only)
+    rows = rows.assign(provider=rows["backend"].str.split(":").str[0], layer=rows["backend"].str.split(":").str[1])
+    rows = pick(rows, name, provider=list(providers))
+    one_of_each(rows, name, "gpu", "batch", "tokens", "mode")
+    below = subtitle(rows, f"batch {short(rows['batch'].iloc[0])}", f"{rows['tokens'].iloc[0]} tokens")
+    figure = new_figure("The anatomy of one call", below, height=150 + 26 * len(rows))
+    for provider in in_order(rows["provider"]):
+        bars = rows[rows["provider"] == provider]
+        bars = bars.assign(public=bars["layer"].isna()).sort_values(["public", "value"], ascending=False)
+        labels = bars["layer"].fillna("<b>the public function</b>").str.replace("_", " ")
+        # two-level labels: layers of different providers share names
+        figure.add_bar(y=[[look(provider).label] * len(bars), labels], x=bars["value"], orientation="h",
+                       marker=dict(color=look(provider).colour), text=[short(v) for v in bars["value"]],
+                       textposition="outside", cliponaxis=False, constraintext="none", showlegend=False)  # fmt: skip
+    figure.update_yaxes(autorange="reversed", tickson="boundaries", dividercolor="#bbbbbb")
+    return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
+
+
+def kernel_grid(
+    frame, *, backend="triton", baseline="flash_attn", metric="gpu_us", mode="eager", dtype="float16", **only
+):
+    """Heat map, batch × tokens: how many times faster `backend` is than `baseline`. Orange is faster, purple slower.
+
+    Needs rows of both backends for at least one common batch and token count; cells that one of them lacks are blank.
+    """
+    import plotly.graph_objects as go
+
+    name = "kernel_grid"
+    rows = pick(frame, name, metric=metric, dtype=dtype, mode=mode, **only)
+    one_of_each(rows, name, "gpu", "mode")
+    keys = ["batch", "tokens"]
+    ours, theirs = (pick(rows, name, backend=b).set_index(keys)["value"] for b in (backend, baseline))
+    ratio = (theirs / ours).dropna()
+    if ratio.empty:
+        raise ValueError(f"{name}: {backend} and {baseline} have no batch and token count in common")
+    grid = ratio.unstack("tokens")
+    grid = grid[sorted(grid.columns, key=_mean_tokens)]
+    text = [[_cell(grid.loc[b, t], ours.get((b, t)), theirs.get((b, t))) for t in grid.columns] for b in grid.index]
+    reach = max(0.3, grid.map(lambda r: abs(math.log2(r)) if r == r else 0.0).max().max())  # both sides alike
+    ticks = [r for r in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16, 32, 64) if abs(math.log2(r)) <= reach]
+    title = f"{look(backend).label} against {look(baseline).label}"
+    below = subtitle(rows, CLOCKS.get(metric, metric), f"below the ratio: {backend} / {baseline}")
+    figure = new_figure(title, below, height=170 + 56 * len(grid.index))
+    figure.add_trace(go.Heatmap(
+        z=grid.map(math.log2, na_action="ignore"), x=list(grid.columns), y=[f"{b:g}" for b in grid.index], text=text,
+        texttemplate="%{text}", colorscale="PuOr_r", zmin=-reach, zmax=reach, xgap=2, ygap=2, hoverinfo="skip",
+        colorbar=dict(title="times<br>faster", tickvals=[math.log2(r) for r in ticks],
+                      ticktext=[f"{r:g}×" for r in ticks]),
+    ))  # fmt: skip
+    figure.update_xaxes(title_text="tokens per image", type="category", showgrid=False)
+    return figure.update_yaxes(title_text="batch, images", type="category", showgrid=False)
+
+
+def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode="eager", peak=None, **only):
+    """Achieved FLOP/s of attention calls against their arithmetic intensity, under the roofs of the GPU.
+
+    Needs gpu_us rows. peak: (FLOP/s, bytes/s) of the GPU; the data sheet's for the names in PEAKS. The bytes are the
+    least there are: q, k and v read once, the output written once, 2 bytes a number.
+    """
+    import plotly.graph_objects as go
+
+    name = "roofline"
+    rows = pick(frame, name, metric="gpu_us", batch=batch, dtype=dtype, mode=mode, **only)
+    one_of_each(rows, name, "gpu", "mode")
+    gpu = rows["gpu"].iloc[0]
+    if peak is None and gpu not in PEAKS:
+        raise ValueError(f"{name}: no peak for {gpu!r}; give peak=(FLOP/s, bytes/s); known: {', '.join(PEAKS)}")
+    flops, bandwidth = peak or PEAKS[gpu]
+    mean, square = zip(*(_moments(t) for t in rows["tokens"]))
+    rows = rows.assign(intensity=[s / (2 * m) for m, s in zip(mean, square)], order=mean)
+    work = [4 * batch * heads * head_dim * s for s in square]
+    rows = rows.assign(tflops=[w / (us * 1e-6) / 1e12 for w, us in zip(work, rows["value"])])
+    figure = new_figure("Attention under the roofline", subtitle(rows, f"batch {batch}", dtype), height=460)
+    ridge = flops / bandwidth
+    left, right = rows["intensity"].min() / 1.6, max(rows["intensity"].max(), ridge) * 1.6
+    roof = go.Scatter(x=[left, ridge, right], y=[left * bandwidth / 1e12, flops / 1e12, flops / 1e12], mode="lines",
+                      line=dict(color="#888888", width=2), showlegend=False, hoverinfo="skip")  # fmt: skip
+    figure.add_trace(roof)
+    for backend in in_order(rows["backend"]):
+        line = rows[rows["backend"] == backend].sort_values("intensity")
+        hover = [f"{t} tokens" for t in line["tokens"]]
+        draw_line(figure, line["intensity"], line, backend, y=line["tflops"], hover=hover)
+    # every column of points is named once, above its highest; in two heights, since neighbours may be close
+    for i, (_, group) in enumerate(rows.groupby("order")):
+        x, y = math.log10(group["intensity"].iloc[0]), math.log10(group["tflops"].max())
+        figure.add_annotation(x=x, y=y, yshift=14 + 14 * (i % 2), text=f"{group['tokens'].iloc[0]} tokens",
+                              showarrow=False, font=dict(size=11))  # fmt: skip
+    roofs = f"roofs: {bandwidth / 1e12:.3g} TB/s, then {flops / 1e12:.0f} TFLOP/s"
+    figure.add_annotation(x=0.01, y=0.99, xref="paper", yref="paper", text=roofs, showarrow=False, xanchor="left")
+    figure.update_xaxes(title_text="arithmetic intensity, FLOP per byte (log)", **log_ticks([left, right]))
+    low = rows["tflops"].min()
+    return figure.update_yaxes(title_text="achieved, TFLOP/s (log)", **log_ticks([low, flops / 1e12]))
+
+
+def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us", mode="eager", **only):
+    """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times.
+
+    Needs rows of both backends with the same batch and a distribution of lengths such as "U(20,197)" (equal lengths
+    have no padding). For the metric images_per_s the ratio is ragged over
+    padded, for times padded over ragged: either way, above 1 padding loses.
+    """
+    name = "padded_waste"
+    rows = pick(frame, name, metric=metric, mode=mode, backend=[padded, ragged], **only)
+    ragged_only = rows[rows["tokens"].str.startswith("U")]
+    if ragged_only.empty:
+        raise ValueError(f"{name}: no rows with lengths such as U(20,197), only {sorted(set(rows['tokens']))}")
+    rows = ragged_only
+    one_of_each(rows, name, "gpu", "mode", "dtype", "model")
+    keys = ["batch", "tokens"]
+    slow, fast = (pick(rows, name, backend=b).set_index(keys)["value"] for b in (padded, ragged))
+    measured = (fast / slow if metric == "images_per_s" else slow / fast).dropna()
+    if measured.empty:
+        raise ValueError(f"{name}: {padded} and {ragged} have no batch and token count in common")
+    order = sorted(measured.index, key=lambda key: (_mean_tokens(key[1]), key[0]))
+    shapes = [lengths(tokens, int(batch)) for batch, tokens in order]
+    row_cost = [len(n) * max(n) / sum(n) for n in shapes]
+    square_cost = [len(n) * max(n) ** 2 / sum(x * x for x in n) for n in shapes]
+    x = [f"{batch:g} × {tokens}" for batch, tokens in order]
+    mode = rows["mode"].iloc[0]
+    below = subtitle(rows, CLOCKS.get(metric, metric), f"{look(padded).label} against {look(ragged).label}", mode)
+    figure = new_figure("What the padding costs", below)
+    text = dict(texttemplate="%{y:.2f}", textposition="outside", cliponaxis=False)
+    figure.add_bar(x=x, y=row_cost, name="predicted: rows (MLP, projections)", marker=dict(color="#cccccc"), **text)
+    figure.add_bar(x=x, y=square_cost, name="predicted: rows² (attention)", marker=dict(color="#888888"), **text)
+    figure.add_bar(x=x, y=[measured[k] for k in order], name="measured", marker=dict(color=look(padded).colour), **text)
+    figure.add_hline(y=1, line=dict(color="#222222", width=1))
+    figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
+    figure.update_xaxes(title_text="batch × tokens per image", type="category")
+    return figure.update_yaxes(title_text="padded / ragged cost", rangemode="tozero")
+
+
+def _moments(tokens: str) -> tuple[float, float]:
+    """Mean of n and of n² for "197" or "U(20,197)"."""
+    found = re.fullmatch(r"(\d+)|U\((\d+),(\d+)\)", tokens)
+    if not found:
+        raise ValueError(f'tokens: expected a number or "U(low,high)", got {tokens!r}')
+    low, high = (int(found[1]),) * 2 if found[1] else (int(found[2]), int(found[3]))
+    count, mean = high - low + 1, (low + high) / 2
+    return mean, mean**2 + (count**2 - 1) / 12
+
+
+def _mean_tokens(tokens: str) -> tuple[float, bool]:
+    return _moments(tokens)[0], tokens.startswith("U")
+
+
+def _cell(ratio: float, ours: float, theirs: float) -> str:
+    return f"<b>{ratio:.2f}×</b><br>{short(ours)} / {short(theirs)}" if ratio == ratio else ""

@@ -1,0 +1,226 @@
+"""Figures of launching: host and GPU side by side, the paper's clock explained, timelines, ways to start a kernel.
+
+Those of recorded rows take a frame with the columns of `ragged.data.RESULT_COLUMNS`; see `ragged.plots`. Everywhere
+the host is hollow and the GPU solid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .call import filling
+from .model import MODELS, _panels
+from .style import CLOCKS, INK, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle, ticks_at
+
+GREY = "#777777"
+
+
+def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
+    """Rows of single calls on equal counts, one line per call and one column per metric; calls that lack one of the
+    metrics are left out."""
+    rows = pick(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
+    rows = rows[rows["tokens"].str.fullmatch(r"\d+")]
+    one_of_each(rows, name, "gpu", "mode", "dtype", "model")
+    table = rows.pivot(index=["backend", "batch", "tokens"], columns="metric", values="value")
+    table = table.reindex(columns=metrics).dropna().reset_index()
+    if table.empty:
+        raise ValueError(f"{name}: no call has rows of all of {', '.join(metrics)}")
+    return rows, table.assign(batch=table["batch"].astype(int), tokens=table["tokens"].astype(int))
+
+
+def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", "triton"), mode="eager",
+               dtype="float16", **only):  # fmt: skip
+    """Host time (hollow) and GPU time (solid) of a call, joined by a bar; one panel for every (batch, tokens) in
+    `cases`. Whichever lies further right rules. The axis spans all recorded calls, so that panels compare.
+
+    Needs host_us and gpu_us rows of the backends.
+    """
+    name = "two_clocks"
+    rows, calls = _calls(frame, name, ["host_us", "gpu_us"], mode, dtype, backend=list(backend), **only)
+    spread = [calls[["host_us", "gpu_us"]].min().min() / 1.5, calls[["host_us", "gpu_us"]].max().max() * 1.5]
+    below = subtitle(rows, mode, dtype)
+    titles = [f"{batch} × {tokens} tokens" for batch, tokens in cases]
+    figure = _panels("Who rules, the host or the GPU?", titles, below)
+    for column, (batch, tokens) in enumerate(cases, 1):
+        panel = calls[(calls["batch"] == batch) & (calls["tokens"] == tokens)].set_index("backend")
+        if panel.empty:
+            raise ValueError(f"{name}: no rows with batch {batch} and {tokens} tokens")
+        order = in_order(panel.index)[::-1]
+        host, gpu = (panel.loc[order, metric].tolist() for metric in ("host_us", "gpu_us"))
+        labels, colours = [look(b).label for b in order], [look(b).colour for b in order]
+        bars = [x for pair in zip(host, gpu) for x in (*pair, None)]  # None lifts the pen
+        figure.add_scatter(x=bars, y=[label for label in labels for _ in range(3)], mode="lines", hoverinfo="skip",
+                           line=dict(color="#bbbbbb", width=3), showlegend=False, row=1, col=column)  # fmt: skip
+        for times, inside in ((host, "white"), (gpu, colours)):
+            marker = dict(size=13, color=inside, line=dict(color=colours, width=2.5))
+            figure.add_scatter(x=times, y=labels, mode="markers", marker=marker, hoverinfo="x", showlegend=False,
+                               row=1, col=column)  # fmt: skip
+        for label, h, g in zip(labels, host, gpu) if len(cases) == 1 else ():
+            text = f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}"
+            figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
+                                  yshift=18, font=dict(size=11, color=INK))  # fmt: skip
+    for key, colour in (("host: time to enqueue", "white"), ("GPU: time to run", GREY)):
+        marker = dict(size=11, color=colour, line=dict(color=GREY, width=2.5))
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=key)
+    ticks = log_ticks(spread)
+    if len(cases) > 2:  # narrow panels
+        ticks |= dict(tickvals=[1, 10, 100, 1000], ticktext=["1", "10", "100", "1,000"])
+    figure.update_xaxes(title_text="µs (log)", range=[math.log10(x) for x in spread], **ticks)
+    return figure.update_layout(height=400, width=760 if len(cases) < 3 else 140 * len(cases) + 160)
+
+
+def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype="float16", **only):
+    """Map of batch × tokens, one panel per backend: purple where the host takes longer, orange where the GPU does.
+
+    Needs host_us and gpu_us rows; every cell shows both, host above GPU, in µs.
+    """
+    import plotly.graph_objects as go
+
+    name = "host_or_gpu"
+    rows, calls = _calls(frame, name, ["host_us", "gpu_us"], mode, dtype, backend=list(backend), **only)
+    order = in_order(calls["backend"])
+    figure = _panels("Where the host rules, and where the GPU", [look(b).label for b in order],
+                    subtitle(rows, "in every cell host over GPU, µs", dtype))  # fmt: skip
+    for column, name in enumerate(order, 1):
+        panel = calls[calls["backend"] == name].set_index(["batch", "tokens"])
+        ratio = (panel["gpu_us"] / panel["host_us"]).map(math.log2).unstack("tokens")
+        cells = panel.apply(lambda c: f"{short(c['host_us'])}<br>{short(c['gpu_us'])}", axis=1)
+        text = cells.unstack("tokens").fillna("")
+        figure.add_trace(go.Heatmap(
+            z=ratio, x=[str(t) for t in ratio.columns], y=[str(b) for b in ratio.index], text=text, hoverinfo="skip",
+            texttemplate="%{text}", colorscale="PuOr_r", zmin=-4, zmax=4, xgap=2, ygap=2, showscale=column == 1,
+            colorbar=dict(title="GPU / host", tickvals=[-4, -2, 0, 2, 4], ticktext=["1/16", "1/4", "equal", "4", "16"]),
+        ), row=1, col=column)  # fmt: skip
+    figure.update_xaxes(title_text="tokens per image", type="category", showgrid=False)
+    figure.update_yaxes(type="category", showgrid=False)
+    figure.update_yaxes(title_text="batch, images", col=1)
+    return figure.update_layout(width=360 * len(order) + 40)
+
+
+HYPOTHESES = {
+    "the host alone": lambda host, gpu: host, "the GPU alone": lambda host, gpu: gpu,
+    "the larger of both": lambda host, gpu: max(host, gpu), "their sum": lambda host, gpu: host + gpu,
+}  # fmt: skip
+
+
+def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_triton", "dense", "triton"),
+                     mode="eager", dtype="float16", **only):  # fmt: skip
+    """What does a clock measure? Its readings against four guesses from host and GPU time, one panel each; on the
+    dashed line a guess is right. The panel's title gives the median miss.
+
+    Needs host_us, gpu_us and `clock` rows of the same calls.
+    """
+    name = "clock_hypotheses"
+    rows, calls = _calls(frame, name, ["host_us", "gpu_us", clock], mode, dtype, backend=list(backend), **only)
+    guesses = {g: [f(*pair) for pair in zip(calls["host_us"], calls["gpu_us"])] for g, f in HYPOTHESES.items()}
+    missed = {g: (calls[clock] / x - 1).abs().median() for g, x in guesses.items()}
+    titles = [f"{guess}<br>off by {missed[guess]:.0%}" for guess in guesses]
+    what = CLOCKS[clock].partition(" per call")[0]
+    figure = _panels(f"What does {what} see?", titles, subtitle(rows, "equal counts, all batches", mode))
+    reach = [min(min(x) for x in guesses.values()) / 1.4, calls[clock].max() * 1.4]
+    for column, guess in enumerate(guesses, 1):
+        figure.add_scatter(x=reach, y=reach, mode="lines", line=dict(color=INK, width=1, dash="dash"),
+                           showlegend=False, hoverinfo="skip", row=1, col=column)  # fmt: skip
+        for backend in in_order(calls["backend"]):
+            at, style = (calls["backend"] == backend).to_numpy().nonzero()[0], look(backend)
+            figure.add_scatter(
+                x=[round(guesses[guess][i], 1) for i in at], y=[round(calls[clock][i], 1) for i in at], mode="markers",
+                name=style.label, legendgroup=backend, showlegend=column == 1, row=1, col=column,
+                marker=dict(color=style.colour, symbol=style.symbol, size=8),
+            )  # fmt: skip
+    ticks = dict(type="log", range=[math.log10(x) for x in reach], tickvals=[1, 10, 100, 1000])
+    ticks |= dict(ticktext=["1", "10", "100", "1,000"])
+    figure.update_xaxes(title_text="guess, µs", **ticks)
+    figure.update_yaxes(**ticks)
+    return figure.update_yaxes(title_text=f"{what}, µs (log)", col=1).update_layout(margin_t=130, width=780, height=430)
+
+
+def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), tokens="99",
+                   mode=("eager", "compile+graph"), dtype="float16", **only):  # fmt: skip
+    """Host (dotted, hollow) and GPU time (solid) of a whole forward pass against the batch, one panel per mode. Where
+    the GPU's line is on top, the queue hides the host.
+
+    Needs host_us and gpu_us rows of one model; tokens as in `throughput_by_batch`.
+    """
+    name = "forward_clocks"
+    rows = pick(frame, name, metric=["host_us", "gpu_us"], model=model, backend=list(backend), dtype=dtype, **only)
+    rows = pick(rows[(rows["backend"] == "unpruned") | (rows["tokens"] == tokens)], name, mode=list(mode))
+    one_of_each(rows, name, "gpu")
+    modes = [m for m in mode if m in set(rows["mode"])]
+    below = subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype)
+    figure = _panels("A whole forward pass: who waits for whom?", modes, below)
+    for column, wanted in enumerate(modes, 1):
+        for backend in in_order(rows["backend"]):
+            style = look(backend)
+            for metric, part in (("host_us", "host"), ("gpu_us", "GPU")):
+                here = (rows["mode"] == wanted) & (rows["backend"] == backend) & (rows["metric"] == metric)
+                line = rows[here].sort_values("batch")
+                inside = "white" if part == "host" else style.colour
+                marker = dict(symbol="circle", size=8, color=inside, line=dict(color=style.colour, width=2))
+                figure.add_scatter(
+                    x=line["batch"], y=line["value"] / 1000, mode="lines+markers", name=f"{style.label}: {part}",
+                    line=dict(color=style.colour, width=2, dash="dot" if part == "host" else "solid"), marker=marker,
+                    legendgroup=f"{backend} {part}", showlegend=column == 1, row=1, col=column,
+                )  # fmt: skip
+    figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
+    figure.update_yaxes(**log_ticks(rows["value"] / 1000))
+    return figure.update_yaxes(title_text="per forward pass, ms (log)", col=1).update_layout(width=760)
+
+
+def timeline(lanes: dict[str, Sequence[tuple[str, float, float]]], *, title: str, below: str = ""):
+    """Who works when, from intervals and not from rows. lanes: scenario -> [("host" | "GPU", start, end), ...] in µs.
+    Every scenario has a host lane above a GPU lane."""
+    figure = new_figure(title, below, height=150 + 92 * len(lanes))
+    for part in ("host", "GPU"):
+        metric = "wall_us" if part == "host" else "gpu_us"  # hollow and solid
+        spans = [(scenario, *span[1:]) for scenario, all_ in lanes.items() for span in all_ if span[0] == part]
+        figure.add_bar(
+            y=[[s for s, *_ in spans], [part] * len(spans)], base=[a for _, a, _ in spans], name=part,
+            x=[b - a for _, a, b in spans], orientation="h", marker=filling(metric, GREY), hoverinfo="x",
+        )  # fmt: skip
+    figure.data[1].marker.line.color = "white"  # what follows at once stays apart
+    figure.update_layout(barmode="overlay", bargap=0.3, legend=dict(orientation="h", y=1, yanchor="bottom", x=0))
+    figure.update_yaxes(autorange="reversed", dividercolor="#bbbbbb", title_text="")
+    return figure.update_xaxes(title_text="time, µs", rangemode="tozero").update_layout(margin_t=110)
+
+
+def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str):
+    """Measured times (µs) against a size, and the model floor + size * per_item with its two parts."""
+    figure = new_figure(title, below)
+    model = [floor + n * per_item for n in sizes]
+    low = min(min(times), floor) / 2
+    work = [(n, n * per_item) for n in sizes if n * per_item > low]
+    figure.add_scatter(x=sizes, y=[floor] * len(sizes), mode="lines", name="floor: the call itself",
+                       line=dict(color=GREY, dash="dot"))  # fmt: skip
+    figure.add_scatter(x=[n for n, _ in work], y=[y for _, y in work], mode="lines", name="slope: the work",
+                       line=dict(color=GREY, dash="dash"))  # fmt: skip
+    figure.add_scatter(x=sizes, y=model, mode="lines", name="their sum", line=dict(color="#0072b2", width=2))
+    figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9))
+    figure.update_xaxes(title_text=f"{item} (log)", type="log", dtick=1, exponentformat="power")
+    return figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)]))
+
+
+def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton"):
+    """Host time of several ways to start the same thing, dearest on top. costs: way -> µs per call. floor: a dotted
+    line at what no way can go below."""
+    ways = sorted(costs, key=costs.get)
+    figure = new_figure(title, below, height=150 + 34 * len(ways))
+    figure.add_bar(y=ways, x=[costs[way] for way in ways], orientation="h", marker=dict(color=look(backend).colour),
+                   text=[short(costs[way]) for way in ways], textposition="outside", cliponaxis=False)  # fmt: skip
+    if floor is not None:
+        figure.add_vline(x=floor, line=dict(color=INK, width=1, dash="dot"))
+    return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
+
+
+def capacity_steps(totals, capacities, *, title: str, below: str):
+    """What buckets cost: surplus rows in percent of the real ones, against the real ones."""
+    figure = new_figure(title, below)
+    waste = [100 * (c / t - 1) for t, c in zip(totals, capacities, strict=True)]
+    figure.add_scatter(x=list(totals), y=waste, mode="lines", name="this many rows",
+                       line=dict(color=look("triton").colour, width=1.5))  # fmt: skip
+    mean = sum(waste) / len(waste)
+    figure.add_hline(y=mean, line=dict(color=INK, width=1, dash="dot"), annotation_text=f"mean {mean:.2g} %",
+                     annotation_bgcolor="white")  # fmt: skip
+    figure.update_xaxes(title_text="rows that really stay, in the whole batch")
+    return figure.update_yaxes(title_text="surplus rows computed, %", rangemode="tozero")

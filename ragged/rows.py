@@ -1,0 +1,186 @@
+"""The host's side of the small kernels: which rows CLS attends to, which are best, which a mask marks, and how rows
+move, each with its ids in the same launch. Triton where it runs, PyTorch elsewhere; neither waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import launch
+
+ROWS, BLOCK = 8, 128  # of a program that moves rows
+CHUNK = 128  # counts that a program of `take_rows` adds up at a time
+MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
+# Patches that one program compares with each other. 256 x 196 of them, half kept: 8 us, against 29 us for `topk` and
+# `sort` (H200); 64 x 576: 43 against 58 us.
+MOST_RANKED = 1024
+
+
+def offsets(counts: Tensor) -> Tensor:
+    """Exclusive prefix sums of counts (batch,) as int32 (batch + 1,): the `cu_seqlens` of flash-attention."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
+    """`offsets` of batch images with count rows each, on `device`: nothing has to be summed."""
+    if count == 0:
+        return torch.zeros(batch + 1, device=device, dtype=torch.int32)
+    return torch.arange(0, batch * count + 1, count, device=device, dtype=torch.int32)
+
+
+# ---- scores ----
+
+
+def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+    """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
+
+    q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
+    starts[b] + lengths[b].  width: no image is longer.  Returns float32 (rows, nheads); rows that no image owns are
+    zero. One row of the attention matrix per head: O(n), never O(n²).
+    """
+    rows, heads, dim = q.shape
+    if not launch.usable(q.device):
+        return _cls_attention_torch(q, k, starts, lengths, width, scale)
+    from .kernel_rows import cls_kernel
+
+    probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
+    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim) | {"N": 64}
+    key = (q.dtype, *constants.values())
+    tensors = (q, k, probs, starts, lengths)
+    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, (scale * launch.LOG2_E,), constants, {})
+    return probs
+
+
+def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+    column = torch.arange(width, device=q.device)
+    real = column < lengths[:, None]  # (batch, width)
+    rows = torch.where(real, starts[:, None] + column, 0)
+    first = torch.where(lengths > 0, starts, 0)
+    scores = torch.einsum("bhd,bnhd->bnh", q[first].float(), k[rows].float()) * scale
+    probs = scores.masked_fill(~real[..., None], -math.inf).softmax(1)  # (batch, width, nheads)
+    out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=torch.float32)
+    # padding columns all land in one extra row, which is cut off
+    return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
+
+
+# ---- which rows ----
+
+
+def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Tensor:
+    """Row numbers, int64 (batch, prefix + count), of the first `prefix` rows and the `count` best others of every
+    image.
+
+    scores: (batch, n), the first `prefix` columns ignored. Best first, or (in_place) in the order in which they stand.
+    Of equal scores the earlier is better, and NaN is better than any number.
+    """
+    patches = scores.shape[1] - prefix
+    if not launch.usable(scores.device) or scores.dtype == torch.float64 or not 0 < patches <= MOST_RANKED:
+        best = scores[:, prefix:].argsort(dim=1, descending=True, stable=True)[:, :count]
+        return with_prefix(best.sort(1).values if in_place else best, prefix)
+    from triton import next_power_of_2
+
+    from .kernel_rows import rank_kernel
+
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    index = torch.empty(scores.shape[0], prefix + count, dtype=torch.int64, device=scores.device)
+    # every keep rate leaves another number of patches: those of an ordinary image share one kernel
+    width = max(256, next_power_of_2(max(patches, prefix)))
+    constants = {"PREFIX": prefix, "IN_PLACE": in_place, "N": width, "CHUNK": 32}
+    key = (scores.dtype, *constants.values())
+    numbers, options = (scores.stride(0), patches, count), {"num_warps": 8 if width == 256 else 16}
+    launch.start(rank_kernel, key, (scores.shape[0], 1), (scores, index), numbers, constants, options)
+    return index
+
+
+def kept_rows(keep: Tensor, starts: Tensor, lengths: Tensor, width: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """A mask as an index: row numbers int64 (batch, width) of every image, those to keep before the others, each in
+    the order in which they stand; and how many are kept, int32 (batch,).
+
+    keep: bool, any shape, one entry a row.  starts, lengths: int32 (batch,), image b owns entries starts[b] to
+    starts[b] + lengths[b] of it, flattened.  width: no image is longer.  prefix: so many first rows stay anyway.
+    """
+    batch, keep = starts.shape[0], keep.reshape(-1).contiguous()
+    if not launch.usable(keep.device) or width == 0:
+        column = torch.arange(width, device=keep.device)
+        real = column < lengths[:, None]  # (batch, width)
+        marked = keep[torch.where(real, starts[:, None] + column, 0)] if keep.numel() else real
+        marked = (marked | (column < prefix)) & real
+        return marked.byte().argsort(dim=1, descending=True, stable=True), marked.sum(1, dtype=torch.int32)
+    from .kernel_rows import keep_kernel
+
+    index = torch.empty(batch, width, dtype=torch.int64, device=keep.device)
+    counts = torch.empty(batch, dtype=torch.int32, device=keep.device)
+    constants = {"PREFIX": prefix, "CHUNK": MASK_CHUNK}
+    tensors = (keep, starts.contiguous(), lengths.contiguous(), index, counts)
+    launch.start(keep_kernel, tuple(constants.values()), (batch, 1), tensors, (width,), constants, {})
+    return index, counts
+
+
+def with_prefix(patches: Tensor, prefix: int) -> Tensor:
+    """patches: patch numbers (batch, k). Returned as row numbers, with the `prefix` rows put before them."""
+    first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], prefix)
+    return torch.cat((first, patches + prefix), 1)
+
+
+# ---- moving them ----
+
+
+def _in_pytorch(x: Tensor) -> bool:
+    """Whether rows of x are moved by PyTorch: where the kernels do not run, or a gradient has to find its way back."""
+    return not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled())
+
+
+def _constants(dim: int) -> dict:
+    """Constants of the kernels that move rows of `dim` numbers."""
+    return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}
+
+
+def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """x[rows], ids[rows] for x (n, dim), ids int64 (n,), rows int64 (total,)."""
+    if _in_pytorch(x):
+        return x.index_select(0, rows), ids.index_select(0, rows)
+    from .kernel_rows import copy_kernel
+
+    x, ids, rows = x.contiguous(), ids.contiguous(), rows.contiguous()
+    total, dim = rows.shape[0], x.shape[1]
+    out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
+    grid = (-(-total // ROWS), -(-dim // BLOCK))
+    launch.start(copy_kernel, (x.dtype, dim), grid, (x, ids, rows, out, out_ids), (total,), _constants(dim), {})
+    return out, out_ids
+
+
+def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int,
+              longest: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pack rows of x (n, dim) and ids int64 (n,): of image b, which begins at row starts[b], those that the first
+    counts[b] entries of index (batch, k) name; starts, counts int32 (batch,), index int64.
+
+    total: rows of the result. Surplus rows hold zeros and the id -1; of images that do not fit, only a part is there.
+    longest: no count is larger. Returns tokens (total, dim), ids (total,) and cu_seqlens, int32 (batch + 1,), which
+    ends at total at the latest.
+    """
+    if _in_pytorch(x):
+        return _take_rows_torch(x, ids, starts, index, counts, total)
+    from .kernel_rows import take_kernel
+
+    x, ids, starts, index, counts = (t.contiguous() for t in (x, ids, starts, index, counts))
+    batch, dim = counts.shape[0], x.shape[1]
+    out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
+    cu_seqlens = counts.new_empty(batch + 1)
+    constants = _constants(dim) | {"CHUNK": CHUNK}
+    grid = (batch + 1, min(max(1, -(-longest // ROWS)), 65535))  # the kernel's loop covers what is left
+    tensors = (x, ids, starts, index, counts, out, out_ids, cu_seqlens)
+    launch.start(take_kernel, (x.dtype, dim), grid, tensors, (batch, total, index.shape[1]), constants, {})
+    return out, out_ids, cu_seqlens
+
+
+def _take_rows_torch(x, ids, starts, index, counts, total) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens = offsets(counts).clamp_(max=total)
+    if index.shape[1] == 0:  # no image has a row
+        return x.new_zeros(total, x.shape[1]), ids.new_full((total,), -1), cu_seqlens
+    row = torch.arange(total, device=x.device)
+    image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=counts.shape[0] - 1)
+    column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
+    rows, owned = starts[image] + index[image, column], row < cu_seqlens[-1]
+    return torch.where(owned[:, None], x[rows], 0.0), torch.where(owned, ids[rows], -1), cu_seqlens

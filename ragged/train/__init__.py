@@ -1,0 +1,1 @@
+"""Making the bundled networks. `python -m ragged.train`."""
