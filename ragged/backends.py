@@ -97,7 +97,7 @@ def unfused_softmax(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor | None, scal
 
 
 def _triton(*arguments) -> Result:
-    from .kernel import attend  # imported here: Triton is optional
+    from .kernels.attention import attend  # imported here: Triton is optional
 
     return attend(*arguments)
 
@@ -198,7 +198,7 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
 def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     if cu_q is not cu_k and not (cu_q.shape == cu_k.shape and torch.equal(cu_q, cu_k)):
         raise ValueError("backend 'paper_triton': Algorithm 1 has one cu_seqlens, queries and keys must agree")
-    from .kernel import paper_attend
+    from .kernels.attention import paper_attend
 
     return paper_attend(q, k, v, cu_q, max_q, scale), None
 

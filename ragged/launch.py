@@ -181,7 +181,8 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
 
 def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
           scale: float | None) -> Tensor | None:  # fmt: skip
-    """`kernel.attend` for a kind of call that went through all checks before, or None: then take the long way.
+    """`kernels.attention.attend` for a kind of call that went through all checks before, or None: then take the long
+    way.
 
     Nothing is left out: what the long way checks is either compared by a plan or looked at here.
     """

@@ -43,7 +43,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     rows, heads, dim = q.shape
     if not launch.usable(q.device):
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
-    from .kernel_rows import cls_kernel
+    from .kernels.rows import cls_kernel
 
     probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
     constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim) | {"N": 64}
@@ -81,7 +81,7 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
         return with_prefix(best.sort(1).values if in_place else best, prefix)
     from triton import next_power_of_2
 
-    from .kernel_rows import rank_kernel
+    from .kernels.rows import rank_kernel
 
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     index = torch.empty(scores.shape[0], prefix + count, dtype=torch.int64, device=scores.device)
@@ -108,7 +108,7 @@ def kept_rows(keep: Tensor, starts: Tensor, lengths: Tensor, width: int, prefix:
         marked = keep[torch.where(real, starts[:, None] + column, 0)] if keep.numel() else real
         marked = (marked | (column < prefix)) & real
         return marked.byte().argsort(dim=1, descending=True, stable=True), marked.sum(1, dtype=torch.int32)
-    from .kernel_rows import keep_kernel
+    from .kernels.rows import keep_kernel
 
     index = torch.empty(batch, width, dtype=torch.int64, device=keep.device)
     counts = torch.empty(batch, dtype=torch.int32, device=keep.device)
@@ -141,7 +141,7 @@ def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """x[rows], ids[rows] for x (n, dim), ids int64 (n,), rows int64 (total,)."""
     if _in_pytorch(x):
         return x.index_select(0, rows), ids.index_select(0, rows)
-    from .kernel_rows import copy_kernel
+    from .kernels.rows import copy_kernel
 
     x, ids, rows = x.contiguous(), ids.contiguous(), rows.contiguous()
     total, dim = rows.shape[0], x.shape[1]
@@ -162,7 +162,7 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
     """
     if _in_pytorch(x):
         return _take_rows_torch(x, ids, starts, index, counts, total)
-    from .kernel_rows import take_kernel
+    from .kernels.rows import take_kernel
 
     x, ids, starts, index, counts = (t.contiguous() for t in (x, ids, starts, index, counts))
     batch, dim = counts.shape[0], x.shape[1]

@@ -37,7 +37,7 @@ def compiled_kernels():
     """The kernels of the package that the JIT holds, each as its name, its arguments' types and its constants."""
     from triton.runtime import JITFunction
 
-    modules = [module for name, module in sys.modules.items() if name.startswith("ragged.kernel")]
+    modules = [module for name, module in sys.modules.items() if name.startswith("ragged.kernels")]
     functions = {fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)}
     keys = {(fn.__name__, str(key)) for fn in functions for cache in fn.device_caches.values() for key in cache[0]}
     return {name + " " + CONSTANT.sub(r"\1", key) for name, key in keys}

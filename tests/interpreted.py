@@ -11,9 +11,9 @@ import torch
 from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
 
 import ragged
-from ragged import kernel as kernels
 from ragged import launch, tiles
 from ragged import rows as row_ops
+from ragged.kernels import attention as kernels
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)

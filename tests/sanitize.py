@@ -16,10 +16,10 @@ from unittest import mock
 
 import torch
 
-from ragged import kernel as kernels
 from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
+from ragged.kernels import attention as kernels
 from ragged.tiles import choose_tiles
 
 HEADS = 2

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for every chip of the last years, and fits into its shared memory. No GPU is needed.
 
 The package's own launching code runs with a recorder in place of the launcher, so what is compiled here is what would
-run: the same constants, tile shapes and compiler options, for whatever kernels `ragged/kernel.py` holds.
+run: the same constants, tile shapes and compiler options, for whatever kernels `ragged/kernels/` holds.
 """
 
 import importlib
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import ragged
-from ragged import kernel as kernels
 from ragged import launch
 from ragged import rows as row_ops
+from ragged.kernels import attention as kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")

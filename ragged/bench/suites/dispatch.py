@@ -41,7 +41,7 @@ class Started:
     """Our kernel's arguments as `launch.start` gets them, and the compiled kernel."""
 
     def __init__(self, x: Inputs):
-        from ... import kernel as kernels
+        from ...kernels import attention as kernels
 
         q, k, v = x.sets[0]
         arguments = (q, k, v, x.cu, x.cu, x.longest, x.longest, SCALE, False)
@@ -120,7 +120,7 @@ def paper_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
     q, k, v = x.sets[0]
 
     def jit() -> Callable:
-        from ...kernel import paper_kernel
+        from ...kernels.attention import paper_kernel
 
         args = [t.contiguous() for t in (q, k, v)]
         out = torch.empty_like(args[0])

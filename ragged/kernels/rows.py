@@ -1,13 +1,13 @@
 """The small kernels: one row of the attention matrix, and four ways to choose and move token rows.
 
 `cls_kernel` scores, `rank_kernel` ranks, `keep_kernel` reads a mask, `copy_kernel` and `take_kernel` move. Lengths and
-totals are ordinary arguments that Triton is told not to specialise on, as in kernel.py.
+totals are ordinary arguments that Triton is told not to specialise on, as in attention.py.
 """
 
 import triton
 import triton.language as tl
 
-from .kernel import load_tile, number
+from .attention import load_tile, number
 
 
 @triton.jit

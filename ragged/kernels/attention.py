@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .launch import LOG2_E
-from .tiles import Tiles, choose_tiles, grid_of
+from .. import launch
+from ..launch import LOG2_E
+from ..tiles import Tiles, choose_tiles, grid_of
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
