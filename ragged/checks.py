@@ -1,6 +1,6 @@
 """Argument checks. Every error names the argument, what was expected and what came.
 
-Here too: the dictionary behind `BACKENDS` and `PRUNERS`, and the check that a model is one whose tokens may be dropped.
+Here too: the dictionary behind `BACKENDS` and `PRUNERS`. Which models are handled stands in support.py.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ CHECK_VALUES = os.environ.get("RAGGED_CHECK") == "1"  # look at numbers on CUDA 
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether the numbers in x are there to be checked: on CUDA that is a wait, so only with RAGGED_CHECK=1."""
-    return CHECK_VALUES or not (x.is_cuda or x.is_meta)
+    """Whether the numbers in x are there to be checked: on CUDA that is a wait, so only with RAGGED_CHECK=1; while a
+    program is compiled or exported there are none."""
+    return (CHECK_VALUES or not x.is_cuda) and not (x.is_meta or torch.compiler.is_compiling())
 
 
 # ---- names ----
@@ -160,49 +162,87 @@ def _check_values(cu: Tensor, name: str, total: int, longest: int) -> None:
         raise ValueError(f"max_seqlen_{of}: expected at least the longest sequence, {max(lengths)}, got {longest}")
 
 
-# ---- models ----
+# ---- images, and what a pruner answers ----
 
 
-def check_supported(vit: nn.Module) -> nn.Module:
-    """`vit` itself, if its tokens may be dropped without changing what the rest computes. Raises ValueError saying
-    which part is not handled: better refused than silently wrong."""
-    from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}")
-    problems = []
-    if any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ("forward", "forward_features")):
-        problems.append(f"{type(vit).__name__} has a forward pass of its own")
-    if not isinstance(vit.patch_embed, PatchEmbed):
-        problems.append(f"its patch embedding is a {type(vit.patch_embed).__name__}")
-    if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
-        problems.append(f"it pools {vit.global_pool!r}, not the CLS token, so every dropped token would count")
-    if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
-        problems.append("it drops patches on its own (patch_drop)")
-    for i, block in enumerate(vit.blocks):
-        problem = f"type {type(block).__name__}" if type(block) is not Block else _block_problem(block)
-        if problem:
-            problems.append(f"block {i}: {problem}")
-            break
-    if problems:
-        raise ValueError(f"vit: this model is not handled: {'; '.join(problems)}")
-    return vit
+def check_images(images: Tensor, vit: nn.Module) -> None:
+    """Images as `vit` takes them: (batch, channels, height, width), its size unless it has dynamic_img_size, its dtype
+    unless autocast is on, its device. ValueError otherwise."""
+    patch, dynamic = vit.patch_embed, vit.dynamic_img_size
+    weight, channels = patch.proj.weight, patch.proj.in_channels
+    sides = ("height", "width") if dynamic else patch.img_size
+    good = isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == channels
+    if not good or not (dynamic or tuple(images.shape[2:]) == tuple(sides)):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: expected (batch, {channels}, {sides[0]}, {sides[1]}), got {shape}")
+    if images.shape[0] == 0:
+        raise ValueError("images: expected at least one image, got an empty batch")
+    if any(side < least for side, least in zip(images.shape[2:], patch.patch_size)) and not patch.dynamic_img_pad:
+        raise ValueError(f"images: expected sides of at least one patch, {patch.patch_size}, got {tuple(images.shape)}")
+    mixed = torch.is_autocast_enabled(weight.device.type) and images.is_floating_point()
+    if (images.dtype != weight.dtype and not mixed) or images.device != weight.device:
+        expected, got = f"{weight.dtype} on {weight.device}", f"{images.dtype} on {images.device}"
+        raise ValueError(f"images: expected {expected} like the model, got {got}")
 
 
-def _block_problem(block: nn.Module) -> str | None:
-    """Why a block is not made of row-wise parts and one ordinary attention, or None."""
-    from timm import layers
-    from timm.models.vision_transformer import Attention
 
-    if type(block.attn) is not Attention:
-        return f"attention {type(block.attn).__name__}"
-    if getattr(block.attn, "gate", None) is not None:
-        return "gated attention"
-    if not isinstance(block.mlp, (layers.Mlp, layers.GluMlp, layers.SwiGLU)):
-        return f"MLP {type(block.mlp).__name__}"
-    norms = (nn.LayerNorm, nn.Identity, getattr(nn, "RMSNorm", nn.LayerNorm), getattr(layers, "RmsNorm", nn.LayerNorm))
-    for part in (block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm):
-        if not isinstance(part, norms):
-            return f"normalisation {type(part).__name__}"
-    return None
+def check_selection(selection: object, name: str, batch: int, width: int, prefix: int, adaptive: bool,
+                    lengths: Tensor | int, device: torch.device) -> None:  # fmt: skip
+    """What the pruner `name` answered: a Selection for images of at most `width` rows, `lengths` (batch,) of them real,
+    or as many in every image. TypeError or ValueError otherwise. Values are looked at where that costs no wait."""
+    index, counts, blend = (getattr(selection, part, None) for part in ("index", "counts", "blend"))
+    if not isinstance(index, Tensor) or counts is None:
+        raise TypeError(f"{name}.select: expected a Selection or None, got {type(selection).__name__}")
+    if index.dtype != torch.int64 or index.device != device or index.dim() != 2 or index.shape[0] != batch:
+        raise ValueError(f"{name}.select: index: expected int64 ({batch}, k) on {device}, got {_said(index)}")
+    if isinstance(counts, Tensor):
+        if counts.dtype != torch.int32 or counts.device != device or counts.shape != (batch,):
+            raise ValueError(f"{name}.select: counts: expected int32 ({batch},) on {device}, got {_said(counts)}")
+        if not adaptive:
+            raise ValueError(f"{name}.select: counts: a tensor of counts needs a pruner with adaptive = True")
+    elif type(counts) is not int:
+        raise TypeError(f"{name}.select: counts: expected an int or an int32 tensor, got {type(counts).__name__}")
+    elif not prefix <= counts <= min(index.shape[1], width):
+        most = min(index.shape[1], width)
+        raise ValueError(f"{name}.select: counts: expected {prefix} (the prefix rows) to {most} rows, got {counts}")
+    if blend is not None and not (
+        isinstance(blend, Tensor) and blend.is_floating_point() and blend.device == device and blend.dim() == 2
+        and blend.shape[0] == batch and blend.shape[1] <= width
+    ):  # fmt: skip
+        expected = f"floats ({batch}, up to {width}) on {device}"
+        raise ValueError(f"{name}.select: blend: expected {expected}, got {_said(blend)}")
+    if blend is not None and isinstance(counts, Tensor):
+        raise ValueError(f"{name}.select: blend: a fused token needs the same count in every image, an int")
+    if may_look(index):
+        _check_selected(index, counts, name, prefix, lengths)
+
+
+def _check_selected(index: Tensor, counts: Tensor | int, name: str, prefix: int, lengths: Tensor | int) -> None:
+    counts = torch.as_tensor(counts).expand(index.shape[0])
+    lengths = torch.as_tensor(lengths).expand(index.shape[0])
+    if bool((counts < prefix).any()) or bool((counts > torch.clamp(lengths, max=index.shape[1])).any()):
+        raise ValueError(f"{name}.select: counts: expected {prefix} to an image's own rows, got {counts.tolist()}")
+    column = torch.arange(index.shape[1])
+    taken = column < counts[:, None]  # (batch, k)
+    if bool(((index < 0) | (index >= lengths[:, None]))[taken].any()):
+        bad = index[taken & ((index < 0) | (index >= lengths[:, None]))][0].item()
+        raise ValueError(f"{name}.select: index: there is no row {bad} in an image of {int(lengths.max())} rows")
+    if not torch.equal(index[:, :prefix], column[:prefix].expand(index.shape[0], -1)):
+        raise ValueError(f"{name}.select: index: expected the {prefix} prefix rows (CLS first) first, in order")
+    ranked = torch.where(taken, index, -1 - column).sort(1).values  # every row that is not taken gets its own number
+    if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+        raise ValueError(f"{name}.select: index: a row is selected twice")
+
+
+def _said(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def per_stage(name: str, value: object, stages: int, check: Callable[[str, object], Any]) -> Any:
+    """One setting for all stages of a pruner, or a sequence of one each, every one checked; as it was given, a sequence
+    as a tuple. ValueError for another number of them."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return check(name, value)
+    if len(value) != stages:
+        raise ValueError(f"{name}: expected one value, or one for each of {stages} stages, got {len(value)}: {value!r}")
+    return tuple(check(name, one) for one in value)

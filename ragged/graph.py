@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def bucket_sizes(rows: int) -> list[int]:
     sizes, size = {rows}, float(rows)
     while size > rows * SMALLEST:
         size /= STEP
-        sizes.add(min(rows, -(-int(size) // grain) * grain))
+        sizes.add(min(rows, math.ceil(size / grain) * grain))
     return sorted(sizes)
 
 
@@ -75,6 +76,9 @@ class Chain:
 class Captured:
     """A model's forward pass for one batch size, as CUDA graphs. Call it with images; it returns logits.
 
+    It is the model as it was: what is loaded into its weights takes effect, what is hung on it or replaced later does
+    not.
+
     `capture` makes it: model, the buffer that images are copied into, and the front, whose result is the logits unless
     a bucket has to be chosen. Images are copied into the graphs' own buffer; the logits returned are a copy, safe to
     keep. Calls from several streams and threads are put one behind the other.
@@ -82,6 +86,7 @@ class Captured:
 
     def __init__(self, model: nn.Module, images: Tensor, front: Chain):
         self.model = model  # a graph remembers addresses only: weights and predictors must live as long as it does
+        self._weights = [parameter.detach() for parameter in model.parameters()]
         self.images, self.front = images, front
         self.buckets: dict[int, Chain] = {}
         self.sizes: list[int] = []
@@ -111,6 +116,8 @@ class Captured:
             )
         if images.device != self.images.device:
             raise ValueError(f"images: captured on {self.images.device}, got {images.device}")
+        if next(self.model.parameters()).data_ptr() != self._weights[0].data_ptr():
+            raise RuntimeError("model: its weights were moved or converted after capture; capture it again")
         if launch.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(images)
@@ -160,6 +167,9 @@ def capture(
         raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
     if wait is not None and not isinstance(wait, bool):
         raise TypeError(f"wait: expected True, False or None, got {wait!r}")
+    model.prepare()
+    if model.survey.hooked:
+        raise NotImplementedError("capture: hooks hang on the model, and a CUDA graph calls none; remove them")
     pruner, tokens = model.pruner, model.vit.patch_embed.num_patches + model.prefix
     if not BACKENDS[model.picked].recordable:
         raise NotImplementedError(f"capture: backend {model.picked!r} reads from the GPU in the middle of the pass")

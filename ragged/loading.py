@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import check_int, check_supported
+from .checks import check_int
 from .data import checkpoint_path, sidecar, verify_sha256
+from .support import check_supported
 
 DEITS = ("deit_tiny", "deit_small", "deit_base")
 WEIGHTS = ("digits", "imagenet", "random")

@@ -1,205 +1,28 @@
-"""The pruned model: images -> blocks -> pruner -> pack -> attend -> classify, in one loop.
-
-First a transformer block in pieces: four row-wise ones around one attention call. Row-wise pieces do not care whether
-they get (batch, n, dim) or (total, dim); only attention does. Every piece is a plain function of a block and tensors,
-so that `torch.compile` compiles it once and uses it for all blocks. Then `RaggedViT`, which runs them.
-"""
+"""The pruned model: images -> blocks -> pruner -> pack -> attend -> classify, in one loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import resolve_backend, varlen_attention
-from .backends import BACKENDS, Backend, masked_sdpa, unfused_softmax
-from .checks import check_supported
+from .attention import resolve_backend
+from .backends import BACKENDS, Backend
+from .blocks import PIECES, Cut, Pass, Pending, Stage, State, Trace, compiled_pieces
+from .checks import check_images, check_selection
 from .graph import Captured, capture
-from .packing import Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
+from .packing import FILLS, Canvas, Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
 from .pruners import Pruner, View, row_norms
 from .rows import cls_attention
+from .support import Survey, check_supported
 
-State = Packed | Padded
-
-
-# ---- the pieces of a block ----
-
-
-def embed(vit: nn.Module, images: Tensor) -> Tensor:
-    """Tokens (batch, n, dim) of images (batch, channels, height, width), with vit's prefix tokens and positions."""
-    patch = vit.patch_embed
-    x = _patch_rows(patch, images) if _is_product(patch) else patch(images)
-    return vit.norm_pre(vit._pos_embed(x))
-
-
-def _is_product(patch: nn.Module) -> bool:
-    """Whether the patch embedding is one matrix product: patches that neither overlap nor are padded."""
-    conv = patch.proj
-    plain = conv.stride == conv.kernel_size and set(conv.padding) == {0} and set(conv.dilation) == {1}
-    return plain and conv.groups == 1 and patch.flatten and not patch.dynamic_img_pad
-
-
-def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
-    """The patch embedding as the matrix product that it is. As a convolution with stride 16 it runs in kernels made
-    for overlapping windows: a fifth of a DeiT-S forward pass, and the same however many tokens are pruned."""
-    conv, batch = patch.proj, images.shape[0]
-    (high, wide), (down, across), channels = patch.grid_size, conv.kernel_size, conv.in_channels
-    images = images[..., : high * down, : wide * across]  # what is left over at the edge is in no patch
-    pixels = images.reshape(batch, channels, high, down, wide, across).permute(0, 2, 4, 1, 3, 5)
-    rows = pixels.reshape(batch * high * wide, channels * down * across)  # one row a patch
-    x = nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)  # (batch * patches, dim)
-    return patch.norm(x.unflatten(0, (batch, high * wide)))  # (batch, patches, dim)
-
-
-def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
-    projection."""
-    attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (..., 3, nheads, headdim)
-    q, k, v = qkv.unbind(-3)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-def finish_attention(block: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
-    """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim)."""
-    attn, out = block.attn, heads.flatten(-2)  # (..., dim)
-    return x + block.ls1(attn.proj(attn.norm(out) if hasattr(attn, "norm") else out))
-
-
-def finish_block(block: nn.Module, x: Tensor) -> Tensor:
-    """The MLP half of a block on x (..., dim)."""
-    return x + block.ls2(block.mlp(block.norm2(x)))
-
-
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
-                  backend: str) -> Tensor:  # fmt: skip
-    """Attention on packed q, k, v (total, nheads, headdim); cu_q, cu_k, max_q, max_k, scale, backend: as
-    `varlen_attention` takes them."""
-    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, backend=backend)
-
-
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
-    """Attention on q, k, v (batch, n, nheads, headdim) times scale; lengths_k (batch,) marks the real keys. unfused: as
-    the paper pads."""
-    real = None if lengths_k is None else torch.arange(k.shape[1], device=k.device) < lengths_k[:, None]
-    return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
-
-
-def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
-    """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
-    `attend_packed`."""
-    q, k, v = project(block, x)
-    heads = attend_packed(q, k, v, cu, cu, longest, longest, scale, backend)
-    return finish_block(block, finish_attention(block, x, heads))
-
-
-def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool) -> Tensor:
-    """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); scale, unfused: as in
-    `attend_padded`."""
-    q, k, v = project(block, x)
-    return finish_block(block, finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused)))
-
-
-PIECES = (
-    embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
-)  # fmt: skip
-
-# Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
-# the winner of that moment: a pass becomes up to a tenth slower, and another one every time.
-STEADY = {"triton.autotune_pointwise": False}
-
-
-def compiled_pieces(**options: object) -> dict[str, Callable]:
-    """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
-    or a backend of their own."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    if not {"mode", "options", "backend"} & options.keys():
-        options["options"] = STEADY
-    return {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}
-
-
-# ---- what a pass leaves behind ----
-
-
-class Stage(NamedTuple):
-    """What one cut left. block: index.  where: place in it.  counts: rows of each image.  ids: for each image the kept
-    row numbers of the unpruned sequence in order, 0 for CLS, -1 for a fused token."""
-
-    block: int
-    where: str
-    counts: list[int]
-    ids: list[Tensor]
-
-
-class Trace(NamedTuple):
-    """logits (batch, classes), and one `Stage` per cut."""
-
-    logits: Tensor
-    stages: list[Stage]
-
-
-def _nothing() -> None:
-    pass
-
-
-class Pass(NamedTuple):
-    """What stays the same during a pass. backend: who attends.  stages: where cuts are noted, or None.
-    after_block: called after every block without a cut (a recording begins its second graph there)."""
-
-    backend: Backend
-    stages: list[Stage] | None = None
-    after_block: Callable[[], None] = _nothing
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
-    block: index, -1 for the embedding.  remains: what of the block is still to do, nothing, its "mlp" or its
-    "attention" and MLP; then `state.tokens` holds tokens and queries side by side, and keys, values are (rows, nheads,
-    headdim) of all rows before the cut."""
-
-    state: State
-    selection: Selection | None
-    block: int
-    remains: str = ""
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether only the GPU knows how many rows stay."""
-        return self.selection is not None and isinstance(self.selection.counts, Tensor)
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A pass that cannot go on before somebody says how many rows stay: call `resume(total, longest)`. It may be
-    resumed more than once, which is how one front serves several CUDA graphs."""
-
-    model: RaggedViT = field(repr=False)
-    cut: Cut
-    run: Pass
-
-    @property
-    def counts(self) -> Tensor:
-        """Rows of each image after the cut, int32 (batch,), on the device."""
-        return self.cut.selection.counts
-
-    @property
-    def width(self) -> int:
-        """Rows per image before the cut: no count is larger."""
-        return self.cut.state.width
-
-    def resume(self, total: int, longest: int, after_block: Callable[[], None] = _nothing) -> Tensor | Pending:
-        """Go on with room for `total` rows, at most `longest` in one image; after_block: as in `Pass`."""
-        run = self.run._replace(after_block=after_block)
-        return self.model._blocks(self.model._leave(self.cut, run, (total, longest)), self.cut.block + 1, run)
-
-
-# ---- the model ----
+# What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
+OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
 
 
 class RaggedViT(nn.Module):
@@ -207,94 +30,227 @@ class RaggedViT(nn.Module):
 
     vit: a model `check_supported` accepts; its weights are used as they are, and it is set to eval mode.
     pruner: a pruner from `PRUNERS`, or None for the unpruned model.  backend: a name in `BACKENDS` or "auto";
-    backends of layout "padded" run the pruned blocks on (batch, n, dim), the others on the packed buffer. Inference
-    only.
+    backends of layout "padded" run the pruned blocks on (batch, n, dim), the others on the packed buffer.
+
+    Plain blocks run piece by piece on rows. A block with hooks or a `forward` of its own is called as it is, on
+    (batch, n, dim), which takes the same count in every image; where counts differ it is refused. What hangs on the
+    model is looked at in every call. Gradients flow under padded backends, the others refuse them; model.train() is
+    refused.
     """
 
     def __init__(self, vit: nn.Module, pruner: Pruner | None = None, backend: str = "auto"):
         super().__init__()
         if pruner is not None and not isinstance(pruner, Pruner):
             raise TypeError(f"pruner: expected a pruner such as PRUNERS['evit'](keep=0.7) or None, got {pruner!r}")
-        self.vit, self.pruner = check_supported(vit).eval(), pruner
+        self.vit, self.pruner, self.backend = check_supported(vit), pruner, backend
+        self.eval()
+        self._compiled: dict | None = None  # the options of `compile`
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Look at everything that a pass relies on. Raises for what cannot be run."""
+        vit, pruner, backend = check_supported(self.vit), self.pruner, self.backend
         if backend != "auto" and (not isinstance(backend, str) or backend not in BACKENDS):
             raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend != "auto" and BACKENDS[backend].equal_only and pruner is not None and pruner.adaptive:
             raise ValueError(f"backend {backend!r}: needs equal counts, and {pruner.name} keeps what each image needs")
-        self.backend, self.prefix = backend, vit.num_prefix_tokens
+        self.prefix = vit.num_prefix_tokens
         if pruner is not None:
             pruner.bind(vit.embed_dim, len(vit.blocks))
             pruner.to(vit.patch_embed.proj.weight)
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
-        self._run: dict[str, Callable] = {piece.__name__: piece for piece in PIECES}
+        self.survey, self._known = Survey(vit), (pruner, backend)
+        if self._compiled is None:
+            self._run: dict[str, Callable] = {piece.__name__: piece for piece in PIECES}
+        for i in self._cuts.keys() & self.survey.whole.keys():
+            if pruner.where == "inside" or pruner.needs:
+                why = "cuts inside it" if pruner.where == "inside" else "needs its attention"
+                raise ValueError(f"vit: block {i}: {self.survey.whole[i]}, and {pruner.name} {why}; cut elsewhere")
+
+    def _look(self, images: Tensor) -> None:
+        """What may have changed since the last call. The compiler takes it as it was when it began."""
+        if not torch.compiler.is_compiling():
+            if (self.pruner, self.backend) != self._known or not self.survey.still_true(self.vit):
+                self.prepare()
+            if self.training or self.survey.training():
+                raise RuntimeError("RaggedViT: training mode is not supported, dropout would differ; call model.eval()")
+            if self.pruner is not None:
+                weight, own = self.vit.patch_embed.proj.weight, next(self.pruner.parameters(), None)
+                if own is not None and (own.dtype != weight.dtype or own.device != weight.device):
+                    self.pruner.to(weight)
+        if self.pruner is not None and torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
+                "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
+            )
+        if self.pruner is not None and self.pruner.adaptive and torch.compiler.is_exporting():
+            raise NotImplementedError(
+                f"torch.export: {self.pruner.name} decides on the data how many tokens stay, and an exported program "
+                "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
+            )
+        check_images(images, self.vit)
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
         they change. Returns self. options go to `torch.compile`."""
-        self._run = compiled_pieces(**options)
+        self._compiled, self._run = options, compiled_pieces(**options)
         return self
 
-    @torch.no_grad()
+    def __getstate__(self) -> dict:
+        # compiled functions and what was looked at belong to this process: a copy makes its own
+        return {key: value for key, value in self.__dict__.items() if key not in ("_run", "survey", "_known")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._compiled is not None:
+            self._run = compiled_pieces(**self._compiled)
+        self.prepare()
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of images (batch, channels, height, width)."""
-        return self._finish(self.begin(images))
+        with torch.set_grad_enabled(self._with_gradients(images)):
+            return self._finish(self.begin(images))
 
-    @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
         """`forward` of images (batch, channels, height, width), and what every cut left."""
         stages: list[Stage] = []
-        return Trace(self._finish(self.begin(images, stages)), stages)
+        with torch.set_grad_enabled(self._with_gradients(images)):
+            logits = self._finish(self.begin(images, stages))
+        trace = Trace(logits, stages)
+        n = self.prefix + math.prod(self.vit.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+        trace.kept = torch.full((images.shape[0], n), not stages, device=images.device)
+        for mine, ids in zip(trace.kept, stages[-1].ids if stages else ()):
+            mine[ids[ids >= 0]] = True
+        return trace
 
     def capture(self, batch_size: int, **options: object) -> Captured:
         """The whole forward as CUDA graphs for `batch_size` images; options and errors: see `ragged.graph.capture`."""
         return capture(self, batch_size, **options)
 
+    # ---- as timm's own models
+
+    def forward_features(self, images: Tensor, fill: str = "zero") -> Tensor:
+        """Tokens (batch, n, dim) after the final norm, as timm's: patches in their original places, of images (batch,
+        channels, height, width). fill: what stands where a token was dropped: "zero"; "last", the token as it was then;
+        "nearest", the nearest patch that stayed. EViT's fused tokens have no place."""
+        return self.forward_intermediates(images, [], fill=fill)[0]
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+        fill: str = "zero",
+    ) -> list | tuple[Tensor, list]:  # fmt: skip
+        """timm's method of this name: what blocks `indices` (the last so many, or all) left. fill: as in
+        `forward_features`.
+
+        x: images (batch, channels, height, width).  output_fmt: "NCHW" or "NLC".  norm: after the final norm.
+        return_prefix_tokens: (patches, prefix) pairs.  intermediates_only: without the features.  stop_early: taken,
+        and without effect. Returns (features, intermediates), or intermediates.
+        """
+        from timm.models._features import feature_take_indices
+
+        if fill not in FILLS:
+            raise ValueError(f"fill: expected one of {', '.join(FILLS)}, got {fill!r}")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+        wanted = [] if indices == [] else feature_take_indices(len(self.vit.blocks), indices)[0]
+        taken: list[Canvas] = []
+        with torch.set_grad_enabled(self._with_gradients(x)):
+            run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken)
+            last = self._finish(self._begin(x, run, features=True))
+            grid = tuple(self.vit.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
+
+            def shown(canvas: Canvas, norm: bool) -> Tensor:
+                return canvas.fill(self.vit.norm(canvas.tokens) if norm else canvas.tokens, fill, self.prefix, grid)
+
+            features, parts = shown(last, True), [shown(canvas, norm) for canvas in taken]
+        patches = [y[:, self.prefix :] for y in parts]
+        if output_fmt == "NCHW":
+            patches = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in patches]
+        if return_prefix_tokens:
+            patches = list(zip(patches, (y[:, : self.prefix] for y in parts)))
+        return patches if intermediates_only else (features, patches)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """timm's: logits (batch, classes) of features x (batch, n, dim); pre_logits: what the classifier sees."""
+        return self.vit.forward_head(x, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        """timm's: the classifier."""
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's: a new classifier for num_classes; global_pool: "token", others are refused at the next call."""
+        self.vit.reset_classifier(num_classes, global_pool)
+
+    def __getattr__(self, name: str) -> Any:
+        """num_classes, embed_dim, num_features, num_prefix_tokens, pretrained_cfg and default_cfg are the network's."""
+        return getattr(self.vit, name) if name in OF_THE_NETWORK else super().__getattr__(name)
+
+    # ---- the pass
+
     def begin(self, images: Tensor, stages: list[Stage] | None = None,
-              after_block: Callable[[], None] = _nothing) -> Tensor | Pending:  # fmt: skip
+              after_block: Callable[[], None] | None = None) -> Tensor | Pending:  # fmt: skip
         """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`;
         after_block: as in `Pass`."""
-        self._check_images(images)
-        run = Pass(BACKENDS[self.picked], stages, after_block)  # asked once: to find it out takes microseconds
-        x = self._run["embed"](self.vit, images)  # (batch, n, dim)
+        return self._begin(images, Pass(BACKENDS[self._picked(images)], stages, after_block))
+
+    def _begin(self, images: Tensor, run: Pass, features: bool = False) -> Tensor | Canvas | Pending:
+        self._look(images)
+        x = self._run["embed"](self.vit, images, self.survey.as_product)  # (batch, n, dim)
         batch, n, _ = x.shape
         state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
+        if features:
+            run = run._replace(canvas=Canvas(x))
         if self.pruner is not None and run.backend.packs_first:
             state = state.flat()  # our kernel is ahead of dense SDPA too, so the early blocks use it as well
         return self._blocks(state, -1, run)
 
-    def _finish(self, result: Tensor | Pending) -> Tensor:
+    def _finish(self, result: Tensor | Canvas | Pending) -> Tensor | Canvas:
         while isinstance(result, Pending):
             result = result.resume(*read_sizes(result.counts))
         return result
 
-    def _blocks(self, state: State, first: int, run: Pass) -> Tensor | Pending:
+    def _blocks(self, state: State, first: int, run: Pass) -> Tensor | Canvas | Pending:
         """The loop: every block up to its cut, the cut, and what remains of the block. Block -1 is the embedding."""
         for i in range(first, len(self.vit.blocks)):
-            if i not in self._cuts:
-                if i >= 0:
-                    state = self._whole_block(state, self.vit.blocks[i], run)
+            if i in self._cuts:
+                cut = self._reach(state, i, run)
+                if cut.waits and not run.backend.paper_padding:  # the paper's loop asks by itself
+                    return Pending(self, cut, run)
+                state = self._leave(cut, run)
+            elif i >= 0:
+                state = self._whole_block(state, i, run)
+                if run.after_block is not None:
                     run.after_block()
-                continue
-            cut = self._reach(state, i, run)
-            if cut.waits and not run.backend.paper_padding:  # the paper's loop asks by itself
-                return Pending(self, cut, run)
-            state = self._leave(cut, run)
-        return self.vit.forward_head(self.vit.norm(state.first_rows(self.prefix)))
+            _take_copy(state, i, run)
+        if run.canvas is not None:
+            run.canvas.update(state, state.tokens)
+            return run.canvas
+        return self.vit.forward_head(self._normed(state))
 
-    def _whole_block(self, state: State, block: nn.Module, run: Pass) -> State:
-        scale, backend = block.attn.scale, run.backend
+    def _whole_block(self, state: State, i: int, run: Pass) -> State:
+        block, backend = self.vit.blocks[i], run.backend
+        if i in self.survey.whole:
+            x = block(_dense(state, f"block {i}: {self.survey.whole[i]}"))
+            return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
-            x = self._run["packed_block"](block, state.tokens, *sizes, scale, backend.name)
+            x = self._run["packed_block"](block, state.tokens, *sizes, block.attn.scale, backend.name)
         else:
-            x = self._run["padded_block"](block, state.tokens, state.lengths, scale, _unfused(state, backend))
+            unfused = _unfused(state, backend)
+            x = self._run["padded_block"](block, state.tokens, state.lengths, block.attn.scale, unfused)
         return replace(state, tokens=x)
 
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
         """Run block i as far as its cut, and ask the pruner which rows stay."""
         if i < 0:
-            return Cut(state, self.pruner.select(View(state, self.prefix, self._cuts[i])), i)
+            return Cut(state, self._selected(View(state, self.prefix, self._cuts[i])), i)
+        if self.pruner.where != "inside" and not self.pruner.needs:
+            state = self._whole_block(state, i, run)
+            return Cut(state, self._selected(View(state, self.prefix, self._cuts[i])), i)
         block, x = self.vit.blocks[i], state.tokens
         q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
         if self.pruner.where == "inside" and self.pruner.rows_only:
@@ -310,6 +266,8 @@ class RaggedViT(nn.Module):
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
+        if run.canvas is not None and cut.selection is not None:  # what is dropped now stays as it is
+            run.canvas.update(cut.state, cut.state.tokens[..., : self.vit.embed_dim])
         new = _take(cut, run.backend, sizes)
         if run.stages is not None:
             run.stages.append(_stage(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
@@ -319,7 +277,8 @@ class RaggedViT(nn.Module):
         if cut.remains == "attention":
             heads, dim = cut.keys.shape[-2:]
             x, q = x[..., : -heads * dim], x[..., -heads * dim :].unflatten(-1, (heads, dim))
-            out = self._attend(new, cut.state, q, cut.keys, cut.values, block, run)
+            # under autocast tokens and queries differ in dtype, and went through the cut in the wider one
+            out = self._attend(new, cut.state, q.to(cut.keys.dtype), cut.keys, cut.values, block, run)
             x = self._run["finish_attention"](block, x, out)
         return replace(new, tokens=self._run["finish_block"](block, x))
 
@@ -344,27 +303,67 @@ class RaggedViT(nn.Module):
             view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)
         if "values" in self.pruner.needs:
             view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))  # (batch, n)
-        return self.pruner.select(view)
+        return self._selected(view)
 
-    def _check_images(self, images: Tensor) -> None:
-        weight = self.vit.patch_embed.proj.weight
-        expected = (weight.shape[1], *self.vit.patch_embed.img_size)
-        if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected (batch, {', '.join(map(str, expected))}), got {shape}")
-        if images.shape[0] == 0:
-            raise ValueError("images: expected at least one image, got an empty batch")
-        if images.dtype != weight.dtype or images.device != weight.device:
-            raise ValueError(
-                f"images: expected {weight.dtype} on {weight.device} like the model, "
-                f"got {images.dtype} on {images.device}"
-            )
+    def _selected(self, view: View) -> Selection | None:
+        selection, state = self.pruner.select(view), view.state
+        if selection is not None:
+            lengths = state.width if state.count is not None or state.lengths is None else state.lengths
+            check_selection(selection, self.pruner.name, state.batch, state.width, self.prefix, self.pruner.adaptive,
+                            state.count or lengths, state.tokens.device)  # fmt: skip
+        return selection
+
+    def _normed(self, state: State) -> Tensor:
+        """The prefix rows of every image after the final norm, (batch, prefix, dim)."""
+        if self.survey.norm is None:
+            return self.vit.norm(state.first_rows(self.prefix))
+        return self.vit.norm(_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
+
+    def _with_gradients(self, images: Tensor) -> bool:
+        """Whether anybody wants gradients of this call."""
+        if not torch.is_grad_enabled():
+            return False
+        wanted = isinstance(images, Tensor) and images.requires_grad
+        return wanted or any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def picked(self) -> str:
         """The backend that runs, with "auto" decided for the model's present device and dtype."""
         weight, head_dim = self.vit.patch_embed.proj.weight, self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
-        return resolve_backend(self.backend, weight.device, weight.dtype, head_dim)
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return resolve_backend(self.backend, weight.device, dtype, head_dim)
+
+    def _picked(self, images: Tensor) -> str:
+        """`picked`, or what has gradients where they are wanted."""
+        name = self.picked
+        if not torch.is_grad_enabled() or BACKENDS[name].pads or not self._with_gradients(images):
+            return name
+        if self.backend != "auto":
+            raise RuntimeError(
+                f"backend {name!r} has no backward pass, and gradients are enabled: call the model under "
+                "torch.no_grad(), or use backend='sdpa_padded', through which they flow"
+            )
+        warnings.warn(f"gradients are enabled, and {name!r} has no backward pass: 'sdpa_padded' runs instead; for "
+                      "inference call the model under torch.no_grad()", stacklevel=4)  # fmt: skip
+        return "sdpa_padded"
+
+
+def _dense(state: State, reason: str) -> Tensor:
+    """The tokens as (batch, n, dim), where all images have the same count."""
+    if state.count is None:
+        raise ValueError(
+            f"vit: {reason}, and the images here keep different counts; take it off, or use a pruner with fixed counts"
+        )
+    return state.tokens if isinstance(state, Padded) else state.tokens.unflatten(0, (state.batch, state.count))
+
+
+def _take_copy(state: State, i: int, run: Pass) -> None:
+    """What block i left, where somebody wants it."""
+    if i in run.wanted:
+        copied = Canvas(run.canvas.tokens)
+        copied.update(state, state.tokens)
+        run.taken.append(copied)
 
 
 def _take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:

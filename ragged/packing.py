@@ -208,8 +208,10 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
 
 
 def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
-    """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim)."""
-    return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
+    """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim), in the tokens' own precision
+    whatever autocast says."""
+    with torch.autocast(state.tokens.device.type, enabled=False):
+        return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
 
 
 def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:
@@ -219,6 +221,55 @@ def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None)
     tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
     ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
     return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count)
+
+
+def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:
+    """canvas (batch, seqlen, dim) with the rows of `state` in their original places: tokens, the state's or others of
+    the same leading shape. Fused tokens have no place and are left out. No wait."""
+    slots, tokens = state.batch * state.seqlen, tokens.flatten(0, -2)
+    row, cu = torch.arange(tokens.shape[0], device=tokens.device), state.cu_seqlens
+    image = torch.searchsorted(cu[1:], row, right=True)
+    ids = state.ids.flatten()
+    # one slot more than there are: everything that has no place goes there and is cut off
+    slot = torch.where((ids < 0) | (image >= state.batch), slots, image * state.seqlen + ids)
+    grown = torch.nn.functional.pad(canvas.flatten(0, 1), (0, 0, 0, 1))
+    return grown.index_copy(0, slot, tokens.to(canvas.dtype))[:slots].unflatten(0, (state.batch, state.seqlen))
+
+
+FILLS = ("zero", "last", "nearest")
+
+
+class Canvas:
+    """The tokens of a pass in their original places: tokens (batch, n, dim), the latest value that every row had, and
+    kept, bool (batch, n), the rows that are still there."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+        self.kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def update(self, state: Packed | Padded, tokens: Tensor) -> None:
+        """The rows of `state` have the values `tokens` now, and the others are gone."""
+        self.tokens = put_back(self.tokens, state, tokens)
+        ones = torch.ones_like(state.ids, dtype=tokens.dtype).unsqueeze(-1)
+        self.kept = put_back(torch.zeros_like(self.tokens[..., :1]), state, ones)[..., 0] > 0
+
+    def fill(self, x: Tensor, how: str, prefix: int, grid: tuple[int, int]) -> Tensor:
+        """x (batch, n, dim), the canvas's tokens or something made of each of them, with the rows that are gone filled.
+        how: "zero"; "last", left as they were when they were dropped; "nearest", as the nearest patch that is still
+        there on the grid (rows, columns), the earlier of two, and zero where no patch is left. prefix: so many first
+        rows always stay."""
+        if how == "last":
+            return x
+        if how == "zero":
+            return torch.where(self.kept[..., None], x, 0.0)
+        row = torch.arange(grid[0] * grid[1], device=x.device)
+        place = torch.stack((row // grid[1], row % grid[1]), 1)  # (patches, 2)
+        far = (place[:, None] - place[None]).square().sum(-1)  # (patches, patches)
+        there = self.kept[:, prefix:]  # (batch, patches)
+        nearest = torch.where(there[:, None], far, far.max() + 1).argmin(-1)  # (batch, patches)
+        patches = x[:, prefix:].gather(1, nearest[..., None].expand(-1, -1, x.shape[-1]))
+        patches = torch.where(there.any(1)[:, None, None], patches, 0.0)
+        return torch.cat((x[:, :prefix], patches), 1)
 
 
 # ---- pack, repack, unpack ----
@@ -282,14 +333,8 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     Fused tokens (id -1) have no place in the original sequence and are left out. No wait."""
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
-    dim, slots = packed.tokens.shape[1], packed.batch * packed.seqlen
-    row = torch.arange(packed.tokens.shape[0], device=packed.ids.device)
-    image = torch.searchsorted(packed.cu_seqlens[1:], row, right=True)
-    # one slot more than there are: everything that has no place goes there and is cut off
-    gone = (packed.ids < 0) | (image >= packed.batch)
-    slot = torch.where(gone, slots, image * packed.seqlen + packed.ids)
-    out = packed.tokens.new_full((slots + 1, dim), fill)
-    return out.index_copy_(0, slot, packed.tokens)[:slots].unflatten(0, (packed.batch, packed.seqlen))
+    canvas = packed.tokens.new_full((packed.batch, packed.seqlen, packed.tokens.shape[1]), fill)
+    return put_back(canvas, packed, packed.tokens)
 
 
 def _host_sizes(counts: list[int], batch: int) -> tuple[int, int]:

@@ -6,21 +6,25 @@ grid (batch, n) and answers with a `Selection`. To add one, write a class with `
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import Registry, check_blocks, check_int, check_positive, check_share
+from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .loading import load_state
 from .packing import Packed, Padded, Selection
 from .rows import best_rows, equal_offsets, kept_rows, with_prefix
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
+Setting = float | Sequence[float]  # one for all stages, or one for each
 
 
 # ---- what a pruner sees, and the rules that turn scores into a selection ----
@@ -100,7 +104,7 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
     cdf = (cdf - low) / torch.where(high > low, high - low, 1.0)
     cdf = torch.where(real, cdf, 2.0)  # past every height, so that padding is never the nearest step
     start = torch.where(cdf > 0, cdf, 2.0).amin(1, keepdim=True).clamp_max(1.0)
-    height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device)
+    height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device, dtype=torch.float32)
     last = cdf.shape[1] - 1  # among NaNs a search ends past it
     above = torch.searchsorted(cdf, height).clamp_max(last)
     below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0))).clamp_max(last)  # the first of equal steps
@@ -113,11 +117,19 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
 # ---- the pruners ----
 
 
+@functools.cache
+def _settings(kind: type) -> frozenset[str]:
+    """What the constructor of a kind of pruner takes."""
+    return frozenset(inspect.signature(kind.__init__).parameters) - {"self"}
+
+
 class Pruner(nn.Module):
     """Base class. name: as in `PRUNERS`.  at: block indices, one stage each.  where: before, inside or after the block.
 
     needs: extra parts of the `View`, of "attention" and "values".  rows_only: an inside cut drops query rows before the
     attention product, and the dropped tokens still serve as keys and values there.  adaptive: counts vary by image.
+
+    Settings, which are what the constructor takes, are fixed once a pruner is made: models and recordings rely on them.
     """
 
     needs: frozenset[str] = frozenset()
@@ -130,6 +142,16 @@ class Pruner(nn.Module):
         self.name, self.at, self.where = name, check_blocks(at), where
         if where not in PLACES:
             raise ValueError(f"where: expected one of {', '.join(PLACES)}, got {where!r}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self.__dict__ and (name in ("name", "at", "where", "adaptive") or name in _settings(type(self))):
+            raise AttributeError(f"{name}: settings of a pruner are fixed; make another {type(self).__name__}")
+        super().__setattr__(name, value)
+
+    def setting(self, name: str, stage: int) -> Any:
+        """The setting `name` at a stage, whether it was given once or for every stage."""
+        value = getattr(self, name)
+        return value[stage] if isinstance(value, tuple) else value
 
     def bind(self, dim: int, depth: int) -> None:
         """Check the schedule against a model of `depth` blocks and width `dim`."""
@@ -148,26 +170,29 @@ class Pruner(nn.Module):
 
 class ThresholdL2(Pruner):
     """Keeps patches of large L2 norm: the share `keep` of them, or (tau) those of at least tau times the image's mean.
-    at, where: as for `Pruner`. ValueError for both or for values out of range. Source: arXiv 2604.15408."""
+    Either is one number, or one for every stage. at, where: as for `Pruner`. ValueError for both or for values out of
+    range. Source: arXiv 2604.15408."""
 
-    def __init__(self, keep: float | None = None, tau: float | None = None, at: Blocks = (3,), where: str = "after"):
+    def __init__(self, keep: Setting | None = None, tau: Setting | None = None, at: Blocks = (3,),
+                 where: str = "after"):  # fmt: skip
         super().__init__("threshold_l2", at, where)
         if keep is not None and tau is not None:
             raise ValueError(f"keep and tau: expected one of the two, got keep={keep!r} and tau={tau!r}")
-        self.keep = None if tau is not None else check_share("keep", 0.5 if keep is None else keep)
-        self.tau = None if tau is None else check_positive("tau", tau)
+        keep = 0.5 if keep is None else keep
+        self.keep = None if tau is not None else per_stage("keep", keep, len(self.at), check_share)
+        self.tau = None if tau is None else per_stage("tau", tau, len(self.at), check_positive)
         self.adaptive = tau is not None
 
     def select(self, view: View) -> Selection | None:
         norms = view.state.grid(row_norms(view.state.tokens))
         if self.keep is not None:
             rows = view.equal_rows("threshold_l2")
-            count = int((rows - view.prefix) * self.keep)
+            count = int((rows - view.prefix) * self.setting("keep", view.stage))
             return None if count == rows - view.prefix else top_k(norms[:, :rows], view.prefix, count, in_place=True)
         real = view.real()
         patches = real[:, view.prefix :]
         mean = (norms[:, view.prefix :] * patches).sum(1) / patches.sum(1).clamp_min(1)
-        return at_least(norms, view.prefix, self.tau * mean[:, None], real)
+        return at_least(norms, view.prefix, self.setting("tau", view.stage) * mean[:, None], real)
 
 
 class Predictor(nn.Module):
@@ -189,13 +214,16 @@ class Predictor(nn.Module):
 
 
 class DynamicViT(Pruner):
-    """A small network scores every patch; stage i keeps keep ** (i + 1) of all. predictors: file of trained
-    scorers (FileNotFoundError, ValueError); None makes random ones from `seed`. Source: arXiv 2106.02034."""
+    """A small network scores every patch; stage i keeps keep ** (i + 1) of all the image's patches, or keep[i] of them
+    where one share is given for every stage. predictors: file of trained scorers (FileNotFoundError, ValueError); None
+    makes random ones from `seed`. at, where: as for `Pruner`. Source: arXiv 2106.02034."""
 
-    def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), where: str = "before",
+    def __init__(self, keep: Setting = 0.7, at: Blocks = (3, 6, 9), where: str = "before",
                  predictors: str | Path | None = None, seed: int = 0):  # fmt: skip
         super().__init__("dynamicvit", at, where)
-        self.keep, self.seed = check_share("keep", keep), seed
+        self.keep, self.seed = per_stage("keep", keep, len(self.at), check_share), check_int("seed", seed, 0)
+        if isinstance(self.keep, tuple) and list(self.keep) != sorted(self.keep, reverse=True):
+            raise ValueError(f"keep: these are shares of all patches, so they cannot rise, got {self.keep!r}")
         self.score_predictor = nn.ModuleList()
         self.trained = predictors is not None
         self._file = None if predictors is None else Path(predictors)
@@ -216,7 +244,8 @@ class DynamicViT(Pruner):
 
     def select(self, view: View) -> Selection | None:
         rows = view.equal_rows("dynamicvit")
-        count = min(rows - view.prefix, int((view.state.seqlen - view.prefix) * self.keep ** (view.stage + 1)))
+        share = self.keep[view.stage] if isinstance(self.keep, tuple) else self.keep ** (view.stage + 1)
+        count = min(rows - view.prefix, int((view.state.seqlen - view.prefix) * share))
         if count == rows - view.prefix:
             return None
         tokens = view.state.grid(view.state.tokens)
@@ -239,18 +268,19 @@ def load_predictors(modules: nn.ModuleList, path: Path) -> None:
 
 
 class EViT(Pruner):
-    """Keeps the share `keep` of the patches to which CLS attends most; the others become one token (`fuse`), their
-    attention-weighted sum, or are dropped. at, where: as for `Pruner`. Source: arXiv 2202.07800."""
+    """Keeps the share `keep` of the patches to which CLS attends most, one number or one for every stage; the others
+    become one token (`fuse`), their attention-weighted sum, or are dropped. at, where: as for `Pruner`.
+    Source: arXiv 2202.07800."""
 
     needs = frozenset({"attention"})
 
-    def __init__(self, keep: float = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
+    def __init__(self, keep: Setting = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
         super().__init__("evit", at, where)
-        self.keep, self.fuse = check_share("keep", keep), fuse
+        self.keep, self.fuse = per_stage("keep", keep, len(self.at), check_share), bool(fuse)
 
     def select(self, view: View) -> Selection | None:
         rows = view.equal_rows("evit")
-        count = math.ceil(self.keep * (rows - view.prefix))
+        count = math.ceil(self.setting("keep", view.stage) * (rows - view.prefix))
         if count >= rows - view.prefix:
             return None
         scores = view.cls_attention[:, :rows].mean(-1)
@@ -260,20 +290,20 @@ class EViT(Pruner):
 
 
 class ATS(Pruner):
-    """Draws at most `samples` patches from the distribution of CLS attention times value norm, so that a plain image
-    keeps fewer. at, where: as for `Pruner`. Source: arXiv 2111.15667."""
+    """Draws at most `samples` patches, one number or one for every stage, from the distribution of CLS attention times
+    value norm, so that a plain image keeps fewer. at, where: as for `Pruner`. Source: arXiv 2111.15667."""
 
     needs = frozenset({"attention", "values"})
     rows_only = True
     adaptive = True
 
-    def __init__(self, samples: int = 196, at: Blocks = range(3, 12), where: str = "inside"):
+    def __init__(self, samples: int | Sequence[int] = 196, at: Blocks = range(3, 12), where: str = "inside"):
         super().__init__("ats", at, where)
-        self.samples = check_int("samples", samples, 1)
+        self.samples = per_stage("samples", samples, len(self.at), functools.partial(check_int, least=1))
 
     def select(self, view: View) -> Selection | None:
         scores = view.cls_attention.sum(-1) * view.value_norm
-        return inverse_cdf(scores, view.prefix, self.samples, view.real())
+        return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.real())
 
 
 class GivenLengths(Pruner):
@@ -298,7 +328,7 @@ class GivenLengths(Pruner):
             raise ValueError(f"lengths: given for a batch of {self.counts.shape[0]}, got {state.batch} images")
         if (state.batch, state.width, device) not in self._order:
             generator = torch.Generator().manual_seed(self.seed)
-            noise = torch.rand(state.batch, state.width - view.prefix, generator=generator)
+            noise = torch.rand(state.batch, state.width - view.prefix, generator=generator, dtype=torch.float32, device="cpu")
             self._order[state.batch, state.width, device] = with_prefix(noise.argsort(1), view.prefix).to(device)
         return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
 

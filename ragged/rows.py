@@ -30,6 +30,11 @@ def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(0, batch * count + 1, count, device=device, dtype=torch.int32)
 
 
+def _in_pytorch(x: Tensor) -> bool:
+    """Whether PyTorch works on x: where the kernels do not run, or a gradient has to find its way back."""
+    return not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled())
+
+
 # ---- scores ----
 
 
@@ -41,7 +46,7 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: 
     zero. One row of the attention matrix per head: O(n), never O(n²).
     """
     rows, heads, dim = q.shape
-    if not launch.usable(q.device):
+    if _in_pytorch(q) or _in_pytorch(k):
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
     from .kernels.rows import cls_kernel
 
@@ -58,7 +63,8 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
     real = column < lengths[:, None]  # (batch, width)
     rows = torch.where(real, starts[:, None] + column, 0)
     first = torch.where(lengths > 0, starts, 0)
-    scores = torch.einsum("bhd,bnhd->bnh", q[first].float(), k[rows].float()) * scale
+    with torch.autocast(q.device.type, enabled=False):  # scores are float32 whatever it says
+        scores = torch.einsum("bhd,bnhd->bnh", q[first].float(), k[rows].float()) * scale
     probs = scores.masked_fill(~real[..., None], -math.inf).softmax(1)  # (batch, width, nheads)
     out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=torch.float32)
     # padding columns all land in one extra row, which is cut off
@@ -125,11 +131,6 @@ def with_prefix(patches: Tensor, prefix: int) -> Tensor:
 
 
 # ---- moving them ----
-
-
-def _in_pytorch(x: Tensor) -> bool:
-    """Whether rows of x are moved by PyTorch: where the kernels do not run, or a gradient has to find its way back."""
-    return not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled())
 
 
 def _constants(dim: int) -> dict:

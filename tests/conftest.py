@@ -13,6 +13,13 @@ else:
     settings.load_profile("ragged")
 
 
+@pytest.fixture(autouse=True)
+def inference(request):
+    """Networks are only run forward, as a user would under no_grad; tests of gradients say torch.enable_grad()."""
+    with torch.no_grad():
+        yield
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -8,7 +8,8 @@ from timm.models import create_model
 from timm.models import vision_transformer as tv
 
 import ragged
-from ragged.model import embed
+from ragged.blocks import embed
+from ragged.support import Survey
 
 REFUSAL = (ValueError, NotImplementedError, TypeError)
 
@@ -99,6 +100,8 @@ def test_the_embedding_is_the_networks_own(options):
     vit = odd_vit(**options)
     images = torch.randn(2, options.get("in_chans", 3), *vit.patch_embed.img_size)
     want = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    torch.testing.assert_close(embed(vit, images), want)
+    as_product = Survey(vit).as_product
+    assert as_product == (options not in ({"dynamic_img_size": True}, {"dynamic_img_pad": True}))
+    torch.testing.assert_close(embed(vit, images, as_product), want)
     product = torch.compile(embed, fullgraph=True, backend="eager", dynamic=True)
-    torch.testing.assert_close(product(vit, images), want)
+    torch.testing.assert_close(product(vit, images, as_product), want)

@@ -164,7 +164,7 @@ class Pipeline:
 
     def _capture(self, model: RaggedViT):
         bench = self.bench()
-        if self.backend == "paper_padded":
+        if self.backend in BACKENDS and BACKENDS[self.backend].paper_padding:
             raise Skip("the paper's padded pipeline is measured as published: eager")
         if self.mode == "compile+graph":
             model.compile(dynamic=True)
@@ -172,7 +172,7 @@ class Pipeline:
         self.trace = traces[0]
         if not self.trace.stages:
             return model.capture(bench.batch)
-        padded = BACKENDS[self.backend].layout == "padded"
+        padded = BACKENDS[self.backend].pads
         needs = [max(t.stages[0].counts) if padded else sum(t.stages[0].counts) for t in traces]
         # only the buckets that these images use, and their neighbours where rounding may tip a count
         return model.capture(bench.batch, between=(int(0.99 * min(needs)), int(1.01 * max(needs))))
@@ -193,9 +193,9 @@ class Pipeline:
     def _waste(self, counts: list[int], full: int) -> float:
         if self.mode != "eager" and self.run.counts is not None:
             return self.run.capacity_waste
-        if self.backend == "paper_padded":
+        if self.backend in BACKENDS and BACKENDS[self.backend].paper_padding:
             return full * len(counts) / sum(counts) - 1
-        if BACKENDS.get(self.backend) and BACKENDS[self.backend].layout == "padded":
+        if self.backend in BACKENDS and BACKENDS[self.backend].pads:
             return max(counts) * len(counts) / sum(counts) - 1
         return 0.0
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import finish_attention, finish_block
 from ..data.scene_pool import SIZE
-from ..model import finish_attention, finish_block
 from ..pruners import Predictor
 
 CLASSES = 10
