@@ -10,13 +10,13 @@ from .. import data
 from ..data import slug
 from .runner import machine
 
-RECORDED = "NVIDIA H200"
+RECORDED_GPU = "NVIDIA H200"
 BEGIN, END = "<!-- measured: python -m ragged.bench report --readme README.md -->", "<!-- end measured -->"
 
 
 def report(out: Path) -> str:
     """Markdown, readable in a terminal. out: folder of this machine's rows; left out where it has none of its own."""
-    places = [(RECORDED, data.data_dir() / "results" / slug(RECORDED))]
+    places = [(RECORDED_GPU, data.data_dir() / "results" / slug(RECORDED_GPU))]
     own = Path(out) / slug(machine()["gpu"])
     if own.resolve() != places[0][1].resolve():
         places.append((f"this machine, {machine()['gpu']}", own))
@@ -31,7 +31,7 @@ def report(out: Path) -> str:
 
 def summary() -> str:
     """The recorded H200 in one small table: host and GPU time of one call, batch 32, 12 heads of 64, float16."""
-    frame = read(data.data_dir() / "results" / slug(RECORDED))
+    frame = read(data.data_dir() / "results" / slug(RECORDED_GPU))
     names = ("flash_attn", "paper_triton", "dense", "triton")
     header = ["tokens", *(f"{clock}, {name}" for clock in ("host", "GPU") for name in names)]
     rows = []
@@ -39,7 +39,7 @@ def summary() -> str:
         where = {"suite": "attention", "batch": 32, "tokens": tokens, "dtype": "float16", "mode": "eager"}
         values = [pick(frame, metric, backend=b, **where) for metric in ("host_us", "gpu_us") for b in names]
         rows.append([tokens, *values])
-    return table("", header, rows, _about([(RECORDED, frame)]).splitlines()[-1] + " Medians in µs.").strip()
+    return table("", header, rows, _about([(RECORDED_GPU, frame)]).splitlines()[-1] + " Medians in µs.").strip()
 
 
 def write_summary(readme: Path) -> None:

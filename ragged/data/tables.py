@@ -103,8 +103,8 @@ def _text(column, value):
 
 
 def _merge_csv(path, new):
-    recorded = read_csv(path, RESULT_COLUMNS) if path.exists() else []
-    merged = {tuple(row[c] for c in _KEY): row for row in recorded} | new
+    old = read_csv(path, RESULT_COLUMNS) if path.exists() else []
+    merged = {tuple(row[c] for c in _KEY): row for row in old} | new
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: the replacement is then one atomic step
     with draft.open("w", newline="", encoding="utf-8") as file:

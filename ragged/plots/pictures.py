@@ -148,8 +148,8 @@ def readme_picture(path, names=("astronaut", "cat", "rocket")):
     """
     from ..data import photographs
 
-    images, records = photographs()
-    chosen = [images[[r["name"] for r in records].index(name)].numpy() for name in names]
+    images, attributions = photographs()
+    chosen = [images[[of["name"] for of in attributions].index(name)].numpy() for name in names]
     ids = []
     for image in chosen:
         grey = image.mean(0).reshape(14, 16, 14, 16).std(axis=(1, 3)).ravel()
