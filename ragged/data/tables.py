@@ -44,16 +44,17 @@ def lengths(spec: str, batch: int, seed: int = 0) -> list[int]:
 # ---- tables: recorded results, and what the paper reports ----
 
 
-def results(suite: str | None = None, gpu: str | None = None) -> pd.DataFrame:
+def results(suite: str | None = None, gpu: str | None = None, folder: Path | None = None) -> pd.DataFrame:
     """Recorded measurements as a data frame with RESULT_COLUMNS: all of them, or one suite and/or one GPU.
 
-    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder. batch, keep, value, q20 and q80 are floats (NaN where
-    blank), the other columns text. Nothing recorded gives an empty frame with the same columns.
+    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder.  folder: where `write_results` wrote, instead of the
+    bundled rows. batch, keep, value, q20 and q80 are floats (NaN where blank), the other columns text. Nothing recorded
+    gives an empty frame with the same columns.
     """
     import pandas
 
     pattern = f"{slug(gpu) if gpu else '*'}/{suite or '*'}.csv"
-    paths = sorted((files.data_dir() / "results").glob(pattern))
+    paths = sorted((files.data_dir() / "results" if folder is None else Path(folder)).glob(pattern))
     rows = [row for path in paths for row in read_csv(path, RESULT_COLUMNS)]
     frame = pandas.DataFrame(rows, columns=list(RESULT_COLUMNS), dtype=object)
     text = [c for c in RESULT_COLUMNS if c not in _NUMERIC]
