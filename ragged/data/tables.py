@@ -143,6 +143,20 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict]:
     return rows
 
 
+def notes() -> pd.DataFrame:
+    """What was tried and what came of it, from the tables of `data/results/notes.md`: one row a change, all columns
+    text: part (the table's heading), tried, predicted, measured, prediction ("held", "failed" or "none") and kept."""
+    import pandas
+
+    rows, part = [], ""
+    for line in (files.data_dir() / "results" / "notes.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            part = line.removeprefix("## ")
+        elif line.startswith("| ") and not line.startswith("| tried "):
+            rows.append([part, *(cell.strip() for cell in line.strip("|").split("|"))])
+    return pandas.DataFrame(rows, columns=["part", "tried", "predicted", "measured", "prediction", "kept"])
+
+
 def paper_tables() -> list[str]:
     """Names of the tables with the figures that arXiv 2604.15408 reports, v1 and v2."""
     return sorted(path.stem for path in (files.data_dir() / "paper").glob("*.csv"))

@@ -39,7 +39,8 @@ def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title=
     count = len(ids)
     if len(names) != count or count == 0:
         raise ValueError(f"ids and names: expected one name per list of ids, got {count} lists, {len(names)} names")
-    images = [images] * count if _is_one_image(images) else list(images)
+    one = not isinstance(images, list | tuple) and np.ndim(images) == 3
+    images = [images] * count if one else list(images)
     if len(images) != count:
         raise ValueError(f"images: expected one, or one for each of {count} lists of ids, got {len(images)}")
     columns = min(count, columns or count)
@@ -169,10 +170,6 @@ def small_png(data: bytes, colours: int = 64) -> bytes:
 
 
 # ---- pixels ----
-
-
-def _is_one_image(images) -> bool:
-    return not isinstance(images, list | tuple) and np.ndim(images) == 3
 
 
 def _pixels(image, patch: int):
