@@ -202,7 +202,7 @@ def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e
         return f"Wrong kind of numbers: expected {want.dtype}, got {got.dtype}."
     want, got = want.double(), got.double()
     error = (want - got).abs()
-    bad = ~((error <= atol + rtol * want.abs()) | (want == got))  # NaN fails, equal infinities pass
+    bad = ~torch.isclose(got, want, rtol, atol)  # NaN fails, equal infinities pass
     if not bad.any():
         return None
     first = tuple(bad.nonzero()[0].tolist())
