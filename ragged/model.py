@@ -98,6 +98,12 @@ class RaggedViT(nn.Module):
         self._compiled, self._run = options, compiled_pieces(**options)
         return self
 
+    def with_pruner(self, pruner: Pruner | None) -> RaggedViT:
+        """The same network and backend with another pruner; compiled pieces are shared, so that both round alike."""
+        twin = RaggedViT(self.vit, pruner, self.backend)
+        twin._compiled, twin._run = self._compiled, self._run
+        return twin
+
     def __getstate__(self) -> dict:
         # compiled functions and what was looked at belong to this process: a copy makes its own
         return {key: value for key, value in self.__dict__.items() if key not in ("_run", "survey", "_known")}

@@ -333,9 +333,4 @@ class GivenLengths(Pruner):
         return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
 
 
-def given_lengths(lengths: Sequence[int], at: Blocks = (3,), where: str = "after", seed: int = 0) -> GivenLengths:
-    """A pruner that keeps lengths[b] rows of image b, prefix rows included, chosen by `seed`; at, where: as always."""
-    return GivenLengths(lengths, at, where, seed)
-
-
 PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS})

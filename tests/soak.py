@@ -26,8 +26,8 @@ from gpu_tools import compiled_kernels
 
 import ragged
 from ragged import launch
-from ragged.bench.pipelines import Replay, noting
-from ragged.pruners import given_lengths
+from ragged.bench.pipelines import Replay, noted_pass
+from ragged.pruners import GivenLengths
 from ragged.tiles import choose_tiles
 
 KINDS = ["attention"] * 10 + ["eager"] * 5 + ["captured"] * 4 + ["compiled"]
@@ -96,7 +96,7 @@ class Soak:
         for name, batch, backend in RECORDED[: options.captured]:
             batch = min(batch, self.most)
             every = [self.tokens] * batch
-            pruner = given_lengths(every, **single) if name == "given_lengths" else kinds[name](**single)
+            pruner = GivenLengths(every, **single) if name == "given_lengths" else kinds[name](**single)
             model = ragged.RaggedViT(self.vit, pruner, backend).to(self.device)
             self.recorded[f"{name} {batch} {backend}"] = model, model.capture(batch)
 
@@ -180,7 +180,7 @@ class Soak:
         if self.rng.random() < 0.1:
             name, counts = "given_lengths", [max(1, n) for n in self.lengths(batch)]
             at = (min(3, len(self.vit.blocks) - 1),)
-            model = ragged.RaggedViT(self.vit, given_lengths(counts, at=at)).to(self.device)
+            model = ragged.RaggedViT(self.vit, GivenLengths(counts, at=at)).to(self.device)
         else:
             name, model = self.rng.choice(list(self.eager_models.items()))
             self.vary(model.pruner)
@@ -226,8 +226,7 @@ class Soak:
             return
         if not logits.isfinite().all():
             self.failures.append(f"{name}: logits are not finite")
-        with noting(model.pruner) as taken:
-            again = model(images)
+        again, taken = noted_pass(model, images)
         backend = "reference" if len(images) <= CHECK_IMAGES else "sdpa_padded"
         want = ragged.RaggedViT(self.vit, Replay(model.pruner, taken), backend)(images)
         for got in (logits, again):

@@ -135,8 +135,8 @@ def test_another_selection_needs_another_answer(monkeypatch):
     made = small_bench(monkeypatch)
     pruner = PRUNERS["evit"](keep=0.5, at=(3,), where="after")
     model = made.model(pruner, "sdpa_padded")
-    with pipelines.noting(pruner) as taken:
-        model(made.images[0])
+    logits, taken = pipelines.noted_pass(model, made.images[0])
+    assert torch.equal(logits, model(made.images[0]))
     (selection,) = taken
     first, _ = made.expected(pruner, taken)
     assert made.expected(pruner, list(taken))[0] is first
@@ -170,6 +170,38 @@ def test_a_case_is_written_with_its_failures(tmp_path):
     found = {(r["backend"], r["metric"]): r for r in rows(tmp_path, "attention")}
     assert found["a", "wall_us"]["status"] == "ok" and float(found["a", "images_per_s"]["value"]) > 0
     assert found["b", "wall_us"]["status"] == "not here" and found["b", "wall_us"]["value"] == ""
+
+
+def test_what_only_building_tells_stands_in_the_row_and_the_case_stays_as_it_was(tmp_path):
+    found = {}
+
+    def build():
+        found["keep"] = 0.25
+        return Subject([], clocks=(), found={"top1": 0.5})
+
+    def broken():
+        found["keep"] = 0.75
+        raise runner.Skip("not here")
+
+    shared = {"suite": "accuracy", "model": "m", "pruner": "ats", "batch": 2, "tokens": "4", "dtype": "float32"}
+    columns = [{"backend": name, "mode": "eager", "keep": None} for name in "ab"]
+    candidates = [runner.Candidate(columns[0], build, ("top1",), found_columns=lambda: dict(found))]
+    (row,) = runner.Recorder(tmp_path, 1, 10).run(runner.Case(shared, candidates))
+    assert (row["keep"], row["value"], row["status"]) == (0.25, 0.5, "ok")
+    candidates = [runner.Candidate(columns[1], broken, ("top1",), found_columns=lambda: dict(found))]
+    (row,) = runner.Recorder(tmp_path, 1, 10).run(runner.Case(shared, candidates))
+    assert (row["keep"], row["value"], row["status"]) == (0.75, None, "not here")
+    assert columns == [{"backend": name, "mode": "eager", "keep": None} for name in "ab"]
+
+
+def test_a_noted_pruner_selects_as_the_one_it_asks(monkeypatch):
+    made = small_bench(monkeypatch)
+    for pruner in (PRUNERS["evit"](keep=0.5, at=(1, 3)), PRUNERS["ats"](samples=8, at=(3,)), None):
+        model = made.model(pruner, "sdpa_padded")
+        selecting = None if pruner is None else pruner.select
+        logits, taken = pipelines.noted_pass(model, made.images[0])
+        assert torch.equal(logits, model(made.images[0])) and len(taken) == len(pruner.at if pruner else ())
+        assert pruner is None or (model.pruner is pruner and pruner.select == selecting)
 
 
 def test_attention_outputs_are_held_against_the_reference():

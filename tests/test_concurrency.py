@@ -14,7 +14,7 @@ from attention_cases import assert_in_budget, inputs, offsets
 
 import ragged
 from ragged import launch
-from ragged.pruners import given_lengths
+from ragged.pruners import GivenLengths
 from ragged.tiles import choose_tiles
 
 gpu = pytest.mark.gpu
@@ -229,7 +229,7 @@ def test_two_threads_on_two_streams():
 @gpu
 def test_two_streams_from_one_thread():
     """Enqueued one behind the other without waiting, on streams that run side by side."""
-    captured = ragged.RaggedViT(network(), given_lengths([60] * 8)).to("cuda").capture(8)
+    captured = ragged.RaggedViT(network(), GivenLengths([60] * 8)).to("cuda").capture(8)
     batches = [images(seed) for seed in range(6)]
     want = [captured(x) for x in batches]
     torch.cuda.synchronize()

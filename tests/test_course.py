@@ -167,6 +167,11 @@ def test_a_wrong_answer_is_told_where(yours, said, capsys):
     assert re.search(said, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("spec, yours", [("inf", "5"), ("5", "inf"), ("inf", "-inf"), ("nan", "nan"), ("nan", "0")])
+def test_no_finite_number_is_near_infinity_and_nothing_near_nan(spec, yours):
+    assert not course.check(float(spec), float(yours))
+
+
 def test_an_exercise_still_to_be_done(capsys):
     def stub(x):
         raise NotImplementedError

@@ -99,6 +99,20 @@ def test_results_round_trip_and_overwrite_their_own_rows_only(empty_results):
     assert len(data.results()) == 3 and data.results(gpu="nvidia_t4").empty
 
 
+def test_the_notes_are_a_table_of_predictions():
+    notes = data.notes()
+    assert len(notes) > 10 and notes["part"].nunique() == 3
+    assert (notes.map(str.strip) == notes).all(axis=None) and (notes != "").all(axis=None)
+    assert set(notes["prediction"]) == {"held", "failed", "none"}
+    assert ((notes["predicted"] == "–") == (notes["prediction"] == "none")).all()
+
+
+def test_results_are_read_from_any_folder(empty_results, tmp_path):
+    data.write_results([a_row()], tmp_path / "own")
+    assert data.results(folder=tmp_path / "elsewhere").empty and data.results().empty
+    assert len(data.results(a_row()["suite"], folder=tmp_path / "own")) == 1
+
+
 def test_results_files_do_not_depend_on_the_order_of_writing(empty_results, tmp_path):
     rows = [a_row(batch=b, tokens=t, backend=name) for b in (1, 4, 16) for t in ("39", "197") for name in "ab"]
     (one,) = data.write_results(rows, tmp_path / "one")

@@ -7,7 +7,7 @@ import torch
 from gpu_tools import eager, uncaptured, waits
 
 import ragged
-from ragged.pruners import Pruner, given_lengths
+from ragged.pruners import GivenLengths, Pruner
 
 pytestmark = pytest.mark.gpu
 LIMIT = 0.007  # largest difference of any logit, ragged against padded, in float16
@@ -160,7 +160,7 @@ def test_a_graph_equals_eager(name, single, backend):
 def test_a_graph_outlives_the_variables_it_was_made_from():
     """A graph remembers addresses: were the pruner's tensors freed, others would be written over them."""
     vit, images = ragged.load_deit("deit_tiny").to("cuda", torch.float16), torch.randn(8, 3, 224, 224).cuda().half()
-    for make in (lambda: given_lengths([30, 60, 90, 120, 150, 50, 70, 100]), lambda: ragged.PRUNERS["dynamicvit"]()):
+    for make in (lambda: GivenLengths([30, 60, 90, 120, 150, 50, 70, 100]), lambda: ragged.PRUNERS["dynamicvit"]()):
         want = ragged.RaggedViT(vit, make())(images)
         fast = ragged.RaggedViT(vit, make()).capture(8)
         junk = [torch.full((n,), 2**30, dtype=torch.int32, device="cuda") for n in range(8, 4096, 8)]
@@ -170,7 +170,7 @@ def test_a_graph_outlives_the_variables_it_was_made_from():
 def test_a_graph_for_every_total():
     """Lengths from the smallest to the largest bucket: each call takes the tightest graph there is."""
     images, used = pictures(batch=4), set()
-    pruner = given_lengths([197] * 4, at=(3,))
+    pruner = GivenLengths([197] * 4, at=(3,))
     model = ragged.RaggedViT(vit("deit_tiny"), pruner, backend="triton").to("cuda")
     captured = model.capture(4)
     for lengths in ([197] * 4, [1] * 4, [100, 1, 197, 30], [50] * 4, [197, 197, 197, 196], [2, 1, 1, 1]):

@@ -83,6 +83,14 @@ def test_paths_in_the_guide_exist(path):
     assert (ROOT / path).exists()
 
 
+def test_the_readme_s_map_names_every_room():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## The house\n(.*?)^## ", text, re.M | re.S).group(1)
+    rooms = [p for p in (ROOT / "ragged").iterdir() if not p.name.startswith("_")]
+    names = {f"{p.name}/" if p.is_dir() else p.name for p in rooms if p.is_dir() or p.suffix == ".py"}
+    assert set(re.findall(r"`(\w+(?:/|\.py))`", section)) - {"ragged/"} == names
+
+
 @pytest.mark.parametrize("name", ["PRUNERS", "_ALL", "Backend", "LOOKS", "CORE", "MAY_USE", "View", "BACKENDS"])
 def test_names_in_the_guide_exist(name):
     sources = [*Path(ROOT / "ragged").rglob("*.py"), ROOT / "tests" / "test_package.py"]

@@ -28,7 +28,7 @@ from pruner_cases import ALL, pictures, small_vit
 import ragged
 from ragged import launch
 from ragged import rows as row_ops
-from ragged.pruners import given_lengths
+from ragged.pruners import GivenLengths
 
 gpu = pytest.mark.gpu
 HALF, SINGLE = torch.float16, torch.float32
@@ -270,7 +270,7 @@ def _on_cuda():
 def test_a_broken_picture_stays_alone_in_a_graph(name):
     """The rows past the real total are copies of real ones, and nobody's."""
     vit = ragged.load_deit("deit_tiny", weights="random").to("cuda", HALF)
-    pruner = {"tau": lambda: ragged.PRUNERS["threshold_l2"](tau=1.0), "given_lengths": lambda: given_lengths([90] * 4),
+    pruner = {"tau": lambda: ragged.PRUNERS["threshold_l2"](tau=1.0), "given_lengths": lambda: GivenLengths([90] * 4),
               "evit": lambda: ragged.PRUNERS["evit"](keep=0.5)}[name]()  # fmt: skip
     captured = ragged.RaggedViT(vit, pruner).to("cuda").capture(4)
     images = pictures(4, 224).to("cuda", HALF)

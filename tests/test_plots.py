@@ -1,9 +1,6 @@
 """Figures build from recorded rows and from the paper's, look alike, and say what is missing."""
 
-import ast
 import io
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from ragged.plots import style
 ATTENTION, MODEL, SPARSITY = frames.attention_frame(), frames.model_frame(), frames.sparsity_frame()
 PRUNED = [b for b in plots.LOOKS if b != "dense"]
 RECORDED = {
-    "dispatch_floor": lambda: plots.dispatch_floor(ATTENTION),
     "call_anatomy": lambda: plots.call_anatomy(frames.dispatch_frame()),
     "host_against_gpu": lambda: plots.host_against_gpu(ATTENTION),
     "kernel_grid": lambda: plots.kernel_grid(ATTENTION),
@@ -28,20 +24,8 @@ RECORDED = {
     "padded_waste of a model": lambda: plots.padded_waste(MODEL, metric="images_per_s", mode="graph"),
     "throughput_by_batch": lambda: plots.throughput_by_batch(MODEL, tokens="U(30,168)", backend=PRUNED),
     "sparsity_speedup": lambda: plots.sparsity_speedup(SPARSITY),
-    "memory": lambda: plots.memory(MODEL, mode="graph", tokens="U(30,168)"),
-}
-PAPER = {
-    "dispatch_floor v1": lambda: plots.dispatch_floor(paper("v1_attention_call")),
-    "dispatch_floor v2": lambda: plots.dispatch_floor(paper("v2_attention_call"), clock="event_us"),
-    "kernel_grid v1": lambda: plots.kernel_grid(paper("v1_attention_call"), backend="paper_triton", metric="wall_us"),
-    "throughput v2": lambda: plots.throughput_by_batch(paper("v2_end_to_end_throughput")),
-    "sparsity v1": lambda: plots.sparsity_speedup(paper("v1_speedup_over_unpruned")),
 }
 IMAGE = np.linspace(0, 1, 3 * 64 * 96, dtype=np.float32).reshape(3, 64, 96)  # 4 x 6 patches
-
-
-def paper(table):
-    return plots.paper_rows(data.paper(table))
 
 
 @pytest.mark.parametrize("draw", RECORDED.values(), ids=RECORDED)
@@ -53,15 +37,9 @@ def test_a_figure_of_recorded_rows(draw):
     assert figure.layout.title.text in plots.alt_text(figure)
 
 
-@pytest.mark.parametrize("draw", PAPER.values(), ids=PAPER)
-def test_a_figure_of_the_paper(draw):
-    figure = draw()
-    assert figure.data and "arXiv 2604.15408v" in figure.layout.title.subtitle.text
-
-
 def test_a_backend_has_one_colour_in_all_figures():
     seen = {}
-    for draw in [*RECORDED.values(), *PAPER.values()]:
+    for draw in RECORDED.values():
         for trace in draw().data:
             if trace.type == "scatter" and trace.legendgroup in plots.LOOKS:
                 seen.setdefault(trace.legendgroup, set()).add((trace.line.color, trace.line.dash, trace.marker.symbol))
@@ -84,19 +62,6 @@ def test_modes_of_a_backend_share_its_colour_and_nothing_else():
     assert style.look("mine, eager").label == "mine, eager" and style.in_order(reversed(names)) == [
         f"{b}, {mode}" for b in ("unpruned", "dense", "sdpa_padded", "triton") for mode in ("eager", "graph")
     ]
-
-
-def test_the_paper_s_floors_are_the_figure_s():
-    names = {trace.legendgroup: trace.name for trace in PAPER["dispatch_floor v1"]().data}
-    assert names["flash_attn"] == "FlashAttention-2, floor 62 µs" or "floor 62" in names["flash_attn"]
-    assert "floor 41" in names["paper_triton"]  # at batch 32
-
-
-def test_paper_rows_are_in_microseconds_and_kept_shares():
-    frame = paper("v1_attention_call")
-    row = frame[(frame["backend"] == "flash_attn") & (frame["batch"] == 4)].iloc[0]
-    assert (row["metric"], row["value"], row["unit"], row["tokens"], row["keep"]) == ("wall_us", 63.0, "us", "197", 1.0)
-    assert set(paper("v1_peak_throughput")["backend"]) == {"unpruned", "paper_padded", "paper_triton"}
 
 
 def test_the_ceiling_is_the_flops_ratio():
@@ -125,19 +90,16 @@ def test_padded_waste_predicts_from_the_lengths():
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda: plots.dispatch_floor(ATTENTION.drop(columns=["mode", "date"])), r"lacks the columns .*date"),
-        (lambda: plots.dispatch_floor(ATTENTION, batch=7), "batch = 7; there are: .*'32.0'"),
-        (lambda: plots.dispatch_floor(ATTENTION, tokens="39"), "two token counts"),
+        (lambda: plots.roofline(ATTENTION.drop(columns=["mode", "date"])), r"lacks the columns .*date"),
+        (lambda: plots.roofline(ATTENTION, batch=7), "batch = 7; there are: .*'32.0'"),
         (lambda: plots.host_against_gpu(ATTENTION[ATTENTION["metric"] != "gpu_us"]), "metric = gpu_us"),
         (lambda: plots.kernel_grid(ATTENTION, baseline="fa5"), "backend = fa5; there are: .*flash_attn"),
         (lambda: plots.roofline(ATTENTION.assign(gpu="GPU X")), "no peak for 'GPU X'"),
         (lambda: plots.padded_waste(ATTENTION, tokens="39"), "no rows with lengths such as U"),
         (lambda: plots.throughput_by_batch(MODEL), "mix tokens = 99, U.30,168.; choose one"),
         (lambda: plots.sparsity_speedup(SPARSITY[SPARSITY["backend"] != "unpruned"]), "backend = unpruned"),
-        (lambda: plots.memory(MODEL, tokens="U(30,168)"), "mix mode = .*choose one with mode="),
-        (lambda: plots.memory(MODEL[:0]), "no rows at all"),
+        (lambda: plots.resolution_speedup(MODEL[:0]), "no rows at all"),
         (lambda: plots.call_anatomy(ATTENTION[:0]), "no rows at all"),
-        (lambda: plots.paper_rows(ATTENTION), "lacks the columns"),
     ],
 )
 def test_what_is_missing_is_named(call, said):
@@ -148,7 +110,7 @@ def test_what_is_missing_is_named(call, said):
 def test_rows_that_failed_are_not_drawn():
     failed = ATTENTION.copy()
     failed.loc[failed["backend"] == "nested", "status"] = "device is too small"
-    assert "nested" not in {trace.legendgroup for trace in plots.dispatch_floor(failed).data}
+    assert "nested" not in {trace.legendgroup for trace in plots.roofline(failed).data}
 
 
 def test_two_gpus_are_not_drawn_over_each_other():
@@ -156,8 +118,8 @@ def test_two_gpus_are_not_drawn_over_each_other():
 
     both = pandas.concat([ATTENTION, ATTENTION.assign(gpu="Tesla T4")])
     with pytest.raises(ValueError, match="mix gpu"):
-        plots.dispatch_floor(both)
-    assert "Tesla T4" in plots.dispatch_floor(both, gpu="Tesla T4").layout.title.subtitle.text
+        plots.roofline(both, peak=(1e15, 1e12))
+    assert "Tesla T4" in plots.roofline(both, gpu="Tesla T4").layout.title.subtitle.text
 
 
 # ---- pictures ----
@@ -241,11 +203,3 @@ def test_a_small_png_keeps_similar_colours_apart():
     small = np.asarray(Image.open(io.BytesIO(small_png(file.getvalue()))).convert("RGB")).astype(int)
     for row, colour in enumerate(colours):
         assert abs(small[40 * row + 20, :60] - colour).max() < 10, colour
-
-
-def test_the_files_of_figures_import_no_torch():
-    package = Path(style.__file__).parent
-    for path in [package / "style.py", *sorted(package.glob("plots*.py"))]:
-        names = {getattr(node, "module", None) or node.names[0].name for node in ast.walk(ast.parse(path.read_text()))
-                 if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
-        assert not {n for n in names if re.match("torch|timm|triton", n)}, path.name

@@ -25,7 +25,7 @@ from test_packing import assert_packed, masks, tokens
 
 import ragged
 from ragged import launch, packing
-from ragged.pruners import Predictor, View, given_lengths
+from ragged.pruners import GivenLengths, Predictor, View
 from ragged.tiles import choose_tiles
 
 SEPARATE = {"paper_triton", "dense"}  # one cu_seqlens for queries and keys
@@ -362,7 +362,7 @@ def test_keeping_everything_is_the_dense_model(name, data):
     at = data.draw(st.lists(st.integers(1, DEPTH - 1), min_size=1, max_size=3, unique=True).map(sorted))
     where = data.draw(st.sampled_from(["before", "inside", "after"]))
     on_gpu = name == "given_lengths"  # the counts are a tensor
-    pruner = given_lengths([50] * 4, at[:1], where) if on_gpu else pruner_of(name, 1.0, at=at, where=where)
+    pruner = GivenLengths([50] * 4, at[:1], where) if on_gpu else pruner_of(name, 1.0, at=at, where=where)
     backend = data.draw(st.sampled_from(FOR_MODELS))
     with torch.no_grad():
         want, got = small_vit()(pictures()), ragged.RaggedViT(small_vit(), pruner, backend=backend)(pictures())
@@ -378,7 +378,7 @@ def test_graph_and_eager_agree_bit_for_bit(name):
     """Random batches through one recording each: the same kernels started one by one give the same bits."""
     vit, batch = ragged.load_deit("deit_tiny", weights="random").to("cuda", torch.float16), 8
     single = {"at": (3,), "where": "after"}
-    pruner = given_lengths([197] * batch) if name == "given_lengths" else pruner_of(name, 0.5, **single)
+    pruner = GivenLengths([197] * batch) if name == "given_lengths" else pruner_of(name, 0.5, **single)
     model = ragged.RaggedViT(vit, pruner).to("cuda")
     captured = model.capture(batch)
 

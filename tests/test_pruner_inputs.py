@@ -201,7 +201,7 @@ def test_ats_down_to_one_patch():
 
 def test_prescribed_lengths():
     lengths = [50, 7, 1, 23]
-    model = ragged.RaggedViT(small_vit(), pruners.given_lengths(lengths, at=3))
+    model = ragged.RaggedViT(small_vit(), pruners.GivenLengths(lengths, at=3))
     (stage,) = model.trace(pictures()).stages
     assert stage.counts == lengths
     for ids in stage.ids:
@@ -212,7 +212,7 @@ def test_prescribed_lengths():
 def test_impossible_lengths(lengths):
     """50 rows are there; and a batch of four has four lengths."""
     with pytest.raises((ValueError, TypeError), match="lengths"):
-        ragged.RaggedViT(small_vit(), pruners.given_lengths(lengths, at=3))(pictures())
+        ragged.RaggedViT(small_vit(), pruners.GivenLengths(lengths, at=3))(pictures())
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -21,13 +21,16 @@ ALL_MODES = ("eager", "graph", "compile+graph")
 
 
 class Rows:
-    """Recorded rows of one GPU. Values are asked for by metric and columns; a list allows several values."""
+    """Recorded rows of one GPU, a frame as `ragged.data.results` returns it. Values are asked for by metric and
+    columns; a list allows several values. bfloat16, measured beside float16, is only found where dtype asks for it."""
 
     def __init__(self, rows):
-        self.rows = rows[(rows["status"] == "ok") & (rows["dtype"] != "bfloat16")]
+        self.rows = rows[rows["status"] == "ok"]
 
     def values(self, metric: str, **columns):
         found = self.rows[self.rows["metric"] == metric]
+        if "dtype" not in columns:
+            found = found[found["dtype"] != "bfloat16"]
         for column, wanted in columns.items():
             found = found[found[column].isin(wanted if isinstance(wanted, list) else [wanted])]
         return found["value"].dropna()
@@ -43,7 +46,7 @@ class Rows:
     def speed(self, backend, batch=64, mode="eager", model="deit_base", tokens="99", suite="model") -> float:
         """Images per second of a whole model that keeps half of its patches; of "unpruned", all."""
         if backend == "unpruned":
-            tokens = {"99": "197", "289": "577"}[tokens]
+            tokens = {"289": "577"}.get(tokens, "197")
         at = dict(suite=suite, model=model, batch=batch, mode=mode)
         return self.value("images_per_s", backend=backend, tokens=tokens, **at)
 
@@ -53,12 +56,15 @@ class Rows:
         at = dict(suite="model", model=model, backend=backend, tokens=tokens, mode=list(modes))
         return float(self.values("images_per_s", **at).max())
 
-    def cut(self, pruner, keep, mode="eager") -> float:
-        """Ours, times the unpruned model's images per second, DeiT-B at batch 64."""
-        at = dict(suite="sparsity", batch=64, mode=mode)
+    def sparse(self, metric, pruner, keep, mode="eager", backend="triton") -> float:
+        """A value of DeiT-B at batch 64 under a pruner that was asked to keep this share."""
         knob = dict(tokens=f"samples={round(196 * keep)}") if pruner == "ats" else dict(keep=keep)
-        pruned = self.value("images_per_s", pruner=pruner, backend="triton", **knob, **at)
-        return pruned / self.value("images_per_s", backend="unpruned", **at)
+        return self.value(metric, suite="sparsity", batch=64, mode=mode, pruner=pruner, backend=backend, **knob)
+
+    def cut(self, pruner, keep, mode="eager", backend="triton") -> float:
+        """Times the unpruned model's images per second, DeiT-B at batch 64."""
+        unpruned = self.value("images_per_s", suite="sparsity", batch=64, mode=mode, backend="unpruned")
+        return self.sparse("images_per_s", pruner, keep, mode, backend) / unpruned
 
     def near(self, batch: float) -> float:
         """The batch nearest to this one, by ratio, at which the paper's pipelines are recorded."""
@@ -204,12 +210,13 @@ class Claim(NamedTuple):
 
 
 def said(table: str, metric: str, over: str | None = None, **row) -> float:
-    """A figure of the paper; with `over`, its ratio to the same figure of that other backend."""
+    """A figure of the paper, NaN where it states none; with `over`, its ratio to the same figure of that other
+    backend."""
     frame = data.paper(table)
     frame = frame[frame["metric"] == metric]
     for column, wanted in row.items():
         frame = frame[frame[column] == wanted]
-    value = float(frame["value"].iloc[0])
+    value = float(frame["value"].iloc[0]) if len(frame) else NAN
     return value if over is None else value / said(table, metric, **(row | {"backend": over}))
 
 

@@ -1,16 +1,14 @@
 """Whole models as things to time: built the same way for every backend, and checked before any clock runs.
 
-The check: a pruner's selections are noted during one forward pass and replayed in the same network in float32, padded,
+The check: a pruner's selections are noted in one forward pass and replayed in the same network in float32, padded,
 eager. A pipeline may be off from that by twice as much as the padded half-precision network that got the same
 selections (root mean square over the logits): another attention kernel may round differently, not worse.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,34 +22,30 @@ from .flops import forward_flops
 from .rounds import Subject
 from .runner import Skip, Wrong
 
-CLOCKS = ("host_us", "gpu_us", "wall_us", "stream_us", "syncs")
+PIPELINE_CLOCKS = ("host_us", "gpu_us", "wall_us", "stream_us", "syncs")
 METRICS = ("host_us", "gpu_us", "wall_us", "syncs", "images_per_s", "kept_tokens", "capacity_waste", "flops_ratio")
 EPS = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}  # slack, relative to the logits
 MODES = ("eager", "graph", "compile+graph")
 
 
-@contextlib.contextmanager
-def noting(pruner: Pruner | None) -> Iterator[list[Selection | None]]:
-    """Collects what the pruner selects."""
-    taken: list[Selection | None] = []
-    if pruner is None:
-        yield taken
-        return
-    original = pruner.select
+class Noted(Pruner):
+    """Asks another pruner, and notes what that selects: `taken`, one entry a cut, for one pass of one model."""
 
-    def select(view):
-        taken.append(original(view))
-        return taken[-1]
+    def __init__(self, pruner: Pruner):
+        super().__init__(pruner.name, pruner.at, pruner.where)
+        self.pruner, self.taken = pruner, []
+        self.needs, self.rows_only, self.adaptive = pruner.needs, pruner.rows_only, pruner.adaptive
 
-    pruner.select = select
-    try:
-        yield taken
-    finally:
-        del pruner.select
+    def bind(self, dim: int, depth: int) -> None:
+        self.pruner.bind(dim, depth)
+
+    def select(self, view) -> Selection | None:
+        self.taken.append(self.pruner.select(view))
+        return self.taken[-1]
 
 
 class Replay(Pruner):
-    """Selects what another pruner selected."""
+    """Selects what another pruner selected: taken, one entry a cut, as a `Noted` keeps them."""
 
     def __init__(self, pruner: Pruner, taken: list[Selection | None]):
         super().__init__(pruner.name, pruner.at, pruner.where)
@@ -59,6 +53,14 @@ class Replay(Pruner):
 
     def select(self, view) -> Selection | None:
         return self.taken[view.stage]
+
+
+def noted_pass(model: RaggedViT, images: Tensor) -> tuple[Tensor, list[Selection | None]]:
+    """Logits of `model` for images (batch, channels, height, width), and what its pruner selected, one entry a cut."""
+    if model.pruner is None:
+        return model(images), []
+    pruner = Noted(model.pruner)
+    return model.with_pruner(pruner)(images), pruner.taken
 
 
 class Workbench:
@@ -88,9 +90,8 @@ class Workbench:
         return exact, allowed
 
     def check(self, model: RaggedViT, run) -> None:
-        """Compare `run` (the model, or its recording) with the exact logits for what the model itself selects."""
-        with noting(model.pruner) as taken:
-            first = model(self.images[0])
+        """Compare `run` (the model, or its capture) with the exact logits for what the model itself selects."""
+        first, taken = noted_pass(model, self.images[0])
         exact, allowed = self.expected(model.pruner, taken)
         for logits in (first, run(self.images[0])):
             error = rms(logits - exact)
@@ -136,12 +137,12 @@ def _same(a: list, b: list) -> bool:
 
 
 class Pipeline:
-    """A model in one mode, built when asked for: eager; graph, the whole forward recorded; compile+graph, the pieces
+    """A model in one mode, built when asked for: eager; graph, the whole forward captured; compile+graph, the pieces
     of its blocks compiled first."""
 
     def __init__(self, bench, pruner, backend: str, mode: str):
         self.bench, self.pruner, self.backend, self.mode = bench, pruner, backend, mode
-        self.run = self.trace = None
+        self.run = self.trace = self.facts = None
 
     def build(self) -> Subject:
         bench, pruner = self.bench(), self.pruner() if self.pruner is not None else None
@@ -150,21 +151,21 @@ class Pipeline:
         if self.mode != "eager" and bench.device != "cuda":
             raise Skip("CUDA graphs need a CUDA device")
         model = bench.model(pruner, name)
-        self.run = self._trace(model) if self.mode == "eager" else self._capture(model)
+        self.facts = BACKENDS[model.picked]
+        if self.mode == "eager":
+            self.trace, self.run = model.trace(bench.images[0]), model
+        else:
+            self.run = self._capture(model)
         bench.check(model, self.run)
         calls = [functools.partial(self.run, images) for images in bench.images]
-        queued = None  # recorded passes that wait for nothing can be lined up behind each other
+        queued = None  # captured passes that wait for nothing can be lined up behind each other
         if self.mode != "eager" and self.run.waits == 0:
             queued = functools.partial(_each, calls)
-        return Subject(calls, queued, len(calls), torch.no_grad, CLOCKS)
-
-    def _trace(self, model: RaggedViT) -> RaggedViT:
-        self.trace = model.trace(self.bench().images[0])
-        return model
+        return Subject(calls, queued, len(calls), torch.no_grad, PIPELINE_CLOCKS)
 
     def _capture(self, model: RaggedViT):
         bench = self.bench()
-        if self.backend in BACKENDS and BACKENDS[self.backend].paper_padding:
+        if self.facts.paper_padding:
             raise Skip("the paper's padded pipeline is measured as published: eager")
         if self.mode == "compile+graph":
             model.compile(dynamic=True)
@@ -172,30 +173,36 @@ class Pipeline:
         self.trace = traces[0]
         if not self.trace.stages:
             return model.capture(bench.batch)
-        padded = BACKENDS[self.backend].pads
-        needs = [max(t.stages[0].counts) if padded else sum(t.stages[0].counts) for t in traces]
+        needs = [max(t.stages[0].counts) if self.facts.pads else sum(t.stages[0].counts) for t in traces]
         # only the buckets that these images use, and their neighbours where rounding may tip a count
         return model.capture(bench.batch, between=(int(0.99 * min(needs)), int(1.01 * max(needs))))
 
     def values(self, subject: Subject) -> dict[str, float]:
         """kept_tokens: mean rows per image after the last cut, CLS included.  capacity_waste: rows computed per real
         row after it, minus one.  flops_ratio: arithmetic of the unpruned network over this one's."""
-        bench, stages = self.bench(), self.trace.stages
-        full = bench.vit.patch_embed.num_patches + bench.vit.num_prefix_tokens
-        counts = stages[-1].counts if stages else [full] * bench.batch
+        bench, stages, counts = self.bench(), self.trace.stages, self.counts()
         unpruned = forward_flops(bench.vit, batch=bench.batch)
         return {
             "kept_tokens": sum(counts) / len(counts),
-            "capacity_waste": self._waste(counts, full),
+            "capacity_waste": self._waste(counts),
             "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch),
         }
 
-    def _waste(self, counts: list[int], full: int) -> float:
+    def counts(self) -> list[int]:
+        """Rows of each image after the last cut, CLS included; of all rows, where there is none."""
+        return self.trace.stages[-1].counts if self.trace.stages else [self._rows()] * self.bench().batch
+
+    def _rows(self) -> int:
+        """Rows of an image before any cut."""
+        vit = self.bench().vit
+        return vit.patch_embed.num_patches + vit.num_prefix_tokens
+
+    def _waste(self, counts: list[int]) -> float:
         if self.mode != "eager" and self.run.counts is not None:
             return self.run.capacity_waste
-        if self.backend in BACKENDS and BACKENDS[self.backend].paper_padding:
-            return full * len(counts) / sum(counts) - 1
-        if self.backend in BACKENDS and BACKENDS[self.backend].pads:
+        if self.facts.paper_padding:
+            return self._rows() * len(counts) / sum(counts) - 1
+        if self.facts.pads:
             return max(counts) * len(counts) / sum(counts) - 1
         return 0.0
 

@@ -12,19 +12,22 @@ import torch
 
 from .timing import Call, event_us, gpu_us, gpu_us_profiled, host_us, in_turn, stream_us, syncs, wait, wall_us
 
-CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "stream_us", "syncs")
+CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "stream_us", "syncs")  # all there are
+CALL_CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "syncs")  # those of a single call
 
 
 @dataclass
 class Subject:
-    """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` recorded calls at once;
-    None where the call cannot be recorded.  around: a context in which the calls run.  clocks: which to read."""
+    """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` captured calls at once;
+    None where the call cannot be captured.  around: a context in which the calls run.  clocks: which to read.
+    found: values that are known before any clock runs, by metric."""
 
     calls: list[Call]
     replay: Call | None = None
     per: int = 1
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     clocks: tuple[str, ...] = CLOCKS
+    found: dict = field(default_factory=dict)
     waits: float = field(default=0.0, init=False)
     times: dict[str, list[float]] = field(default_factory=dict, init=False)
     error: Exception | None = field(default=None, init=False)

@@ -50,22 +50,25 @@ class Options:
         """float16; float32 on a CPU, where half precision is emulated."""
         return torch.float16 if self.device == "cuda" else torch.float32
 
-    def pick_batches(self, usual: Iterable[int]) -> list[int]:
+    def batches_or(self, usual: Iterable[int]) -> list[int]:
         return list(self.batches or usual)
 
-    def pick_models(self, usual: Iterable[str]) -> list[str]:
+    def models_or(self, usual: Iterable[str]) -> list[str]:
         return list(self.models or usual)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One provider in one mode. columns: its part of a row's key.  build: makes the checked call, or raises.
-    metrics: the rows that a failure leaves blank.  values: further metrics, asked for after the timing."""
+    metrics: the rows that a failure leaves blank.  values: further metrics, asked for after the timing.
+    found_columns: columns that only building tells, such as the share that an adaptive pruner keeps; asked for when a
+    row is written, and put over `columns`."""
 
     columns: dict
     build: Callable[[], Subject]
     metrics: tuple[str, ...]
-    values: Callable[[Subject], dict[str, float | Stats]] = lambda subject: {}
+    values: Callable[[Subject], dict[str, float | Stats]] = lambda subject: subject.found
+    found_columns: Callable[[], dict] = dict
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Recorder:
         return built, rows
 
     def _give_up(self, case: Case, candidate: Candidate, error: Exception) -> None:
-        """Record the one that broke the GPU's context; the others are for the next process."""
+        """Write down the one that broke the GPU's context; the others are for the next process."""
         write_results(self._failed(case, candidate, error), self.out)
         raise Broken(candidate, error) from error
 
@@ -156,7 +159,8 @@ class Recorder:
         if value is None and status == "ok":
             status = "no CUDA device, nothing to read" if not torch.cuda.is_available() else "not read"
         numbers = value if isinstance(value, Stats) else Stats(value, None, None)
-        row = dict.fromkeys(RESULT_COLUMNS, "") | case.columns | candidate.columns | self.machine
+        key = case.columns | candidate.columns | candidate.found_columns()
+        row = dict.fromkeys(RESULT_COLUMNS, "") | key | self.machine
         row |= {"metric": metric, "value": numbers.median, "q20": numbers.q20, "q80": numbers.q80}
         return row | {"unit": UNITS.get(metric, "us"), "status": status}
 

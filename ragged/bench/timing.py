@@ -135,7 +135,7 @@ def as_graph(calls: Sequence[Call], n: int = 20) -> Call:
 
 
 def gpu_us(replay: Call, n: int = 20) -> list[float]:
-    """GPU time of a call, from one replay of n recorded ones (see `as_graph`) between two events. One value.
+    """GPU time of a call, from one replay of n captured ones (see `as_graph`) between two events. One value.
 
     A short sleep in front lets the replay be enqueued before the first event passes, so no host time gets in; the
     idle moments between two kernels, about 1 µs each, do. Needs CUDA.
@@ -152,7 +152,7 @@ def gpu_us(replay: Call, n: int = 20) -> list[float]:
 
 def gpu_us_profiled(calls: Sequence[Call], n: int = 3) -> list[float]:
     """GPU time of a call, of n, as the sum of its kernels, copies and fills in PyTorch's profiler, for calls that
-    cannot be recorded. One value. Idle moments between kernels are left out, kernels side by side count twice. Needs
+    cannot be captured. One value. Idle moments between kernels are left out, kernels side by side count twice. Needs
     CUDA."""
     from torch.profiler import ProfilerActivity, profile
 

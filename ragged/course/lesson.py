@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
     for package in ("triton", "timm", "flash-attn"):
         try:
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # no record of an installation; a bare folder on the path still counts
+        except metadata.PackageNotFoundError:  # not installed; a bare folder on the path still counts
             found[package] = "present" if find_spec(package.replace("-", "_")) else "missing"
     return found
 
@@ -92,7 +92,7 @@ def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
 
 
 def table(rows: Sequence[dict], digits: int = 1) -> str:
-    """rows, records of the same keys, as lines of text: words to the left, numbers (to so many digits) to the right."""
+    """rows, dicts with the same keys, as lines of text: words to the left, numbers (to so many digits) to the right."""
     if not rows:
         return "(no rows)"
     texts = [[f"{v:,.{digits}f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -202,7 +202,7 @@ def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e
         return f"Wrong kind of numbers: expected {want.dtype}, got {got.dtype}."
     want, got = want.double(), got.double()
     error = (want - got).abs()
-    bad = ~((error <= atol + rtol * want.abs()) | (want == got))  # NaN fails, equal infinities pass
+    bad = ~torch.isclose(got, want, rtol, atol)  # NaN fails, equal infinities pass
     if not bad.any():
         return None
     first = tuple(bad.nonzero()[0].tolist())

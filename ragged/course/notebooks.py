@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         changed = write_badges(root)
     except NotebookError as error:
-        print(f"ragged.notebook_tools: {error}", file=sys.stderr)
+        print(f"python -m ragged.course.notebooks: {error}", file=sys.stderr)
         return 1
     for path in changed:
         print(f"rewritten: {path.relative_to(root)}")

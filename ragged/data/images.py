@@ -17,16 +17,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def photographs(size: int = 224) -> tuple[Tensor, list[dict]]:
-    """The bundled photographs: float32 tensor (n, 3, size, size) in [0, 1], and a list of n records.
+    """The bundled photographs: float32 tensor (n, 3, size, size) in [0, 1], and a list of n attributions.
 
-    A record is a dict with name, title, author, licence, licence_url and source, all text.
+    An attribution is a dict with name, title, author, licence, licence_url and source, all text.
     """
     check_int("size", size, 1)
     folder = files.data_dir() / "images"
-    records = read_csv(folder / "attribution.csv")
-    pictures = [Image.open(folder / f"{record['name']}.jpg").convert("RGB") for record in records]
+    attributions = read_csv(folder / "attribution.csv")
+    pictures = [Image.open(folder / f"{of['name']}.jpg").convert("RGB") for of in attributions]
     pixels = np.stack([np.asarray(file.resize((size, size), Image.Resampling.BICUBIC)) for file in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous(), records
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous(), attributions
 
 
 def normalise(

@@ -44,16 +44,17 @@ def lengths(spec: str, batch: int, seed: int = 0) -> list[int]:
 # ---- tables: recorded results, and what the paper reports ----
 
 
-def results(suite: str | None = None, gpu: str | None = None) -> pd.DataFrame:
+def results(suite: str | None = None, gpu: str | None = None, folder: Path | None = None) -> pd.DataFrame:
     """Recorded measurements as a data frame with RESULT_COLUMNS: all of them, or one suite and/or one GPU.
 
-    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder. batch, keep, value, q20 and q80 are floats (NaN where
-    blank), the other columns text. Nothing recorded gives an empty frame with the same columns.
+    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder.  folder: where `write_results` wrote, instead of the
+    bundled rows. batch, keep, value, q20 and q80 are floats (NaN where blank), the other columns text. Nothing recorded
+    gives an empty frame with the same columns.
     """
     import pandas
 
     pattern = f"{slug(gpu) if gpu else '*'}/{suite or '*'}.csv"
-    paths = sorted((files.data_dir() / "results").glob(pattern))
+    paths = sorted((files.data_dir() / "results" if folder is None else Path(folder)).glob(pattern))
     rows = [row for path in paths for row in read_csv(path, RESULT_COLUMNS)]
     frame = pandas.DataFrame(rows, columns=list(RESULT_COLUMNS), dtype=object)
     text = [c for c in RESULT_COLUMNS if c not in _NUMERIC]
@@ -103,8 +104,8 @@ def _text(column, value):
 
 
 def _merge_csv(path, new):
-    recorded = read_csv(path, RESULT_COLUMNS) if path.exists() else []
-    merged = {tuple(row[c] for c in _KEY): row for row in recorded} | new
+    old = read_csv(path, RESULT_COLUMNS) if path.exists() else []
+    merged = {tuple(row[c] for c in _KEY): row for row in old} | new
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: the replacement is then one atomic step
     with draft.open("w", newline="", encoding="utf-8") as file:
@@ -140,6 +141,20 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict]:
         if None in row or None in row.values():  # csv's way to say too many cells, or too few
             raise ValueError(f"{path} is damaged: row {number} does not have {len(names)} cells")
     return rows
+
+
+def notes() -> pd.DataFrame:
+    """What was tried and what came of it, from the tables of `data/results/notes.md`: one row a change, all columns
+    text: part (the table's heading), tried, predicted, measured, prediction ("held", "failed" or "none") and kept."""
+    import pandas
+
+    rows, part = [], ""
+    for line in (files.data_dir() / "results" / "notes.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            part = line.removeprefix("## ")
+        elif line.startswith("| ") and not line.startswith("| tried "):
+            rows.append([part, *(cell.strip() for cell in line.strip("|").split("|"))])
+    return pandas.DataFrame(rows, columns=["part", "tried", "predicted", "measured", "prediction", "kept"])
 
 
 def paper_tables() -> list[str]:

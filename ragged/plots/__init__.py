@@ -1,12 +1,12 @@
 """All figures in one place: a data frame of recorded rows, an image or a list of lengths goes in, a plotly figure out.
 
-The frames have the columns of `ragged.data.RESULT_COLUMNS`: `ragged.data.results(...)`, or `paper_rows` of a table of
-the paper. Every function says which rows it needs, names what is missing, refuses rows that would be drawn over each
-other, and puts the device and the date into the subtitle. Times are medians in µs; bars of uncertainty span the 20 %
-and 80 % quantiles. A backend has the same colour everywhere (`LOOKS`). Nothing here needs torch.
+The frames have the columns of `ragged.data.RESULT_COLUMNS`, as `ragged.data.results(...)` reads them. Every function
+says which rows it needs, names what is missing, refuses rows that would be drawn over each other, and puts the device
+and the date into the subtitle. Times are medians in µs; bars of uncertainty span the 20 % and 80 % quantiles. A backend
+has the same colour everywhere (`LOOKS`).
 """
 
-from .call import call_anatomy, dispatch_floor, host_against_gpu, kernel_grid, padded_waste, roofline
+from .call import call_anatomy, host_against_gpu, kernel_grid, padded_waste, roofline
 from .kernel import error_budget, program_schedule, softmax_steps, tile_cover, tile_waste
 from .launch import (
     capacity_steps,
@@ -18,7 +18,7 @@ from .launch import (
     timeline,
     two_clocks,
 )
-from .model import memory, resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
+from .model import resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
 from .paper import best_choice, claims, expectation, ladder, measured_lines, paper_beside
 from .pictures import batch_lengths, image_patches, kept_patches, pipeline
 from .pruning import (
@@ -31,14 +31,14 @@ from .pruning import (
     token_schedules,
 )
 from .quality import PRUNER_LOOKS, accuracy, count_distribution, counts_against_size, logit_differences, rounding
-from .style import LOOKS, alt_text, paper_rows
+from .style import LOOKS, alt_text
 
 __all__ = [
     "LOOKS", "PRUNER_LOOKS", "accuracy", "alt_text", "batch_lengths", "best_choice", "call_anatomy", "capacity_steps",
-    "claims", "clock_hypotheses", "count_distribution", "counts_against_size", "dispatch_floor", "error_budget",
+    "claims", "clock_hypotheses", "count_distribution", "counts_against_size", "error_budget",
     "expectation", "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu", "image_patches",
     "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences", "measured_lines",
-    "memory", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "paper_rows", "pipeline",
+    "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline",
     "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "score_maps",
     "score_profiles", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch", "tile_cover",
     "tile_waste", "timeline", "token_schedules", "two_clocks",

@@ -1,4 +1,4 @@
-"""Figures of one attention call: the dispatch floor, the clocks, the grid of shapes, the roofline, the cost of padding.
+"""Figures of one attention call: the clocks, its layers, the grid of shapes, the roofline, the cost of padding.
 
 Each takes a frame with the columns of `ragged.data.RESULT_COLUMNS` and returns a plotly figure; see `ragged.plots`.
 """
@@ -9,7 +9,18 @@ import math
 import re
 
 from ..data import lengths
-from .style import CLOCKS, draw_line, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle
+from .style import (
+    AXIS_TITLES,
+    draw_line,
+    in_order,
+    log_ticks,
+    look,
+    new_figure,
+    one_of_each,
+    rows_where,
+    short,
+    subtitle,
+)
 
 # Data-sheet peaks of the dense half-precision tensor cores (FLOP/s) and of the memory (bytes/s).
 PEAKS = {
@@ -19,28 +30,6 @@ PEAKS = {
 }
 
 
-def dispatch_floor(frame, *, batch=32, clock="wall_us", mode="eager", dtype="float16", **only):
-    """Time of one attention call against tokens per image: where a line stays flat, the GPU is not what takes time.
-
-    Needs rows of metric `clock` for one batch and at least two token counts; the legend gives every backend's floor,
-    its smallest time.
-    """
-    name = "dispatch_floor"
-    rows = pick(frame, name, metric=clock, batch=batch, mode=mode, dtype=dtype, **only)
-    rows = rows[rows["tokens"].str.fullmatch(r"\d+")].assign(tokens=lambda r: r["tokens"].astype(int))
-    if rows["tokens"].nunique() < 2:
-        raise ValueError(f"{name}: a line over tokens needs two token counts, there are {sorted(set(rows['tokens']))}")
-    one_of_each(rows, name, "gpu", "model")
-    figure = new_figure("The dispatch floor: one attention call", subtitle(rows, f"batch {batch}", mode, dtype))
-    for backend in in_order(rows["backend"]):
-        line = rows[rows["backend"] == backend].sort_values("tokens")
-        floor = line["value"].min()
-        draw_line(figure, line["tokens"], line, backend, label=f"{look(backend).label}, floor {short(floor)} µs")
-        figure.add_hline(y=floor, line=dict(color=look(backend).colour, width=1, dash="dot"), opacity=0.5)
-    figure.update_xaxes(title_text="tokens per image", rangemode="tozero")
-    return figure.update_yaxes(title_text=f"{CLOCKS[clock]} (log)", **log_ticks(rows["value"]))
-
-
 def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float16", **only):
     """The clocks of one call side by side: time to enqueue it, time on the GPU, and time until the result is there.
 
@@ -48,12 +37,12 @@ def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float
     all: leave it out with backend=[...].
     """
     name, clocks = "host_against_gpu", ["gpu_us", "host_us", "wall_us"]
-    rows = pick(frame, name, batch=batch, tokens=tokens, dtype=dtype, metric=clocks, **only)
+    rows = rows_where(frame, name, batch=batch, tokens=tokens, dtype=dtype, metric=clocks, **only)
     # graph replay has a GPU time and no host time of its own: the GPU time of a call counts in any mode
     rows = rows[(rows["mode"] == mode) | (rows["metric"] == "gpu_us")]
     rows = rows.assign(_first=rows["mode"] != mode).sort_values("_first").drop_duplicates(["backend", "metric", "gpu"])
     for metric in clocks[:2]:
-        pick(rows, name, metric=metric)
+        rows_where(rows, name, metric=metric)
     one_of_each(rows, name, "gpu")
     backends = in_order(rows["backend"])[::-1]  # bars are drawn from the bottom up: the first of the order on top
     times = rows.pivot(index="backend", columns="metric", values="value").reindex(index=backends, columns=clocks)
@@ -89,9 +78,9 @@ def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_trito
     "<provider>:<layer>" for what lies below it.
     """
     name = "call_anatomy"
-    rows = pick(frame, name, metric="host_us", **only)
+    rows = rows_where(frame, name, metric="host_us", **only)
     rows = rows.assign(provider=rows["backend"].str.split(":").str[0], layer=rows["backend"].str.split(":").str[1])
-    rows = pick(rows, name, provider=list(providers))
+    rows = rows_where(rows, name, provider=list(providers))
     one_of_each(rows, name, "gpu", "batch", "tokens", "mode")
     below = subtitle(rows, f"batch {short(rows['batch'].iloc[0])}", f"{rows['tokens'].iloc[0]} tokens")
     figure = new_figure("The anatomy of one call", below, height=150 + 26 * len(rows))
@@ -117,10 +106,10 @@ def kernel_grid(
     import plotly.graph_objects as go
 
     name = "kernel_grid"
-    rows = pick(frame, name, metric=metric, dtype=dtype, mode=mode, **only)
+    rows = rows_where(frame, name, metric=metric, dtype=dtype, mode=mode, **only)
     one_of_each(rows, name, "gpu", "mode")
     keys = ["batch", "tokens"]
-    ours, theirs = (pick(rows, name, backend=b).set_index(keys)["value"] for b in (backend, baseline))
+    ours, theirs = (rows_where(rows, name, backend=b).set_index(keys)["value"] for b in (backend, baseline))
     ratio = (theirs / ours).dropna()
     if ratio.empty:
         raise ValueError(f"{name}: {backend} and {baseline} have no batch and token count in common")
@@ -130,7 +119,7 @@ def kernel_grid(
     reach = max(0.3, grid.map(lambda r: abs(math.log2(r)) if r == r else 0.0).max().max())  # both sides alike
     ticks = [r for r in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16, 32, 64) if abs(math.log2(r)) <= reach]
     title = f"{look(backend).label} against {look(baseline).label}"
-    below = subtitle(rows, CLOCKS.get(metric, metric), f"below the ratio: {backend} / {baseline}")
+    below = subtitle(rows, AXIS_TITLES.get(metric, metric), f"below the ratio: {backend} / {baseline}")
     figure = new_figure(title, below, height=170 + 56 * len(grid.index))
     figure.add_trace(go.Heatmap(
         z=grid.map(math.log2, na_action="ignore"), x=list(grid.columns), y=[f"{b:g}" for b in grid.index], text=text,
@@ -151,7 +140,7 @@ def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode="
     import plotly.graph_objects as go
 
     name = "roofline"
-    rows = pick(frame, name, metric="gpu_us", batch=batch, dtype=dtype, mode=mode, **only)
+    rows = rows_where(frame, name, metric="gpu_us", batch=batch, dtype=dtype, mode=mode, **only)
     one_of_each(rows, name, "gpu", "mode")
     gpu = rows["gpu"].iloc[0]
     if peak is None and gpu not in PEAKS:
@@ -191,14 +180,14 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     padded, for times padded over ragged: either way, above 1 padding loses.
     """
     name = "padded_waste"
-    rows = pick(frame, name, metric=metric, mode=mode, backend=[padded, ragged], **only)
+    rows = rows_where(frame, name, metric=metric, mode=mode, backend=[padded, ragged], **only)
     ragged_only = rows[rows["tokens"].str.startswith("U")]
     if ragged_only.empty:
         raise ValueError(f"{name}: no rows with lengths such as U(20,197), only {sorted(set(rows['tokens']))}")
     rows = ragged_only
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
     keys = ["batch", "tokens"]
-    slow, fast = (pick(rows, name, backend=b).set_index(keys)["value"] for b in (padded, ragged))
+    slow, fast = (rows_where(rows, name, backend=b).set_index(keys)["value"] for b in (padded, ragged))
     measured = (fast / slow if metric == "images_per_s" else slow / fast).dropna()
     if measured.empty:
         raise ValueError(f"{name}: {padded} and {ragged} have no batch and token count in common")
@@ -208,7 +197,7 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     square_cost = [len(n) * max(n) ** 2 / sum(x * x for x in n) for n in shapes]
     x = [f"{batch:g} × {tokens}" for batch, tokens in order]
     mode = rows["mode"].iloc[0]
-    below = subtitle(rows, CLOCKS.get(metric, metric), f"{look(padded).label} against {look(ragged).label}", mode)
+    below = subtitle(rows, AXIS_TITLES.get(metric, metric), f"{look(padded).label} against {look(ragged).label}", mode)
     figure = new_figure("What the padding costs", below)
     text = dict(texttemplate="%{y:.2f}", textposition="outside", cliponaxis=False)
     figure.add_bar(x=x, y=row_cost, name="predicted: rows (MLP, projections)", marker=dict(color="#cccccc"), **text)

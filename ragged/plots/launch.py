@@ -10,8 +10,20 @@ import math
 from collections.abc import Sequence
 
 from .call import filling
-from .model import MODELS, _panels
-from .style import CLOCKS, INK, in_order, log_ticks, look, new_figure, one_of_each, pick, short, subtitle, ticks_at
+from .model import MODEL_LABELS, _panels
+from .style import (
+    AXIS_TITLES,
+    INK,
+    in_order,
+    log_ticks,
+    look,
+    new_figure,
+    one_of_each,
+    rows_where,
+    short,
+    subtitle,
+    ticks_at,
+)
 
 GREY = "#777777"
 
@@ -19,7 +31,7 @@ GREY = "#777777"
 def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
     """Rows of single calls on equal counts, one line per call and one column per metric; calls that lack one of the
     metrics are left out."""
-    rows = pick(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
+    rows = rows_where(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
     rows = rows[rows["tokens"].str.fullmatch(r"\d+")]
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
     table = rows.pivot(index=["backend", "batch", "tokens"], columns="metric", values="value")
@@ -116,7 +128,7 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_t
     guesses = {g: [f(*pair) for pair in zip(calls["host_us"], calls["gpu_us"])] for g, f in HYPOTHESES.items()}
     missed = {g: (calls[clock] / x - 1).abs().median() for g, x in guesses.items()}
     titles = [f"{guess}<br>off by {missed[guess]:.0%}" for guess in guesses]
-    what = CLOCKS[clock].partition(" per call")[0]
+    what = AXIS_TITLES[clock].partition(" per call")[0]
     figure = _panels(f"What does {what} see?", titles, subtitle(rows, "equal counts, all batches", mode))
     reach = [min(min(x) for x in guesses.values()) / 1.4, calls[clock].max() * 1.4]
     for column, guess in enumerate(guesses, 1):
@@ -144,11 +156,12 @@ def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), 
     Needs host_us and gpu_us rows of one model; tokens as in `throughput_by_batch`.
     """
     name = "forward_clocks"
-    rows = pick(frame, name, metric=["host_us", "gpu_us"], model=model, backend=list(backend), dtype=dtype, **only)
-    rows = pick(rows[(rows["backend"] == "unpruned") | (rows["tokens"] == tokens)], name, mode=list(mode))
+    wanted = dict(metric=["host_us", "gpu_us"], model=model, backend=list(backend), dtype=dtype)
+    rows = rows_where(frame, name, **wanted, **only)
+    rows = rows_where(rows[(rows["backend"] == "unpruned") | (rows["tokens"] == tokens)], name, mode=list(mode))
     one_of_each(rows, name, "gpu")
     modes = [m for m in mode if m in set(rows["mode"])]
-    below = subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype)
+    below = subtitle(rows, MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
     figure = _panels("A whole forward pass: who waits for whom?", modes, below)
     for column, wanted in enumerate(modes, 1):
         for backend in in_order(rows["backend"]):

@@ -1,4 +1,4 @@
-"""Figures of the whole model: throughput and speedup by batch, speedup against sparsity or image size, memory.
+"""Figures of the whole model: throughput and speedup by batch, speedup against sparsity or image size.
 
 Each takes a frame with the columns of `ragged.data.RESULT_COLUMNS` and returns a plotly figure; see `ragged.plots`.
 """
@@ -12,17 +12,16 @@ from .style import (
     draw_line,
     in_order,
     log_ticks,
-    look,
     need_columns,
     new_figure,
     one_of_each,
-    pick,
     place,
+    rows_where,
     subtitle,
     ticks_at,
 )
 
-MODELS = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}
+MODEL_LABELS = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}
 MODES = ("eager", "graph", "compile", "compile+graph")
 
 
@@ -33,15 +32,15 @@ def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dty
     "U(30,168)"; the unpruned model is drawn beside them whatever its own token count is called.
     """
     name = "throughput_by_batch"
-    rows = pick(frame, name, metric="images_per_s", model=model, dtype=dtype, mode=mode, **only)
+    rows = rows_where(frame, name, metric="images_per_s", model=model, dtype=dtype, mode=mode, **only)
     whole = rows["backend"] == "unpruned"
     if tokens is not None:
-        pick(rows[~whole], name, tokens=tokens)  # says which token counts there are
+        rows_where(rows[~whole], name, tokens=tokens)  # says which token counts there are
         rows = rows[whole | (rows["tokens"] == tokens)]
     one_of_each(rows, name, "gpu")
     one_of_each(rows[rows["backend"] != "unpruned"], name, "tokens")
     modes = sorted(set(rows["mode"]), key=place(MODES))
-    figure = _panels("Throughput", modes, subtitle(rows, MODELS.get(model, model), _kept(rows), dtype))
+    figure = _panels("Throughput", modes, subtitle(rows, MODEL_LABELS.get(model, model), _kept(rows), dtype))
     shown = set()
     for column, mode in enumerate(modes, 1):
         panel = rows[rows["mode"] == mode]
@@ -57,21 +56,19 @@ def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dty
 def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="float16", **only):
     """Speedup over the unpruned model against the share of pruned tokens, one panel for every pruner.
 
-    Needs either images_per_s rows with the unpruned model among them, or ready rows of metric speedup. Rows of
-    flops_ratio (or speedup_ceiling) draw the ceiling: no pipeline can save more time than it saves arithmetic, as long
-    as the arithmetic itself does not run better.
+    Needs images_per_s rows with the unpruned model among them. Rows of flops_ratio draw the ceiling: no pipeline can
+    save more time than it saves arithmetic, as long as the arithmetic itself does not run better.
     """
     name = "sparsity_speedup"
-    rows = pick(frame, name, model=model, dtype=dtype, **only)
-    ceilings = rows[rows["metric"].isin(["flops_ratio", "speedup_ceiling"])]
-    rows = pick(rows, name, metric=["images_per_s", "speedup"], batch=batch, mode=mode)
+    rows = rows_where(frame, name, model=model, dtype=dtype, **only)
+    ceilings = rows[rows["metric"] == "flops_ratio"]
+    rows = rows_where(rows, name, metric="images_per_s", batch=batch, mode=mode)
     one_of_each(rows, name, "gpu", "mode")
-    if "speedup" not in set(rows["metric"]):
-        base = pick(rows, name, backend="unpruned")["value"].median()
-        rows = rows[rows["backend"] != "unpruned"]
-        rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
+    base = rows_where(rows, name, backend="unpruned")["value"].median()
+    rows = rows[rows["backend"] != "unpruned"]
+    rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
     pruners = sorted(set(rows["pruner"]), key=place(PRUNER_LABELS))
-    below = subtitle(rows, MODELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
+    below = subtitle(rows, MODEL_LABELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
     shown = set()
     for column, pruner in enumerate(pruners, 1):
@@ -95,10 +92,11 @@ def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype=
     model. Rows of flops_ratio draw the ceiling. tokens: the distribution of the pruned pipelines.
     """
     name = "speedup_by_batch"
-    rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
+    rows = rows_where(frame, name, model=model, dtype=dtype, mode=mode, **only)
     modes = sorted(set(rows["mode"]), key=place(MODES))
     found = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
-    return _speedup_panels(found, name, subtitle(rows, MODELS.get(model, model), f"pruned: {tokens} tokens", dtype))
+    below = subtitle(rows, MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
+    return _speedup_panels(found, name, below)
 
 
 def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+graph", dtype="float16", **only):
@@ -108,15 +106,15 @@ def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+
     lengths instead of equal counts.
     """
     name = "resolution_speedup"
-    rows = pick(frame, name, model=model, dtype=dtype, mode=mode, **only)
+    rows = rows_where(frame, name, model=model, dtype=dtype, mode=mode, **only)
     one_of_each(rows, name, "mode")
     found = {}
-    for full in sorted(map(int, set(pick(rows, name, backend="unpruned")["tokens"]))):
+    for full in sorted(map(int, set(rows_where(rows, name, backend="unpruned")["tokens"]))):
         patches = full - 1
         kept = f"U({patches * 30 // 196},{patches * 168 // 196})" if ragged else str(1 + patches // 2)
         label = f"{16 * math.isqrt(patches)} pixels, {full} tokens, pruned: {kept}"
         found[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
-    return _speedup_panels(found, name, subtitle(rows, MODELS.get(model, model), rows["mode"].iloc[0], dtype))
+    return _speedup_panels(found, name, subtitle(rows, MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype))
 
 
 def _over_unpruned(rows, name: str, tokens: str):
@@ -125,7 +123,7 @@ def _over_unpruned(rows, name: str, tokens: str):
         return rows[:0]
     one_of_each(rows, name, "gpu", "mode")
     speeds = rows[rows["metric"] == "images_per_s"]
-    base = pick(speeds, name, backend="unpruned").set_index("batch")["value"]
+    base = rows_where(speeds, name, backend="unpruned").set_index("batch")["value"]
     speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
     whole = base.loc[speeds["batch"]].to_numpy()
     divided = {column: (speeds[column] / whole).round(4) for column in ("value", "q20", "q80")}
@@ -158,33 +156,6 @@ def _speedup_panels(found: dict, name: str, below: str):
     figure.update_xaxes(title_text="batch (log)", **ticks_at(batches))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
-
-
-def memory(frame, *, model="deit_base", batch=None, tokens=None, mode=None, dtype="float16", **only):
-    """Peak memory of the pipelines, one group of bars for every batch.
-
-    Needs rows of metric peak_mb. tokens as in `throughput_by_batch`.
-    """
-    name = "memory"
-    rows = pick(frame, name, metric="peak_mb", model=model, batch=batch, mode=mode, dtype=dtype, **only)
-    if tokens is not None:
-        pick(rows[rows["backend"] != "unpruned"], name, tokens=tokens)
-        rows = rows[(rows["backend"] == "unpruned") | (rows["tokens"] == tokens)]
-    one_of_each(rows, name, "gpu", "mode")
-    one_of_each(rows[rows["backend"] != "unpruned"], name, "tokens")
-    below = subtitle(rows, MODELS.get(model, model), _kept(rows), rows["mode"].iloc[0], dtype)
-    figure = new_figure("Peak memory of a forward pass", below)
-    for backend in in_order(rows["backend"]):
-        bars, style = rows[rows["backend"] == backend].sort_values("batch"), look(backend)
-        hollow = style.dash != "solid"  # relatives share a colour; a filling tells them apart
-        pattern = dict(shape="/", fgcolor=style.colour, bgcolor="white", size=6) if hollow else None
-        figure.add_bar(
-            x=[f"{b:g}" for b in bars["batch"]], y=bars["value"], name=style.label,
-            marker=dict(color=style.colour, pattern=pattern, line=dict(color=style.colour, width=1)),
-        )  # fmt: skip
-    figure.update_layout(barmode="group", showlegend=True)
-    figure.update_xaxes(title_text="batch, images", type="category")
-    return figure.update_yaxes(title_text="peak allocated, MB", rangemode="tozero")
 
 
 def _ceiling(figure, rows, column: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .model import MODELS, MODES, _panels
+from .model import MODEL_LABELS, MODES, _panels
 from .style import (
     INK,
     draw_line,
@@ -18,8 +18,8 @@ from .style import (
     need_columns,
     new_figure,
     one_of_each,
-    pick,
     place,
+    rows_where,
     short,
     subtitle,
     ticks_at,
@@ -48,11 +48,11 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     import plotly.graph_objects as go
 
     name = "best_choice"
-    rows = pick(frame, name, metric="images_per_s", dtype=dtype, backend=[ours, *rivals], **only)
+    rows = rows_where(frame, name, metric="images_per_s", dtype=dtype, backend=[ours, *rivals], **only)
     rows = rows[(rows["tokens"] == tokens) | (rows["backend"] == "unpruned")]
     one_of_each(rows, name, "gpu")
     table = rows.pivot_table(index=["model", "mode", "batch"], columns="backend", values="value")
-    pick(rows, name, backend=ours)
+    rows_where(rows, name, backend=ours)
     table = table[table[ours].notna()]
     others = table[[r for r in rivals if r in table]].dropna(how="all")
     if others.empty:
@@ -60,7 +60,7 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     ratio, best = table.loc[others.index, ours] / others.max(axis=1), others.idxmax(axis=1)
     text = ratio.map("<b>{:.2f}×</b><br>".format) + best.map(lambda b: look(b).label)
     grid, words = (column.unstack("batch") for column in (ratio, text))
-    in_turn = sorted(grid.index, key=lambda row: (place(MODELS)(row[0]), place(MODES)(row[1])))
+    in_turn = sorted(grid.index, key=lambda row: (place(MODEL_LABELS)(row[0]), place(MODES)(row[1])))
     grid, words = grid.loc[in_turn], words.loc[in_turn]
     reach = max(0.3, max(abs(math.log2(r)) for r in ratio))
     ticks = [r for r in (0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if abs(math.log2(r)) <= reach]
@@ -68,7 +68,7 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     figure = new_figure(f"{look(ours).label} against the best alternative", below, height=190 + 52 * len(grid))
     figure.add_trace(go.Heatmap(
         z=grid.map(math.log2, na_action="ignore"), x=[f"{b:g}" for b in grid.columns], text=words.fillna(""),
-        y=[f"{MODELS.get(m, m)}, {mode}" for m, mode in grid.index], texttemplate="%{text}", colorscale="PuOr_r",
+        y=[f"{MODEL_LABELS.get(m, m)}, {mode}" for m, mode in grid.index], texttemplate="%{text}", colorscale="PuOr_r",
         zmin=-reach, zmax=reach, xgap=2, ygap=2, hoverinfo="skip", showscale=len(grid) > 1,
         colorbar=dict(title="times<br>faster", tickvals=[math.log2(r) for r in ticks],
                       ticktext=[f"{r:g}×" for r in ticks]),
@@ -96,7 +96,7 @@ def ladder(steps, *, title, unit, below=""):
     return figure.update_yaxes(autorange="reversed", type="category")
 
 
-# ---- a prediction beside the record ----
+# ---- a prediction beside what was recorded ----
 
 
 def expectation(curves, points, *, title, below="", y_title="times the unpruned images/s"):
@@ -130,7 +130,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
     return figure.update_yaxes(title_text=y_title, col=1)
 
 
-# ---- the paper beside the record ----
+# ---- the paper beside what was recorded ----
 
 
 def paper_beside(pairs, *, title, unit, log=True, below=""):

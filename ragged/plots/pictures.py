@@ -39,7 +39,8 @@ def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title=
     count = len(ids)
     if len(names) != count or count == 0:
         raise ValueError(f"ids and names: expected one name per list of ids, got {count} lists, {len(names)} names")
-    images = [images] * count if _is_one_image(images) else list(images)
+    one = not isinstance(images, list | tuple) and np.ndim(images) == 3
+    images = [images] * count if one else list(images)
     if len(images) != count:
         raise ValueError(f"images: expected one, or one for each of {count} lists of ids, got {len(images)}")
     columns = min(count, columns or count)
@@ -148,8 +149,8 @@ def readme_picture(path, names=("astronaut", "cat", "rocket")):
     """
     from ..data import photographs
 
-    images, records = photographs()
-    chosen = [images[[r["name"] for r in records].index(name)].numpy() for name in names]
+    images, attributions = photographs()
+    chosen = [images[[of["name"] for of in attributions].index(name)].numpy() for name in names]
     ids = []
     for image in chosen:
         grey = image.mean(0).reshape(14, 16, 14, 16).std(axis=(1, 3)).ravel()
@@ -169,10 +170,6 @@ def small_png(data: bytes, colours: int = 64) -> bytes:
 
 
 # ---- pixels ----
-
-
-def _is_one_image(images) -> bool:
-    return not isinstance(images, list | tuple) and np.ndim(images) == 3
 
 
 def _pixels(image, patch: int):

@@ -14,14 +14,14 @@ import numpy as np
 from .pictures import PADDING, SEQUENCE_COLOURS, _bare, _box, _pixels, _place, _say
 from .quality import PRUNER_LOOKS
 from .style import (
-    CLOCKS,
+    AXIS_TITLES,
     INK,
     Look,
     log_ticks,
     look,
     new_figure,
     one_of_each,
-    pick,
+    rows_where,
     short,
     subtitle,
 )
@@ -219,15 +219,15 @@ def packing_ways(frame, *, batch=64, tokens="U(30,168)", clock="host_us", dtype=
     Needs rows of the suite `pack` of one clock, and of `syncs`.
     """
     name = "packing_ways"
-    rows = pick(frame, name, metric=[clock, "syncs"], batch=batch, tokens=tokens, dtype=dtype, **only)
+    rows = rows_where(frame, name, metric=[clock, "syncs"], batch=batch, tokens=tokens, dtype=dtype, **only)
     one_of_each(rows, name, "gpu", "model")
-    waits = pick(rows, name, metric="syncs").drop_duplicates("backend").set_index("backend")["value"]
-    rows = pick(rows, name, metric=clock)
+    waits = rows_where(rows, name, metric="syncs").drop_duplicates("backend").set_index("backend")["value"]
+    rows = rows_where(rows, name, metric=clock)
     ways = [way for way in WAYS if way in set(rows["backend"])][::-1]
     below = subtitle(rows, f"batch {batch}", f"{tokens} of 197 tokens", dtype)
     figure = new_figure("Bringing the kept rows together", below, height=190 + 48 * len(ways))
-    recorded = set(rows[rows["mode"] == "graph"]["backend"])
-    ends = {way: "" if way in recorded else ", so no graph" for way in ways}
+    captured = set(rows[rows["mode"] == "graph"]["backend"])
+    ends = {way: "" if way in captured else ", so no graph" for way in ways}
     labels = {way: f"{WAYS[way]}<br><i>waits per call: {waits.get(way, float('nan')):g}{ends[way]}</i>" for way in ways}
     styles = {"eager": ("eager", "#666666", "circle-open", "top"),
               "graph": ("replayed as a graph", look("triton").colour, "circle", "bottom")}  # fmt: skip
@@ -238,4 +238,4 @@ def packing_ways(frame, *, batch=64, tokens="U(30,168)", clock="host_us", dtype=
                            textfont=dict(size=11), cliponaxis=False,
                            marker=dict(color=colour, symbol=symbol, size=12, line=dict(width=2)))  # fmt: skip
     figure.update_layout(legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
-    return figure.update_xaxes(title_text=f"{CLOCKS[clock]} (log)", **log_ticks(rows["value"]))
+    return figure.update_xaxes(title_text=f"{AXIS_TITLES[clock]} (log)", **log_ticks(rows["value"]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from .model import MODELS, _panels
-from .style import INK, PRUNER_LABELS, Look, in_order, look, new_figure, one_of_each, pick, subtitle
+from .model import MODEL_LABELS, _panels
+from .style import INK, PRUNER_LABELS, Look, in_order, look, new_figure, one_of_each, rows_where, subtitle
 
 # Paul Tol's muted palette: safe for colour-blind readers, and no colour of a backend among them.
 PRUNER_LOOKS = {
@@ -45,10 +45,10 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
     instead, and drawn as dashes. claim: the paper's figure, {pruner: value}.
     """
     name = "logit_differences"
-    rows = pick(frame, name, metric=metric, model=model, **only)
+    rows = rows_where(frame, name, metric=metric, model=model, **only)
     one_of_each(rows, name, "gpu", "model", "mode")
     dtypes = [d for d in DTYPES if d in set(rows["dtype"])]
-    figure = _panels("Ragged against padded, same masks", dtypes, subtitle(rows, MODELS.get(model, model)))
+    figure = _panels("Ragged against padded, same masks", dtypes, subtitle(rows, MODEL_LABELS.get(model, model)))
     pruners = [p for p in PRUNER_LABELS if p in set(rows["pruner"])]
     labels = [PRUNER_LABELS[p] for p in pruners]
     seen = set()
@@ -78,22 +78,22 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
 def rounding(errors, *, title="Whose rounding is it?", below=""):
     """Errors of two executions against float64, and their distance from each other, as bars on a logarithmic axis.
 
-    errors: records with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. Two
+    errors: dicts with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. Two
     executions cannot be farther apart than their errors add up to; with both errors small, the distance is rounding.
     """
     figure = new_figure(title, below)
-    names = [record["name"] for record in errors]
+    names = [one["name"] for one in errors]
     bars = (
         ("padded", "padded against float64", dict(color=look("sdpa_padded").colour)),
         ("ragged", "ragged against float64", dict(color=look("triton").colour)),
         ("apart", "ragged against padded", dict(color="white", line=dict(color=INK, width=1.5))),
     )
     for key, label, marker in bars:
-        values = [float(record[key]) or None for record in errors]  # an exact zero has no place on a log axis
+        values = [float(one[key]) or None for one in errors]  # an exact zero has no place on a log axis
         text = ["0" if v is None else f"{v:.1e}" for v in values] if len(errors) <= 4 else None  # more would overlap
         figure.add_bar(x=names, y=values, name=label, text=text, textposition="outside", cliponaxis=False,
                        marker=marker)  # fmt: skip
-    exponents = _powers(_positive([record[key] for record in errors for key, *_ in bars]))
+    exponents = _powers(_positive([one[key] for one in errors for key, *_ in bars]))
     figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
     return figure.update_yaxes(title_text="difference of logits, root mean square (log)", **exponents)
 
@@ -111,12 +111,12 @@ def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="co
     smallest accuracy shown, in per cent; the subtitle says how many points lie lower.
     """
     name = "accuracy"
-    rows = pick(frame, name, model=model, metric=["top1", against], **only)
+    rows = rows_where(frame, name, model=model, metric=["top1", against], **only)
     points = _joined(rows, against, mode, name)
     how = mode if against == "images_per_s" else ""
     batch = f"batch {points['batch'].iloc[0]:g}" if how else ""
     low = (100 * points["value_top1"] < least).sum()
-    below = subtitle(rows, MODELS.get(model, model), how, batch, f"{low} points below {least} %" if low else "")
+    below = subtitle(rows, MODEL_LABELS.get(model, model), how, batch, f"{low} points below {least} %" if low else "")
     figure = new_figure(title or "What is left of the accuracy", below, width=780, height=400)
     if against == "images_per_s":
         _front(figure, points)
@@ -145,9 +145,9 @@ def _joined(rows, against: str, mode: str, name: str):
     """One line per pruner, schedule and keep, with the columns value_top1 and value_<against>. Of several backends the
     last in the alphabet counts: triton before sdpa_padded. Threshold-L2 has one cut in every schedule: drawn once."""
     key = ["pruner", "tokens", "keep"]
-    share, other = (pick(rows, name, metric=metric) for metric in ("top1", against))
+    share, other = (rows_where(rows, name, metric=metric) for metric in ("top1", against))
     if against == "images_per_s":
-        other = pick(other, name, mode=mode)
+        other = rows_where(other, name, mode=mode)
     share, other = (part.sort_values("backend").drop_duplicates(key, keep="last") for part in (share, other))
     points = share.merge(other[[*key, "value"]], on=key, suffixes=("_top1", f"_{against}"))
     if points.empty:

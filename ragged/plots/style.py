@@ -1,8 +1,5 @@
 """How every figure looks and how it finds its rows: one colour per backend, one template, one way to say what is
-missing.
-
-No torch, and plotly only when a figure is made: tables can be read and checked without either.
-"""
+missing. plotly is imported when a figure is made."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ LOOKS = {
     "reference": Look("reference loop", "#999999", "dot", "x"),
 }
 PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS"}
-CLOCKS = {
+AXIS_TITLES = {
     "host_us": "host time per call, µs",
     "gpu_us": "GPU time per call, µs",
     "wall_us": "wall-clock time per call, µs",
@@ -85,7 +82,7 @@ def need_columns(frame, figure: str, *columns: str) -> None:
         raise ValueError(f"{figure}: the frame lacks the columns {missing}; it has {list(frame.columns)}")
 
 
-def pick(frame, figure: str, **wanted):
+def rows_where(frame, figure: str, **wanted):
     """The rows whose columns have the wanted values: a value, a list of allowed ones, or None for any.
 
     Rows whose status is not "ok" are left out. ValueError names the first column for which nothing is left and the
@@ -118,27 +115,6 @@ def one_of_each(frame, figure: str, *columns: str) -> None:
         there = sorted({str(v) for v in frame[column]})
         if len(there) > 1:
             raise ValueError(f"{figure}: the rows mix {column} = {', '.join(there)}; choose one with {column}=...")
-
-
-def paper_rows(table):
-    """A table of `ragged.data.paper` with the columns and units of recorded results, for the same figures.
-
-    Milliseconds become microseconds (`wall_us`, `event_us`), `pruned` becomes `keep`; the rows without any pruning
-    that the tables call dense are the unpruned model. The date is the version of the paper.
-    """
-    need_columns(table, "paper_rows", "version", "gpu", "backend", "pruned", "tokens", "metric", "value", "unit")
-    frame = table.copy()
-    in_ms = frame["metric"].str.endswith("_ms")
-    frame.loc[in_ms, "value"] *= 1000
-    frame.loc[in_ms, "unit"] = "us"
-    frame["metric"] = frame["metric"].str.replace("_ms$", "_us", regex=True)
-    frame["keep"] = 1.0 - frame["pruned"]
-    frame["tokens"] = ["" if t != t else str(int(t)) for t in frame["tokens"]]
-    unpruned = (frame["backend"] == "dense") & (frame["pruned"] == 0)
-    frame.loc[unpruned, "backend"] = "unpruned"
-    dates = "arXiv 2604.15408" + frame["version"]
-    return frame.assign(suite=frame["table"], dtype="float16", mode="eager", status="ok", date=dates,
-                        q20=float("nan"), q80=float("nan"))  # fmt: skip
 
 
 # ---- looks ----

@@ -39,18 +39,19 @@ def accuracy(options: Options) -> list[Case]:
         if name != MODEL:
             raise ValueError(f"--model {name}: accuracy needs trained weights: {MODEL}, or --imagenet DIR with it")
     scenes = functools.cache(functools.partial(held_out, 40 if options.quick else HELD_OUT))
-    batch = options.pick_batches((8,) if options.quick else (SPEED_BATCH,))[0]
+    batch = options.batches_or((8,) if options.quick else (SPEED_BATCH,))[0]
     bench = functools.cache(functools.partial(SceneBench, batch, options, scenes))
     predictors = data.checkpoint_path(f"{MODEL}_dynamicvit")
     columns = {"suite": "accuracy", "model": MODEL, "batch": batch, "dtype": str(options.dtype).removeprefix("torch.")}
-    cases = [Case(columns | {"tokens": "unpruned"}, _candidates(bench, scenes, UNPRUNED, ("unpruned",)))]
+    shares: dict[str, float] = {}
+    cases = [Case(columns | {"tokens": "unpruned"}, _candidates(bench, scenes, UNPRUNED, ("unpruned",), shares))]
     for schedule, how in SCHEDULES.items():
         for keep in KEEPS if not options.quick else (0.5,):
             found = settings(schedule, keep, predictors)
             untrained = functools.partial(PRUNERS["dynamicvit"], keep=keep, **how)
-            candidates = [c for s in found for c in _candidates(bench, scenes, s, ("triton", "sdpa_padded"))]
+            candidates = [c for s in found for c in _candidates(bench, scenes, s, ("triton", "sdpa_padded"), shares)]
             setting = Setting("dynamicvit:untrained", schedule, keep, untrained)
-            candidates += _candidates(bench, scenes, setting, ("triton",))[:1]
+            candidates += _candidates(bench, scenes, setting, ("triton",), shares)[:1]
             cases.append(Case(columns | {"tokens": schedule}, candidates))
     return cases
 
@@ -75,24 +76,29 @@ class SceneBench(Workbench):
         return data.normalise(images.to(self.device).float() / 255).to(self.dtype)
 
 
-def _candidates(bench, scenes, setting: Setting, backends: tuple[str, ...]) -> list[Candidate]:
-    """Per backend: the count, eager; and the speed, compiled and recorded, and eager too."""
-    kept: dict[str, float] = {}
+def _candidates(bench, scenes, setting: Setting, backends: tuple[str, ...],
+                shares: dict[str, float]) -> list[Candidate]:  # fmt: skip
+    """Per backend: the count, eager; and the speed, compiled and captured, and eager too. shares: what adaptive
+    pruners were found to keep, by the setting's name; the first count decides, so that the rows of a setting belong
+    together."""
     found = []
     for backend in backends:
         columns = {"pruner": setting.pruner, "backend": backend, "keep": setting.keep}
-        found.append(_counted(bench, scenes, setting, columns | {"mode": "eager"}, kept))
-        found.append(_timed(bench, setting, columns | {"mode": "compile+graph"}, kept))
+        found.append(_counted(bench, scenes, setting, columns | {"mode": "eager"}, shares))
+        found.append(_timed(bench, setting, columns | {"mode": "compile+graph"}, shares))
     if setting.pruner == "ats" and setting.schedule == "published":  # many decisions on the GPU: eager only
         for backend in backends:
             columns = {"pruner": setting.pruner, "backend": backend, "keep": None, "mode": "eager"}
-            found.append(_timed(bench, setting, columns, kept))
+            found.append(_timed(bench, setting, columns, shares))
     return found
 
 
-def _counted(bench, scenes, setting: Setting, columns: dict, kept: dict) -> Candidate:
-    found: dict = {}
+def _share(setting: Setting, shares: dict[str, float]) -> dict:
+    """The keep column of an adaptive pruner, once it was counted."""
+    return {"keep": shares.get(setting.name, "")} if setting.keep is None else {}
 
+
+def _counted(bench, scenes, setting: Setting, columns: dict, shares: dict[str, float]) -> Candidate:
     def build() -> Subject:
         b, backend = bench(), "auto" if columns["backend"] == "unpruned" else columns["backend"]
         need(b.vit, backend)
@@ -100,24 +106,19 @@ def _counted(bench, scenes, setting: Setting, columns: dict, kept: dict) -> Cand
         tally = Tally(b.vit.patch_embed.num_patches, b.vit.num_prefix_tokens)
         for images, labels in scenes():
             tally.add(model, b.prepare(images), labels)
-        found.update(tally.values())
-        if setting.keep is None:
-            columns["keep"] = kept.setdefault("keep", tally.keep())
-        return Subject([], clocks=())
+        shares.setdefault(setting.name, tally.keep())
+        return Subject([], clocks=(), found=tally.values())
 
-    return Candidate(columns, build, COUNTED, lambda subject: found)
+    return Candidate(columns, build, COUNTED, found_columns=functools.partial(_share, setting, shares))
 
 
-def _timed(bench, setting: Setting, columns: dict, kept: dict) -> Candidate:
+def _timed(bench, setting: Setting, columns: dict, shares: dict[str, float]) -> Candidate:
     pipeline = Pipeline(bench, setting.make if setting.pruner != "none" else None, columns["backend"], columns["mode"])
 
     def build() -> Subject:
-        if setting.keep is None:
-            columns["keep"] = kept.get("keep", "")
-        subject = pipeline.build()
-        return replace(subject, clocks=("stream_us",), replay=None)
+        return replace(pipeline.build(), clocks=("stream_us",), replay=None)
 
-    return Candidate(columns, build, ("images_per_s",))
+    return Candidate(columns, build, ("images_per_s",), found_columns=functools.partial(_share, setting, shares))
 
 
 # ---- --imagenet DIR ----

@@ -19,12 +19,11 @@ from ... import data
 from ...attention import varlen_attention, varlen_attention_ref
 from ...backends import BACKENDS, masked_sdpa, pad_rows
 from ...rows import offsets
-from ..rounds import Subject
+from ..rounds import CALL_CLOCKS, Subject
 from ..runner import Candidate, Case, Options, Skip, Wrong
 from ..timing import as_graph, syncs
 
 HEADS, HEADDIM = 12, 64  # DeiT-B
-EAGER = ("host_us", "gpu_us", "wall_us", "event_us", "syncs")
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}  # ‖out - ref‖ / ‖ref‖
 DENSE = {"dense_flash": "FLASH_ATTENTION", "dense_cudnn": "CUDNN_ATTENTION", "dense_efficient": "EFFICIENT_ATTENTION"}
 VARLEN = ("triton", "flash_attn", "torch_varlen", "sdpa_padded", "paper_triton", "paper_padded")
@@ -165,7 +164,7 @@ def kernel_context(name: str):
 
 
 def attention_subject(inputs: Callable[[], Inputs], make: Make, mode: str, around=nullcontext) -> Subject:
-    """The checked call of one provider, eager or as a recorded graph."""
+    """The checked call of one provider, eager or as a CUDA graph."""
     x = inputs()
     with around():
         calls = [make(x, qkv) for qkv in x.sets]
@@ -175,15 +174,15 @@ def attention_subject(inputs: Callable[[], Inputs], make: Make, mode: str, aroun
             call()
         waits = syncs(calls)
         if mode == "graph" and waits:
-            raise Skip(f"cannot be recorded: it waits for the GPU {waits:g} times a call")
+            raise Skip(f"cannot be captured: it waits for the GPU {waits:g} times a call")
         if not x.cu.is_cuda:
             if mode == "graph":
                 raise Skip("CUDA graphs need a CUDA device")
-            return Subject(calls, clocks=EAGER)
+            return Subject(calls, clocks=CALL_CLOCKS)
         replay = None if waits else as_graph(calls)
         if mode == "graph":
-            return Subject([as_graph([call], 1) for call in calls], replay, 20, clocks=EAGER)
-        return Subject(calls, replay, 20, around, clocks=EAGER)
+            return Subject([as_graph([call], 1) for call in calls], replay, 20, clocks=CALL_CLOCKS)
+        return Subject(calls, replay, 20, around, clocks=CALL_CLOCKS)
 
 
 def attention(options: Options) -> list[Case]:
@@ -193,15 +192,15 @@ def attention(options: Options) -> list[Case]:
     sdpa_padded:attention gets them padded, as in a padded model."""
     half, found = options.dtype, []
     if options.quick:
-        plan = [(b, t, half) for b in options.pick_batches((1, 32) if half == torch.float16 else (1, 2)) for t in
+        plan = [(b, t, half) for b in options.batches_or((1, 32) if half == torch.float16 else (1, 2)) for t in
                 ("39", "U(20,197)")]  # fmt: skip
     else:
-        sizes = itertools.product(options.pick_batches((32, 64, 256, 4, 1, 16)), ("39", "99", "197"))
+        sizes = itertools.product(options.batches_or((32, 64, 256, 4, 1, 16)), ("39", "99", "197"))
         plan = [(b, t, half) for b, t in sizes]
-        plan += [(b, "U(20,197)", half) for b in options.pick_batches((64, 256))]
-        plan += [(b, t, half) for b in options.pick_batches((32,)) for t in ("288", "577")]
+        plan += [(b, "U(20,197)", half) for b in options.batches_or((64, 256))]
+        plan += [(b, t, half) for b in options.batches_or((32,)) for t in ("288", "577")]
         if half == torch.float16:
-            plan += [(b, t, torch.bfloat16) for b in options.pick_batches((32,)) for t in ("39", "99", "197")]
+            plan += [(b, t, torch.bfloat16) for b in options.batches_or((32,)) for t in ("39", "99", "197")]
     for batch, tokens, dtype in dict.fromkeys(plan):
         columns = {"suite": "attention", "model": "deit_base", "pruner": "none", "batch": batch, "tokens": tokens,
                    "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
@@ -223,7 +222,7 @@ def _providers(inputs: Callable[[], Inputs], tokens: str, flexible: bool) -> lis
     found = []
     for (name, (make, around)), mode in itertools.product(makes.items(), ("eager", "graph")):
         build = functools.partial(attention_subject, inputs, make, mode, around)
-        found.append(Candidate({"backend": name, "mode": mode}, build, EAGER))
+        found.append(Candidate({"backend": name, "mode": mode}, build, CALL_CLOCKS))
     return found
 
 

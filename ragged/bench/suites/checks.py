@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ... import data, pruners
+from ... import data
 from ...model import RaggedViT
 from ...packing import Selection
-from ...pruners import PRUNERS, Pruner
-from ..pipelines import Replay, Workbench, need, network, noting
+from ...pruners import PRUNERS, GivenLengths, Pruner
+from ..pipelines import Noted, Replay, Workbench, need, network
 from ..rounds import Subject
 from ..runner import Candidate, Case, Options, Skip, settle
-from .model import BACKENDS, SINGLE_CUT, equal_counts
+from .model import CONTESTANTS, SINGLE_CUT, equal_counts
 
 CLASSES = 10  # of the networks trained on digits
 DIFFERENCES = ("max_abs_logit_diff", "mean_abs_logit_diff", "top1_agreement")
@@ -27,14 +27,14 @@ def memory(options: Options) -> list[Case]:
     """peak_mb: the most memory allocated while a pipeline is built and run, its weights and images included. graph:
     with all its buckets."""
     quick, cases = options.quick, []
-    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
-        for batch in options.pick_batches((4,) if quick else (64, 256)):
+    for name in options.models_or(("deit_tiny",) if quick else ("deit_base",)):
+        for batch in options.batches_or((4,) if quick else (64, 256)):
             plan: list[tuple] = [("unpruned", None, {"pruner": "none", "tokens": "197", "keep": 1.0})]
             equal = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
-            plan += [(backend, equal_counts(0.5), equal) for backend in ("dense", *BACKENDS)]
-            lengths = functools.partial(pruners.given_lengths, data.lengths("U(30,168)", batch))
+            plan += [(backend, equal_counts(0.5), equal) for backend in ("dense", *CONTESTANTS)]
+            lengths = functools.partial(GivenLengths, data.lengths("U(30,168)", batch))
             ragged = {"pruner": "given_lengths", "tokens": "U(30,168)", "keep": 0.5}
-            plan += [(backend, lengths, ragged) for backend in BACKENDS]
+            plan += [(backend, lengths, ragged) for backend in CONTESTANTS]
             bench = functools.cache(functools.partial(Workbench, name, batch, options.dtype, options.device, sets=1))
             found = [
                 _peak(bench, make, columns | {"backend": backend, "mode": mode})
@@ -46,8 +46,6 @@ def memory(options: Options) -> list[Case]:
 
 
 def _peak(bench, make: Callable | None, columns: dict) -> Candidate:
-    found: dict[str, float] = {}
-
     def build() -> Subject:
         if not torch.cuda.is_available():
             raise Skip("peak memory is read from CUDA's allocator")
@@ -61,10 +59,10 @@ def _peak(bench, make: Callable | None, columns: dict) -> Candidate:
             run(b.images[0])
         torch.cuda.synchronize()
         own = sum(t.numel() * t.element_size() for t in (*b.vit.parameters(), *b.vit.buffers(), *b.images))
-        found["peak_mb"] = (torch.cuda.max_memory_allocated() - before + own) / 2**20
-        return Subject([], clocks=())
+        peak = torch.cuda.max_memory_allocated() - before + own
+        return Subject([], clocks=(), found={"peak_mb": peak / 2**20})
 
-    return Candidate(columns, build, ("peak_mb",), lambda subject: found)
+    return Candidate(columns, build, ("peak_mb",))
 
 
 def equivalence(options: Options) -> list[Case]:
@@ -77,7 +75,7 @@ def equivalence(options: Options) -> list[Case]:
     dtypes = (torch.float16, torch.bfloat16, torch.float32) if cuda else (torch.float32,)
     images = functools.cache(functools.partial(pictures, 8 if quick else 2000))
     cases = []
-    for name in options.pick_models(("deit_tiny",) if quick else ("deit_small", "deit_tiny_digits")):
+    for name in options.models_or(("deit_tiny",) if quick else ("deit_small", "deit_tiny_digits")):
         for dtype in dtypes:
             columns = {"suite": "equivalence", "model": name, "batch": 8 if quick else 127, "mode": "eager",
                        "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
@@ -85,7 +83,7 @@ def equivalence(options: Options) -> list[Case]:
             others = ("triton", "flash_attn", "torch_varlen", "paper_triton", "triton:fp64", "sdpa_padded:fp64")
             found = []
             for pruner in PRUNERS:
-                padded = Padded(vit, pruner, images, columns["batch"], dtype)
+                padded = PaddedPasses(vit, pruner, images, columns["batch"], dtype)
                 same = {"pruner": pruner, "tokens": "ragged" if pruner == "ats" else "", "keep": 0.5}
                 found += [_difference(padded, same | {"backend": backend}) for backend in others]
             cases.append(Case(columns, found))
@@ -98,7 +96,7 @@ def pictures(scenes: int) -> Tensor:
     return data.normalise(torch.cat((photographs, data.digit_scenes(scenes, "test").images)))
 
 
-class Padded:
+class PaddedPasses:
     """The padded network over all images with one pruner: its selections and logits, computed once for every backend
     that is held against it."""
 
@@ -117,13 +115,12 @@ class Padded:
     @functools.cached_property
     def passes(self) -> tuple[list[list[Selection | None]], Tensor]:
         """What the pruner selected in each batch, and the logits, float64 (images, classes)."""
-        model = RaggedViT(self.vit(), self.pruner, "sdpa_padded")
-        model = model.to(model.vit.patch_embed.proj.weight.device, self.dtype)  # a predictor comes from a file
         selections, logits = [], []
         for x in self.batches():
-            with noting(self.pruner) as taken:
-                logits.append(model(x).double())
-            selections.append(taken)
+            noted = Noted(self.pruner)
+            model = RaggedViT(self.vit(), noted, "sdpa_padded").to(x.device, x.dtype)  # a predictor comes from a file
+            logits.append(model(x).double())
+            selections.append(noted.taken)
         return selections, torch.cat(logits)
 
     @functools.cached_property
@@ -138,8 +135,7 @@ class Padded:
         return torch.cat([RaggedViT(vit, Replay(self.pruner, t), backend)(x.to(dtype)).double() for x, t in pairs])
 
 
-def _difference(padded: Padded, columns: dict) -> Candidate:
-    found: dict[str, float] = {}
+def _difference(padded: PaddedPasses, columns: dict) -> Candidate:
     backend, _, truth = columns["backend"].partition(":")
 
     def build() -> Subject:
@@ -148,10 +144,10 @@ def _difference(padded: Padded, columns: dict) -> Candidate:
         want = padded.exact if truth else logits
         got = padded.replayed(padded.vit(), backend, padded.dtype)
         gap, agree = (want - got).abs(), (want.argmax(1) == got.argmax(1)).double()
-        found.update(zip(DIFFERENCES, (gap.max().item(), gap.mean().item(), agree.mean().item())))
-        return Subject([], clocks=())
+        found = zip(DIFFERENCES, (gap.max().item(), gap.mean().item(), agree.mean().item()))
+        return Subject([], clocks=(), found=dict(found))
 
-    return Candidate(columns, build, DIFFERENCES, lambda subject: found)
+    return Candidate(columns, build, DIFFERENCES)
 
 
 def _pruner(name: str, digits: bool):

@@ -27,10 +27,10 @@ import torch
 
 from ... import launch
 from ...attention import varlen_attention
-from ..rounds import Subject
+from ..rounds import CALL_CLOCKS, Subject
 from ..runner import Candidate, Case, Options, Skip
 from ..timing import wait
-from .attention import EAGER, HEADDIM, HEADS, Inputs, attention_subject, varlen
+from .attention import HEADDIM, HEADS, Inputs, attention_subject, varlen
 
 BATCH, TOKENS = 32, "39"
 PUBLIC = ("triton", "flash_attn", "torch_varlen", "paper_triton")
@@ -204,7 +204,7 @@ def dispatch(options: Options) -> list[Case]:
     candidates = []
     for name in PUBLIC:
         build = functools.partial(attention_subject, x, functools.partial(varlen, name), "eager")
-        candidates.append(Candidate({"backend": name, "mode": "eager"}, build, EAGER))
+        candidates.append(Candidate({"backend": name, "mode": "eager"}, build, CALL_CLOCKS))
     for provider, layers in LAYERS.items():
         for layer in layers:
             build = functools.partial(_layer, x, provider, layer, options)

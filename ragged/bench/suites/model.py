@@ -12,29 +12,15 @@ import itertools
 import math
 from collections.abc import Callable
 
-from ... import data, pruners
-from ...pruners import PRUNERS
+from ... import data
+from ...pruners import PRUNERS, GivenLengths
 from ..pipelines import METRICS, MODES, Pipeline, Workbench
 from ..runner import Candidate, Case, Options
 
 MODELS = ("deit_base", "deit_small", "deit_tiny")
-BACKENDS = ("triton", "sdpa_padded", "flash_attn", "torch_varlen", "paper_triton", "paper_padded")
+CONTESTANTS = ("triton", "sdpa_padded", "flash_attn", "torch_varlen", "paper_triton", "paper_padded")
 SINGLE_CUT = {"at": (3,), "where": "after"}
-KEEPS = (0.5, 0.1, 0.3, 0.7, 0.9, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
-# Predicted, and what came of it (H200, float16, compile+graph unless said otherwise; time of one pass):
-# - the patch embedding as a matrix product: "a convolution with stride 16 is one already". It was not: DeiT-S, batch
-#   256, unpruned 9.0 -> 7.6 ms, half the tokens 7.2 -> 5.7 ms. What every image must pass in full hides what pruning
-#   saves: 90 % pruned, DeiT-B reached 0.85 of its FLOP ratio, with this and the next change 1.03.
-# - fixed block sizes for compiled row-wise kernels: "a little slower than tuned ones". Faster: the tuning times two
-#   choices once, and GELU took 110 or 155 us by the luck of that moment. DeiT-B, 256, half: 15.7 -> 14.7 ms.
-# - a memset early in the graph, so that the GPU begins there: no difference. Two graphs instead of one: DeiT-S, 16,
-#   713 -> 692 us; DeiT-B, 1, 552 -> 543 us; DeiT-Ti, 1, 344 -> 346 us.
-# - no events and contexts round a replay: "a few us". 12 to 16 us of host time.
-# - room for all rows instead of a wait: "pays while the GPU does not fill up". DeiT-B, batch 1, 533 -> 501 us; batch 2,
-#   563 -> 578 us (DeiT-S 442 -> 431 us); batch 4, 629 -> 676 us.
-# - an adaptive cut packed by one kernel instead of sixteen, and a ranking by one instead of eight: 20 to 40 us.
+SWEPT = (0.5, 0.1, 0.3, 0.7, 0.9, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def _columns(suite: str, name: str, batch: int, options: Options) -> dict:
@@ -66,16 +52,16 @@ def model(options: Options) -> list[Case]:
     cases = []
     quick = options.quick
     # where the paper's claims are first, so that a recording cut short holds them
-    for name in options.pick_models(("deit_tiny",) if quick else MODELS):
-        for batch in options.pick_batches((4,) if quick else (64, 256, 1, 16, 4)):
+    for name in options.models_or(("deit_tiny",) if quick else MODELS):
+        for batch in options.batches_or((4,) if quick else (64, 256, 1, 16, 4)):
             bench = _bench(name, batch, options)
             candidates = _unpruned(bench, MODES)
             columns = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
-            for backend, mode in itertools.product(("dense", *BACKENDS), MODES):
+            for backend, mode in itertools.product(("dense", *CONTESTANTS), MODES):
                 candidates.append(_candidate(bench, equal_counts(0.5), columns | {"backend": backend, "mode": mode}))
             columns = {"pruner": "given_lengths", "tokens": "U(30,168)", "keep": 0.5}
-            lengths = functools.partial(pruners.given_lengths, data.lengths("U(30,168)", batch))
-            for backend, mode in itertools.product(BACKENDS, MODES):
+            lengths = functools.partial(GivenLengths, data.lengths("U(30,168)", batch))
+            for backend, mode in itertools.product(CONTESTANTS, MODES):
                 candidates.append(_candidate(bench, lengths, columns | {"backend": backend, "mode": mode}))
             cases.append(Case(_columns("model", name, batch, options), candidates))
     return cases
@@ -86,9 +72,9 @@ def sparsity(options: Options) -> list[Case]:
     and keeps what they hit: its keep column is the measured mean share, and its tokens column names the points."""
     quick, cases = options.quick, []
     modes = ("eager", "graph") if quick else ("eager", "compile+graph")
-    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
+    for name in options.models_or(("deit_tiny",) if quick else ("deit_base",)):
         for batch, keep in itertools.product(
-            options.pick_batches((4,) if quick else (64, 256)), (0.5, 0.1) if quick else KEEPS
+            options.batches_or((4,) if quick else (64, 256)), (0.5, 0.1) if quick else SWEPT
         ):
             bench = _bench(name, batch, options)
             candidates = _unpruned(bench, modes) if keep == 0.5 else []
@@ -106,15 +92,17 @@ def _cut(bench, pruner: str, keep: float, columns: dict) -> Candidate:
         return _candidate(bench, make, columns | {"pruner": pruner, "tokens": tokens, "keep": keep})
     samples = round(196 * keep)
     make = functools.partial(PRUNERS["ats"], samples=samples, **SINGLE_CUT)
-    pipeline_columns = columns | {"pruner": "ats", "tokens": f"samples={samples}", "keep": keep}
+    columns = columns | {"pruner": "ats", "tokens": f"samples={samples}", "keep": keep}
     pipeline = Pipeline(bench, make, columns["backend"], columns["mode"])
+    return Candidate(columns, pipeline.build, METRICS, pipeline.values, functools.partial(_mean_share, pipeline))
 
-    def values(subject) -> dict:
-        found = pipeline.values(subject)
-        pipeline_columns["keep"] = round((found["kept_tokens"] - 1) / 196, 2)
-        return found
 
-    return Candidate(pipeline_columns, pipeline.build, METRICS, values)
+def _mean_share(pipeline: Pipeline) -> dict:
+    """keep as it was measured: the mean share of patches that stayed. Nothing where the pipeline was not built."""
+    if pipeline.trace is None:
+        return {}
+    counts = pipeline.counts()
+    return {"keep": round((sum(counts) / len(counts) - 1) / 196, 2)}
 
 
 def resolution(options: Options) -> list[Case]:
@@ -122,9 +110,9 @@ def resolution(options: Options) -> list[Case]:
     quick, cases = options.quick, []
     sizes = ((224, 196),) if quick else ((384, 576), (224, 196))
     modes = ("eager", "graph") if quick else ("eager", "compile+graph")
-    backends = ("triton", "sdpa_padded") if quick else ("dense", *BACKENDS)
-    for name in options.pick_models(("deit_tiny",) if quick else ("deit_base",)):
-        for (size, patches), batch in itertools.product(sizes, options.pick_batches((2,) if quick else (64, 16, 4, 1))):
+    backends = ("triton", "sdpa_padded") if quick else ("dense", *CONTESTANTS)
+    for name in options.models_or(("deit_tiny",) if quick else ("deit_base",)):
+        for (size, patches), batch in itertools.product(sizes, options.batches_or((2,) if quick else (64, 16, 4, 1))):
             bench = _bench(name, batch, options, size)
             candidates = _unpruned(bench, modes, patches)
             columns = {"pruner": "threshold_l2", "tokens": str(1 + patches // 2), "keep": 0.5}
@@ -133,7 +121,7 @@ def resolution(options: Options) -> list[Case]:
             if not quick:
                 low, high = patches * 30 // 196, patches * 168 // 196
                 spec = f"U({low},{high})"
-                lengths = functools.partial(pruners.given_lengths, data.lengths(spec, batch))
+                lengths = functools.partial(GivenLengths, data.lengths(spec, batch))
                 columns = {"pruner": "given_lengths", "tokens": spec, "keep": 0.5}
                 for backend, mode in itertools.product(("triton", "sdpa_padded", "flash_attn"), modes):
                     candidates.append(_candidate(bench, lengths, columns | {"backend": backend, "mode": mode}))

@@ -12,12 +12,11 @@ from torch import Tensor
 from ... import data
 from ...packing import pack as pack_rows
 from ...rows import offsets
-from ..rounds import Subject
+from ..rounds import CALL_CLOCKS, Subject
 from ..runner import Candidate, Case, Options, Skip, Wrong
 from ..timing import as_graph, syncs
 
 DIM, SEQLEN = 768, 197  # DeiT-B
-METRICS = ("host_us", "gpu_us", "wall_us", "event_us", "syncs")
 WAYS = ("triton", "triton:counts_known", "triton:index", "mask_indexing", "python_loop", "gather")
 
 
@@ -75,11 +74,11 @@ def _subject(inputs, way: str, mode: str) -> Subject:
         call()
     waits = syncs(calls)
     if mode == "graph" and (waits or not keep.is_cuda):
-        raise Skip(f"cannot be recorded: it waits for the GPU {waits:g} times a call" if waits else "needs CUDA")
+        raise Skip(f"cannot be captured: it waits for the GPU {waits:g} times a call" if waits else "needs CUDA")
     replay = None if waits or not keep.is_cuda else as_graph(calls)
     if mode == "graph":
         calls = [as_graph([call], 1) for call in calls]
-    return Subject(calls, replay, 20, clocks=METRICS)
+    return Subject(calls, replay, 20, clocks=CALL_CLOCKS)
 
 
 def _inputs(tokens: str, batch: int, options: Options):
@@ -92,13 +91,13 @@ def pack(options: Options) -> list[Case]:
     """From (batch, 197, 768) to the kept rows. triton: from a mask, which costs one wait; counts_known: the host knows
     the counts; index: from row numbers."""
     cases = []
-    batches = options.pick_batches((1, 4) if options.quick else (64, 1, 256, 4, 16))
+    batches = options.batches_or((1, 4) if options.quick else (64, 1, 256, 4, 16))
     for batch, tokens in itertools.product(batches, ("99", "U(30,168)")):
         columns = {"suite": "pack", "model": "deit_base", "pruner": "none", "batch": batch, "tokens": tokens,
                    "keep": 0.5, "dtype": str(options.dtype).removeprefix("torch.")}  # fmt: skip
         inputs = functools.cache(functools.partial(_inputs, tokens, batch, options))
         candidates = [
-            Candidate({"backend": way, "mode": mode}, functools.partial(_subject, inputs, way, mode), METRICS)
+            Candidate({"backend": way, "mode": mode}, functools.partial(_subject, inputs, way, mode), CALL_CLOCKS)
             for way, mode in itertools.product(WAYS, ("eager", "graph"))
         ]
         cases.append(Case(columns, candidates))
