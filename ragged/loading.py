@@ -114,7 +114,7 @@ def full_name(name: str, img_size: int | tuple[int, int]) -> str:
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError:  # the model is there, its tag is not
-        tags = [full.partition(".")[2] for full in timm.list_models(name.partition(".")[0] + ".*", pretrained=True)]
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0] + ".*")]
         raise ValueError(f"name: timm has no tag {name.partition('.')[2]!r} of this model, only {tags}") from None
     return name
 
@@ -144,10 +144,7 @@ def _create(timm_name: str, img_size: int | tuple[int, int], num_classes: int | 
             raise ValueError(f"weights='imagenet': timm has no trained weights of {timm_name}; use weights='random'")
     sizes = {"img_size": img_size, "num_classes": num_classes}
     try:
-        if pretrained:
-            vit = timm.create_model(timm_name, pretrained=True, **sizes, **options)
-        else:
-            vit = timm.create_model(timm_name, **sizes, **options)
+        vit = timm.create_model(timm_name, pretrained=pretrained, **sizes, **options)
     except Exception as error:  # the hub client has many ways to say that there is no network, timm to refuse a value
         why = f"{type(error).__name__}: {plain(str(error))}"
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
