@@ -150,6 +150,17 @@ def test_the_operator_counts_what_each_sequence_needs(lengths_q, lengths_k):
     assert run_op(packed(lengths_q, lengths_k)) == want
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa_padded", "reference"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_plain_call_is_counted_like_the_operator(backend, return_lse):
+    arguments = packed([5, 1, 7], [5, 1, 7])
+    if return_lse and not ragged.BACKENDS[backend if backend != "auto" else "reference"].has_lse:
+        pytest.skip("no log-sum-exp")
+    with FlopCounterMode(display=False) as counter:
+        ragged.varlen_attention(*arguments, backend=backend, return_lse=return_lse)
+    assert counter.get_total_flops() == 4 * (25 + 1 + 49) * 3 * 16
+
+
 def test_an_upper_bound_where_lengths_are_not_there_to_be_read():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
