@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
-from .loading import load_state
+from .data import expand
+from .loading import load_state, private_random
 from .packing import Packed, Padded, Selection
 from .rows import best_rows, equal_offsets, kept_rows, with_prefix
 
@@ -226,18 +227,18 @@ class DynamicViT(Pruner):
             raise ValueError(f"keep: these are shares of all patches, so they cannot rise, got {self.keep!r}")
         self.score_predictor = nn.ModuleList()
         self.trained = predictors is not None
-        self._file = None if predictors is None else Path(predictors)
+        self._file = None if predictors is None else expand(predictors)
         if self._file is not None and not self._file.is_file():
             raise FileNotFoundError(f"predictors: no such file: {self._file}")
 
     def bind(self, dim: int, depth: int) -> None:
         super().bind(dim, depth)
         if len(self.score_predictor) == 0:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                self.score_predictor.extend(Predictor(dim) for _ in self.at)
+            with private_random(self.seed):
+                made = nn.ModuleList(Predictor(dim) for _ in self.at)
             if self._file is not None:
-                load_predictors(self.score_predictor, self._file)
+                load_predictors(made, self._file)
+            self.score_predictor.extend(made)  # only now: a file that is refused once is refused again
         width = self.score_predictor[0].in_conv[1].in_features
         if width != dim:
             raise ValueError(f"predictors: made for width {width}, the model has {dim}")
@@ -254,10 +255,15 @@ class DynamicViT(Pruner):
 
 
 def load_predictors(modules: nn.ModuleList, path: Path) -> None:
-    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone or among a
-    model's. Raises ValueError for keys that are missing or of another shape."""
+    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone, among a
+    model's, or under `pruner.` as in the state of a `RaggedViT`. Raises ValueError for keys that are missing or of
+    another shape."""
     prefix = "score_predictor."
-    state = {k[len(prefix) :]: v for k, v in load_state(path).items() if k.startswith(prefix)}
+    whole = load_state(path)
+    found = {k.removeprefix("pruner."): v for k, v in whole.items()}
+    if len(found) != len(whole):
+        raise ValueError(f"predictors: {path} holds predictors twice, alone and under 'pruner.'; leave one of them out")
+    state = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     wanted = modules.state_dict()
     missing = [k for k in wanted if k not in state]
     wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
@@ -328,7 +334,8 @@ class GivenLengths(Pruner):
             raise ValueError(f"lengths: given for a batch of {self.counts.shape[0]}, got {state.batch} images")
         if (state.batch, state.width, device) not in self._order:
             generator = torch.Generator().manual_seed(self.seed)
-            noise = torch.rand(state.batch, state.width - view.prefix, generator=generator, dtype=torch.float32, device="cpu")
+            shape, kind = (state.batch, state.width - view.prefix), {"dtype": torch.float32, "device": "cpu"}
+            noise = torch.rand(shape, generator=generator, **kind)
             self._order[state.batch, state.width, device] = with_prefix(noise.argsort(1), view.prefix).to(device)
         return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
 

@@ -11,12 +11,12 @@ import ragged
 # The library. Benchmark suites, figures and the makers of site and checkpoints are programs built on it.
 LIBRARY = (
     "checks launch tiles backends attention rows packing pruners model graph loading data.files data.images "
-    "data.tables data.scenes bench.flops bench.timing course.lesson"
+    "data.checkpoints data.tables data.scenes bench.flops bench.timing course.lesson"
 ).split()
 # What lessons and users call by name; the rest is documented where its file begins.
 DOCUMENTED = (
-    "attention packing pruners graph loading model data.files data.images data.tables data.scenes bench.flops "
-    "bench.timing course.lesson"
+    "attention packing pruners graph loading model data.files data.images data.checkpoints data.tables data.scenes "
+    "bench.flops bench.timing course.lesson"
 ).split()
 TRIVIAL = {"self", "cls"}
 
