@@ -28,7 +28,8 @@ def embed(vit: nn.Module, images: Tensor, as_product: bool) -> Tensor:
     """Tokens (batch, n, dim) of images (batch, channels, height, width), with vit's prefix tokens and positions.
     as_product: the patch embedding is one matrix product (see `Survey`)."""
     x = _patch_rows(vit.patch_embed, images) if as_product else vit.patch_embed(images)
-    return vit.norm_pre(vit._pos_embed(x))
+    x = vit._pos_embed(x)
+    return vit.norm_pre(vit.patch_drop(x) if hasattr(vit, "patch_drop") else x)
 
 
 def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:

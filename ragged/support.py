@@ -140,13 +140,19 @@ def whole_reason(block: nn.Module, dim: int) -> str | None:
     for name in ("q_norm", "k_norm"):
         if not row_wise(getattr(attn, name), dim // attn.num_heads):
             return f"attn.{name}, {type(getattr(attn, name)).__name__}, does not treat every row by itself"
+    for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # nothing in eval mode, so left out
+        part = _part(block, name)
+        if part is not None and (type(part) not in _known() or "forward" in part.__dict__):
+            return f"{name}, {type(part).__name__}, is not timm's own"
     for name in ("norm1", "attn.qkv", "attn.norm", "attn.proj", "ls1", "norm2", "mlp", "ls2"):
-        part = block
-        for step in name.split("."):
-            part = getattr(part, step, None)
+        part = _part(block, name)
         if part is not None and not row_wise(part, dim):
             return f"{name}, {type(part).__name__}, does not treat every row by itself"
     return None
+
+
+def _part(block: nn.Module, name: str) -> nn.Module | None:
+    return functools.reduce(lambda part, step: getattr(part, step, None), name.split("."), block)
 
 
 # ---- hooks ----
