@@ -1,6 +1,7 @@
 """Counting right answers: the tally, the settings, and a folder of images from its first file to its rows."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -103,17 +104,52 @@ def test_an_interrupted_count_goes_on(images, checkpoint, tmp_path):
         assert (one.seen, one.right, one.counts.tolist()) == (other.seen, other.right, other.counts.tolist())
 
 
-def test_another_job_does_not_go_on_with_this_state(images, checkpoint, tmp_path):
+def interrupted(images, checkpoint, state):
+    """Leave the state of a count that was stopped after its second batch."""
+
+    def stop(batches, total):
+        for i, batch in enumerate(batches):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        count(job(images, checkpoint), state, every=1, show=stop, chosen=CHOSEN[:1])
+
+
+@pytest.mark.parametrize("what", ["weights", "images", "one image", "predictors", "settings"])
+def test_another_job_does_not_go_on_with_this_state(images, checkpoint, tmp_path, what):
+    state, chosen, other = tmp_path / "state.json", CHOSEN[:1], job(images, checkpoint)
+    interrupted(images, checkpoint, state)
+    if what == "weights":
+        torch.save({"model": ragged.load_deit("deit_tiny", num_classes=2, seed=1).state_dict()}, tmp_path / "new.pth")
+        other = job(images, tmp_path / "new.pth")
+    elif what == "images":
+        (images / "n01" / "2.jpg").rename(images / "n01" / "3.jpg")
+    elif what == "one image":
+        Image.new("RGB", (9, 9)).save(images / "n01" / "2.jpg")
+    elif what == "predictors":
+        other = job(images, checkpoint, predictors=checkpoint)
+    else:
+        chosen = CHOSEN[1:2]
+    with pytest.raises(ValueError, match=f"the .*{what.removeprefix('one ')}.* differ.*--redo"):
+        count(other, state, chosen=chosen)
+    assert state.exists()  # what was counted is not thrown away
+    ((_, tally),) = count(other, state, chosen=chosen, anew=True)
+    assert tally.seen == 6 and not state.exists()
+
+
+def test_a_damaged_state_is_named(images, checkpoint, tmp_path):
     state = tmp_path / "state.json"
-    accuracy._note(state, job(images, checkpoint), 2, CHOSEN, [Tally(196, 1, seen=4) for _ in CHOSEN])
-    other = job(images, checkpoint, predictors=checkpoint)
-    assert accuracy._resume(state, other, CHOSEN, (196, 1))[0] == 0
-    assert accuracy._resume(state, job(images, checkpoint), CHOSEN, (196, 1))[0] == 2
-    with pytest.raises(ValueError, match="damaged"):  # more counts than this network has rows
-        accuracy._resume(state, job(images, checkpoint), CHOSEN, (4, 1))
     state.write_text("{")
+    with pytest.raises(ValueError, match="damaged.*--redo"):
+        count(job(images, checkpoint), state, chosen=CHOSEN[:1])
+    interrupted(images, checkpoint, tmp_path / "other.json")
+    kept = json.loads((tmp_path / "other.json").read_text())
+    kept["found"][CHOSEN[0].name][2] = [1] * 1000  # more counts than this network has rows
+    state.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="damaged"):
-        accuracy._resume(state, other, CHOSEN, (196, 1))
+        count(job(images, checkpoint), state, chosen=CHOSEN[:1])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

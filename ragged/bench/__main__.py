@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from .. import data
-from ..loading import full_name
-from . import commandline
-from .accuracy import Folder
+from ..backends import BACKENDS
+from . import commandline, options
 from .report import report, write_summary
 from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
@@ -36,23 +35,26 @@ SUITES: dict[str, Callable[[Options], list[Case]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 when a provider broke the GPU's context and the rest needs a new process."""
+    """The command line. Returns 0, or 3 when a provider broke the GPU's context and the rest needs a new process, or 4
+    when cases failed for reasons that can be put right (`options.EXIT_CODES`)."""
     asked = parser().parse_args(arguments)
-    check(asked)
+    options.check(asked)
     out = Path(asked.out or ("quick_results" if asked.quick else data.data_dir() / "results"))
-    options = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
     repeats = asked.repeats or (3 if asked.quick else 5)
-    if set(asked.suites) - {"report"}:
+    suites = [suite for suite in asked.suites if suite != "report"]
+    if suites:
         commandline.check_writable(out)
+        say_what_is_missing(asked.device)
+    wanted = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
     wake()
     with torch.no_grad():
-        for suite in [s for s in asked.suites if s != "report"]:
+        for suite in suites:
             try:
                 if suite == "accuracy" and asked.imagenet:
-                    imagenet(folder(asked), recorder)
+                    imagenet(options.folder(asked), recorder)
                 else:
-                    run_suite(suite, options, recorder)
+                    run_suite(suite, wanted, recorder)
             except Broken as error:
                 print(f"{suite}: {error.subject.columns} broke CUDA ({error}); run again for the rest", file=sys.stderr)
                 return 3
@@ -63,30 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(asked.markdown).write_text(text, encoding="utf-8")
         if asked.readme:
             write_summary(Path(asked.readme))
-    return 0
+    for why, times in recorder.failures.items():
+        print(f"failed {times} times: {why}", file=sys.stderr)
+    return 4 if recorder.failures else 0
 
 
-def check(asked: argparse.Namespace) -> None:
-    """What the parser cannot know. ValueError or OSError before anything is measured, not after."""
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to measure on the CPU")
-    for name in asked.model:
-        full_name(name.removesuffix("_digits"), 224)
-    if asked.readme and not Path(asked.readme).is_file():
-        raise ValueError(f"--readme: there is no file {asked.readme}; its table goes between two marks in it")
-    if asked.markdown and Path(asked.markdown).is_dir():
-        raise ValueError(f"--markdown: expected a file, {asked.markdown} is a folder")
-    for file in filter(None, (asked.markdown, asked.readme)):
-        commandline.check_writable(Path(file).resolve().parent)
-
-
-def folder(asked: argparse.Namespace) -> Folder:
-    """The images, the model and the predictors of `--imagenet`."""
-    return Folder(
-        Path(asked.imagenet), asked.model[0] if asked.model else "deit_small", asked.weights, asked.sha256,
-        Path(asked.predictors) if asked.predictors else None, asked.predictors_sha256,
-        asked.batch[0] if asked.batch else 128, asked.workers, asked.device,
-    )  # fmt: skip
+def say_what_is_missing(device: str) -> None:
+    """One line for each backend whose package is not installed: its rows will hold the reason in place of numbers."""
+    for name, backend in BACKENDS.items():
+        why = backend.why_not(device, torch.float16, 64) or ""
+        if "not installed" in why:
+            print(f"{name} will not be measured: {why}", file=sys.stderr)
 
 
 def wake(seconds: float = 1.0) -> None:
@@ -99,36 +88,14 @@ def wake(seconds: float = 1.0) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m ragged.bench", description=__doc__.split("\n\n")[0])
-    p.add_argument("suites", nargs="+", choices=[*SUITES, "report"], metavar="SUITE",
-                   help=", ".join([*SUITES, "report"]))  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="a few small cases, to see that everything runs")
-    p.add_argument("--out", help="folder for the rows, <out>/<gpu>/<suite>.csv (default: the "
-                   "recorded results; with --quick: quick_results)")  # fmt: skip
-    p.add_argument("--model", nargs="+", default=(), help="only these models, such as deit_small")
-    p.add_argument("--batch", nargs="+", type=commandline.positive, default=(), help="only these batch sizes")
-    p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already")
-    p.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start nothing new after this time; run again to go on"
-    )
-    p.add_argument("--repeats", type=commandline.positive, help="rounds of measuring (default 5, with --quick 3)")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    images = p.add_argument_group("accuracy on ImageNet", "with the suite `accuracy`; --model names one timm model")
-    images.add_argument("--imagenet", metavar="DIR", help="validation folder: one folder of images per class")
-    images.add_argument("--weights", default="imagenet", help="imagenet (timm's), or a checkpoint file, EViT's too")
-    images.add_argument("--sha256", help="expected hash of the checkpoint file")
-    images.add_argument("--predictors", metavar="FILE", help="DynamicViT's checkpoint or its score_predictor.* alone")
-    images.add_argument("--predictors-sha256", metavar="SHA256", help="expected hash of that file")
-    images.add_argument("--workers", type=commandline.positive, default=8, help="processes that read images")
-    p.add_argument("--markdown", metavar="FILE", help="write the report there too")
-    p.add_argument("--readme", metavar="FILE", help="renew the table of recorded rows in this README")
-    return p
+    """The command line's options."""
+    return options.parser(tuple(SUITES), __doc__.split("\n\n")[0])
 
 
-def run_suite(name: str, options: Options, recorder: Recorder) -> None:
+def run_suite(name: str, wanted: Options, recorder: Recorder) -> None:
     """All cases of a suite, with a progress bar; stops in between when the time is up."""
     start, rows, bad = time.monotonic(), 0, 0
-    cases = SUITES[name](options)
+    cases = SUITES[name](wanted)
     for case in progress(cases, name):
         if recorder.late():
             print(f"{name}: the time is up, run the same command again to go on", file=sys.stderr)
@@ -137,7 +104,7 @@ def run_suite(name: str, options: Options, recorder: Recorder) -> None:
         rows, bad = rows + len(new), bad + sum(row["status"] != "ok" for row in new)
         settle()
     if name == "dispatch" and not recorder.late():
-        write_traces(recorder.folder() / "traces", options)
+        write_traces(recorder.folder() / "traces", wanted)
     seconds = time.monotonic() - start
     spent = ", ".join(f"{what} {s:.0f} s" for what, s in recorder.spent.items())
     print(f"{name}: {rows} rows, {bad} without a value, {seconds:.0f} s ({spent}), {machine()['gpu']}", file=sys.stderr)

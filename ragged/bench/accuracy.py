@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data import verify_sha256
+from ..data.tables import only_one
 from ..loading import load_deit
 from ..model import RaggedViT
 from ..pruners import PRUNERS, Pruner
+from .folder import Listing, image_folder
+from .runner import machine
 from .suites.model import SINGLE_CUT
 from .timing import Stats
 
@@ -101,45 +106,10 @@ class Tally:
 # ---- a folder of images ----
 
 
-def image_folder(folder: Path, vit: nn.Module, batch: int, workers: int) -> torch.utils.data.DataLoader:
-    """Batches (images, labels) of a validation folder, prepared the way the model's timm configuration says.
-
-    ValueError naming the file or folder: no class folders, an empty one, more or fewer classes than the model has; a
-    broken image raises it when its turn comes.
-    """
-    from timm.data import create_transform, resolve_model_data_config
-    from torchvision.datasets import ImageFolder
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--imagenet: no such folder: {folder}")
-    classes = sorted(entry for entry in Path(folder).iterdir() if entry.is_dir())
-    if len(classes) != vit.num_classes:
-        raise ValueError(f"--imagenet: {folder} has {len(classes)} class folders, the model {vit.num_classes} classes")
-    for entry in classes:
-        if next(entry.iterdir(), None) is None:
-            raise ValueError(f"--imagenet: the class folder {entry} is empty")
-    config = resolve_model_data_config(vit)
-    config["input_size"] = (3, *vit.patch_embed.img_size)
-    try:
-        images = ImageFolder(str(folder), create_transform(**config, is_training=False), loader=_read)
-    except FileNotFoundError as error:  # class folders without one image among their files
-        raise ValueError(f"--imagenet: {error}") from error
-    return torch.utils.data.DataLoader(images, batch, num_workers=workers)
-
-
-def _read(path: str):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not an image that can be read ({error})") from error
-
-
 @dataclass(frozen=True)
 class Folder:
-    """What `--imagenet` counts: a folder, a model with its weights, and optional DynamicViT predictors."""
+    """What `--imagenet` counts: a folder, a model with its weights, and optional DynamicViT predictors. class_map: a
+    file that says which class folder is which class."""
 
     folder: Path
     model: str = "deit_small"
@@ -150,6 +120,7 @@ class Folder:
     batch: int = 128
     workers: int = 8
     device: str = "cuda"
+    class_map: Path | None = None
 
     def settings(self) -> list[Setting]:
         """Everything that is counted: the unpruned model, then each schedule at each place of the curve."""
@@ -168,23 +139,30 @@ class Folder:
 
 
 def count(job: Folder, state: Path, every: int = 20, show: Callable[[Iterable, int], Iterable] | None = None,
-          chosen: list[Setting] | None = None) -> list[tuple[Setting, Tally]]:  # fmt: skip
+          chosen: list[Setting] | None = None, anew: bool = False) -> list[tuple[Setting, Tally]]:  # fmt: skip
     """One pass over the folder for all settings. state: a file to go on from, written every so many batches and
-    removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings."""
-    vit = job.network()
-    dtype, sizes = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
-    every_setting = job.settings() if chosen is None else chosen
-    models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
-    loader = image_folder(job.folder, vit, job.batch, job.workers)
-    done, tallies = _resume(state, job, every_setting, sizes)
-    batches: Iterable = _from(loader, done)
-    for number, (images, labels) in enumerate(show(batches, len(loader) - done) if show else batches, done + 1):
-        images = images.to(job.device, dtype)
-        for model, tally in zip(models, tallies):
-            tally.add(model, images, labels)
-        if number % every == 0 and number < len(loader):
-            _note(state, job, number, every_setting, tallies)
-    state.unlink(missing_ok=True)
+    removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings.  anew: forget
+    the state. ValueError if the state is of other weights, other images or another version, OSError if another process
+    counts with the same state. What the classes are is printed on stderr."""
+    with only_one(state.with_name(f".{state.stem}.lock"), 0):
+        if anew:
+            state.unlink(missing_ok=True)
+        vit = job.network()
+        every_setting = job.settings() if chosen is None else chosen
+        loader = image_folder(job.folder, vit, job.batch, job.workers, job.class_map)
+        print(loader.dataset.listing.summary(), file=sys.stderr)
+        identity = _identity(job, vit, loader.dataset.listing, every_setting)
+        dtype, sizes = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
+        models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
+        done, tallies = _resume(state, identity, every_setting, sizes)
+        batches: Iterable = _from(loader, done)
+        for number, (images, labels) in enumerate(show(batches, len(loader) - done) if show else batches, done + 1):
+            images = images.to(job.device, dtype)
+            for model, tally in zip(models, tallies):
+                tally.add(model, images, labels)
+            if number % every == 0 and number < len(loader):
+                _note(state, identity, number, every_setting, tallies)
+        state.unlink(missing_ok=True)
     return list(zip(every_setting, tallies))
 
 
@@ -193,30 +171,49 @@ def _from(loader: torch.utils.data.DataLoader, done: int) -> Iterator:
     rest = torch.utils.data.Subset(loader.dataset, range(done * loader.batch_size, len(loader.dataset)))
     try:
         yield from torch.utils.data.DataLoader(rest, loader.batch_size, num_workers=loader.num_workers)
-    except ValueError as error:  # from another process it comes wrapped in that process's traceback
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except (OSError, ValueError) as error:  # from another process it comes wrapped in that process's traceback
+        why = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        raise type(error)(why) from None
 
 
-def _note(state: Path, job: Folder, done: int, every_setting: list[Setting], tallies: list[Tally]) -> None:
+def _note(state: Path, identity: dict, done: int, every_setting: list[Setting], tallies: list[Tally]) -> None:
     found = {s.name: [t.seen, t.right, t.counts.tolist()] for s, t in zip(every_setting, tallies)}
-    state.parent.mkdir(parents=True, exist_ok=True)
     draft = state.with_suffix(".draft")
-    draft.write_text(json.dumps({"job": _identity(job), "done": done, "found": found}), encoding="utf-8")
+    draft.write_text(json.dumps({"job": identity, "done": done, "found": found}), encoding="utf-8")
     draft.replace(state)
 
 
-def _resume(state: Path, job: Folder, every_setting: list[Setting], sizes: tuple[int, int]) -> tuple[int, list[Tally]]:
-    fresh = 0, [Tally(*sizes) for _ in every_setting]
+def _resume(state: Path, identity: dict, every_setting: list[Setting],
+            sizes: tuple[int, int]) -> tuple[int, list[Tally]]:  # fmt: skip
     if not state.is_file():
-        return fresh
+        return 0, [Tally(*sizes) for _ in every_setting]
     try:
         kept = json.loads(state.read_text(encoding="utf-8"))
-        if kept["job"] != _identity(job):
-            return fresh
-        return kept["done"], [Tally(*sizes, *kept["found"][s.name]) for s in every_setting]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{state} is damaged ({error!r}); remove it to count from the beginning") from error
+        changed = [what for what in identity if kept["job"].get(what) != identity[what]]
+        if not changed:
+            return kept["done"], [Tally(*sizes, *kept["found"][s.name]) for s in every_setting]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{state} is damaged ({error!r}); count from the beginning with --redo") from error
+    raise ValueError(
+        f"{state} is of an interrupted count of something else: the {' and the '.join(changed)} differ. Two halves of "
+        "different counts make no whole: go on with what it was begun with, or count from the beginning with --redo"
+    )
 
 
-def _identity(job: Folder) -> list[str]:
-    return [str(x) for x in (job.folder, job.model, job.weights, job.sha256, job.predictors, job.batch)]
+def _identity(job: Folder, vit: nn.Module, listing: Listing, every_setting: list[Setting]) -> dict[str, object]:
+    """What the first and the second half of an interrupted count must have in common, under the name of each part."""
+    predictors = None if job.predictors is None else hashlib.sha256(Path(job.predictors).read_bytes()).hexdigest()
+    return {
+        "model": job.model, "weights": _hash(vit), "predictors": predictors, "images": listing.fingerprint(),
+        "number of images": len(listing.samples), "settings": [setting.name for setting in every_setting],
+        "batch size": job.batch, "device": job.device, "version of ragged": machine()["version"],
+    }  # fmt: skip
+
+
+def _hash(vit: nn.Module) -> str:
+    """SHA-256 of all weights: it sees a changed file, and a changed download too."""
+    found = hashlib.sha256()
+    for name, x in sorted(vit.state_dict().items()):
+        found.update(f"{name} {tuple(x.shape)} {x.dtype}\n".encode())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import functools
 import gc
@@ -34,6 +35,10 @@ class Wrong(Exception):
 
 class Skip(Exception):
     """A reason why something is not measured here."""
+
+
+# What somebody at this machine can put right: install, download, mend a kernel. The command's exit code says so.
+MENDABLE = (ImportError, OSError, Wrong)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,15 @@ class Case:
 
 class Recorder:
     """Measures cases and writes their rows. out: folder of results.  redo: measure again what is recorded already.
-    repeats, slice_us: rounds, and time per clock and round.  budget_s: start no case later than that."""
+    repeats, slice_us: rounds, and time per clock and round.  budget_s: start no case later than that.
+
+    failures: how many candidates failed for each reason that can be put right (MENDABLE)."""
 
     def __init__(self, out: Path, repeats: int = 7, slice_us: float = 4000, redo: bool = False, budget_s=None):
         self.out, self.repeats, self.slice_us, self.redo = Path(out), repeats, slice_us, redo
         self.deadline = None if budget_s is None else time.monotonic() + budget_s
         self.machine, self.spent = machine(), {"building": 0.0, "timing": 0.0}
+        self.failures: collections.Counter[str] = collections.Counter()
 
     def run(self, case: Case) -> list[dict]:
         """Measure what is missing of a case, write it, and return the new rows."""
@@ -167,6 +175,8 @@ class Recorder:
     def _failed(self, case: Case, candidate: Candidate, error: Exception) -> list[dict]:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
+        if isinstance(error, MENDABLE):
+            self.failures[reason(error)] += 1
         return [self.row(case, candidate, metric, None, reason(error)) for metric in candidate.metrics]
 
     def _missing(self, case: Case) -> list[Candidate]:
@@ -177,12 +187,24 @@ class Recorder:
 
 
 def recorded(out: Path, gpu: str, suite: str, version: str) -> set[tuple]:
-    """What a version has recorded already, as values of the columns that identify a candidate."""
+    """What a version is done with, as values of the columns that identify a candidate: measured, or known to be
+    impossible. What failed and may succeed the next time is not among it."""
     path = Path(out) / slug(gpu) / f"{suite}.csv"
     if not path.exists():
         return set()
-    rows = read_csv(path, RESULT_COLUMNS)
-    return {tuple(_plain(row[c]) for c in identity(suite)) for row in rows if row["version"] == version}
+    rows = [row for row in read_csv(path, RESULT_COLUMNS) if row["version"] == version]
+    done, again = set(), set()
+    for row in rows:
+        (again if worth_another_try(row["status"]) else done).add(tuple(_plain(row[c]) for c in identity(suite)))
+    return done - again
+
+
+def worth_another_try(status: str) -> bool:
+    """Whether a row with this status is measured again by the next run: it failed, by an error or for want of a
+    package. Refusals are final, and what broke the GPU's context would break it again: those wait for --redo."""
+    if status == "ok" or status.startswith("NotImplementedError: ") or is_fatal(Exception(status)):
+        return False
+    return bool(re.match(r"wrong: |\w*(Error|Exception|Timeout|Expired): ", status)) or "is not installed" in status
 
 
 def identity(suite: str) -> tuple[str, ...]:

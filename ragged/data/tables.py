@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..checks import check_int
 from . import files
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # imported where a table is read
 
 _NUMERIC = ("batch", "keep", "value", "q20", "q80")
 _KEY = ("suite", "model", "pruner", "backend", "mode", "batch", "tokens", "keep", "dtype", "metric", "gpu")
+LOCK_SECONDS = 300  # a merge takes a moment; longer than this and something hangs
 RESULT_COLUMNS = (*_KEY[:-1], "value", "q20", "q80", "unit", "status", "gpu", "driver",
                   "torch", "triton", "flash_attn", "version", "date")  # fmt: skip
 
@@ -67,7 +70,9 @@ def write_results(rows: Iterable[dict], out_dir: str | Path) -> list[Path]:
 
     A row is a dict with RESULT_COLUMNS as keys. The columns up to `metric`, and gpu, must be there ("" or None where
     they do not apply): they are the key. A recorded row with the same key is replaced, the others stay; a file is
-    sorted by key and replaced in one step. ValueError for unknown or missing columns and for a key that comes twice.
+    sorted by key and replaced in one step. Several processes may write into out_dir at once: each merges alone, under
+    the lock out_dir/.lock. ValueError for unknown or missing columns and for a key that comes twice; OSError if the
+    lock cannot be had.
     """
     groups = {}
     for row in rows:
@@ -77,7 +82,25 @@ def write_results(rows: Iterable[dict], out_dir: str | Path) -> list[Path]:
         if key in group:
             raise ValueError(f"rows: the same key twice in one call: {dict(zip(_KEY, key, strict=True))}")
         group[key] = row
-    return [_merge_csv(Path(out_dir) / gpu / f"{suite}.csv", new) for (gpu, suite), new in groups.items()]
+    if not groups:
+        return []
+    with only_one(Path(out_dir) / ".lock", LOCK_SECONDS):
+        return [_merge_csv(Path(out_dir) / gpu / f"{suite}.csv", new) for (gpu, suite), new in groups.items()]
+
+
+@contextlib.contextmanager
+def only_one(path: Path, seconds: float) -> Iterator[None]:
+    """Inside, this process alone holds the lock file `path`; others wait up to so many `seconds` for their turn.
+
+    The file stays: removing it would let a process that waits for it and one that comes later both go in. OSError if
+    the turn does not come, or the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=seconds):
+            yield
+    except Timeout:
+        raise OSError(f"another process holds {path}: wait until it is done, or choose another folder") from None
 
 
 def _checked_row(row):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import data
-from ...data import write_results
+from ...data import slug, write_results
 from ...data.scene_pool import Scenes, batches
 from ...pruners import PRUNERS
 from .. import commandline
@@ -126,9 +126,10 @@ def _timed(bench, setting: Setting, columns: dict, shares: dict[str, float]) -> 
 
 def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
     """Count everything over a folder of images and write the rows. Goes on where an interrupted count stopped."""
-    state = recorder.folder() / "accuracy_imagenet.state.json"
+    state = recorder.folder() / f"accuracy_imagenet_{slug(job.model)}.state.json"
     options = {"desc": "imagenet", "unit": "batch", "mininterval": 1.0}
-    found = count(job, state, show=lambda batches, total: commandline.bar(batches, total=total, **options))
+    show = lambda batches, total: commandline.bar(batches, total=total, **options)  # noqa: E731
+    found = count(job, state, show=show, anew=recorder.redo)
     shared = {"suite": "accuracy", "model": f"{job.model}_imagenet", "mode": "eager", "batch": job.batch,
               "dtype": "float16" if job.device == "cuda" else "float32"}  # fmt: skip
     rows = []
