@@ -81,7 +81,7 @@ def test_nothing_starts_after_the_time_is_up(tmp_path, capsys):
 @cpu_only
 @pytest.mark.parametrize("suite", ["dispatch", "memory"])
 def test_suites_that_need_a_gpu_say_so(suite, tmp_path):
-    bench.main([suite, *ON_CPU, "--batch", "1", "--out", str(tmp_path)])
+    bench.main([suite, *ON_CPU, "--out", str(tmp_path)])
     assert all(row["status"] for row in rows(tmp_path, suite))
 
 

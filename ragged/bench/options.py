@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from ..launch import installed
 from ..loading import WEIGHTS, full_name
 from . import commandline
 from .accuracy import Folder
@@ -128,7 +128,7 @@ def packages(asked: argparse.Namespace) -> None:
         if suite == "accuracy" and asked.imagenet is not None:
             needs = (_VIT, ("torchvision", "torchvision"))
         for module, name in needs:
-            if not installed(module):
+            if find_spec(module) is None:
                 missing.setdefault(name, []).append(suite)
     if missing:
         each = [f"{' and '.join(dict.fromkeys(suites))} needs the package {name!r}" for name, suites in missing.items()]
