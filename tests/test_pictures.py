@@ -1,4 +1,4 @@
-"""Pictures from files: every kind of pixel rightly or refused by name; which class folder is which class; what counts."""
+"""Pictures from files: every kind of pixel right or refused by name; which class folder is which class; what counts."""
 
 import struct
 import zlib

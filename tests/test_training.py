@@ -1,6 +1,13 @@
 """Training: the pictures and their targets, the losses' parts against plain ones, and two short runs."""
 
+import argparse
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +29,7 @@ from ragged.train.losses import (
     taught_loss,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 LUMA = torch.tensor((0.299, 0.587, 0.114))
 TINY = ["deit_tiny", "--steps", "2", "--batch", "2", "--pool", "8", "--fresh", "4", "--held-out", "4", "--no-compile",
         "--device", "cpu"]  # fmt: skip
@@ -135,9 +143,11 @@ def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with torch.enable_grad():
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(train.Run, "keep_state", stop)
-            train.main([*TINY, "--out", str(tmp_path)])
+            assert train.main([*TINY, "--out", str(tmp_path)]) == 130
+        said = capsys.readouterr().err
+        assert str(tmp_path / "deit_tiny_digits.state.pt") in said and "to go on: python -m ragged.train deit_" in said
         assert (tmp_path / "deit_tiny_digits.state.pt").is_file()
         assert not (tmp_path / "deit_tiny_digits.safetensors").exists()
         assert train.main([*TINY, "--out", str(tmp_path), "--lr", "0.5", "--seed", "7"]) == 1  # another run's state
@@ -154,6 +164,95 @@ def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
     pruner = ragged.PRUNERS["dynamicvit"](predictors=tmp_path / "deit_tiny_digits_dynamicvit.safetensors")
     vit = ragged.load_deit("deit_tiny", weights=tmp_path / "deit_tiny_digits.safetensors")
     assert pruner.trained and ragged.RaggedViT(vit, pruner)(torch.randn(1, 3, 224, 224)).shape == (1, CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C of a POSIX terminal")
+def test_ctrl_c_keeps_what_was_trained_and_says_how_to_go_on(tmp_path):
+    """As in a terminal, where Ctrl-C reaches the processes that draw backgrounds too."""
+    command = [sys.executable, "-m", "ragged.train", *TINY, "--steps", "500", "--out", "here"]
+    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    assert "backgrounds drawn" in running.stdout.readline()
+    os.killpg(running.pid, signal.SIGINT)
+    out, said = running.communicate()
+    assert running.returncode == 130 and "Traceback" not in said, said
+    step = int(re.search(r"stopped after step (\d+) of 500", said)[1])
+    again = re.search(r"the state is in (\S+); to go on: python (-m ragged.train deit_tiny .*)", said)
+    assert torch.load(tmp_path / again[1], weights_only=True)["step"] == step >= 1
+    assert {"--steps 500", "--batch 2", "--device cpu", "--out here"} <= set(re.findall(r"--\S+ [^-\s]\S*", again[2]))
+    asked = train.parser().parse_args(again[2].split()[2:])
+    train.fill_in(asked)
+    assert train.settings_of(asked) == torch.load(tmp_path / again[1], weights_only=True)["settings"]
+
+
+def no_work(monkeypatch):
+    monkeypatch.setattr(train, "Pool", lambda *a: pytest.fail("drew backgrounds"))
+    monkeypatch.setattr(train, "load_deit", lambda *a, **k: pytest.fail("made a network"))
+
+
+def test_a_finished_network_is_not_replaced_unasked(tmp_path, monkeypatch, capsys):
+    no_work(monkeypatch)
+    (tmp_path / "trained").mkdir()
+    mine = tmp_path / "trained" / "deit_tiny_digits.safetensors"
+    mine.write_bytes(b"weeks of work")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(TINY) == 1
+    assert "trained/deit_tiny_digits.safetensors is there already; --replace" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (data.data_dir() / "checkpoints").iterdir()}
+    assert train.main([*TINY, "--bundle"]) == 1
+    assert "checkpoints/deit_tiny_digits.safetensors is there already; --replace" in capsys.readouterr().err
+    assert mine.read_bytes() == b"weeks of work"
+    assert before == {path: path.read_bytes() for path in (data.data_dir() / "checkpoints").iterdir()}
+
+
+def test_the_default_folder_is_not_the_package_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(train, "dense", lambda run: made.append(run.path))
+    assert train.main(TINY) == 0 and made[0].resolve() == tmp_path / "trained" / "deit_tiny_digits.safetensors"
+    assert train.main([*TINY, "--bundle", "--replace"]) == 0
+    assert made[1] == data.data_dir() / "checkpoints" / "deit_tiny_digits.safetensors"
+
+
+def test_an_unwritable_place_is_noticed_before_the_work(tmp_path, monkeypatch, capsys):
+    no_work(monkeypatch)
+    (tmp_path / "file").touch()
+    assert train.main([*TINY, "--out", str(tmp_path / "file" / "inside")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+    def locked(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp123")
+
+    monkeypatch.setattr(train.commandline.tempfile, "TemporaryFile", locked)
+    assert train.main([*TINY, "--out", str(tmp_path / "new")]) == 1
+    assert f"{tmp_path / 'new'}: Permission denied" in capsys.readouterr().err
+
+
+def test_a_cpu_is_sized_for_and_warned(tmp_path, monkeypatch, capsys):
+    asked = train.parser().parse_args(["deit_tiny", "--device", "cpu"])
+    train.fill_in(asked)
+    large = train.USUAL["cuda"]
+    assert all(getattr(asked, name) < large[name] for name in ("steps", "batch", "pool", "held_out"))
+    assert asked.compile is False
+    monkeypatch.setattr(train, "Pool", lambda *a: pytest.fail("drew backgrounds"))
+    monkeypatch.setattr(train.memory, "available", lambda: 8e9)
+    assert train.main(["deit_tiny", "--device", "cpu", "--batch", "1024", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"on the CPU, 100 steps of 1024 pictures.*about \d\d\.\d GB of memory, 8\.0 GB are free", said)
+    assert "--batch 1024, --pool 256: they need about" in said
+
+
+def test_memory_is_counted_by_the_picture():
+    vit = ragged.load_deit("deit_tiny", num_classes=CLASSES)
+    module = Taught(vit)
+    parameters = list(module.parameters())
+    loss_of = lambda x, labels, boxes: taught_loss(module(x), labels, boxes)  # noqa: E731
+    need = [train.memory.estimate(argparse.Namespace(batch=b, pool=8), parameters, loss_of) for b in (1, 2, 3)]
+    assert need[2] - need[1] == pytest.approx(need[1] - need[0])
+    # 12 blocks of 197 rows of 192 numbers, each some thirty times over, in 2 or 4 bytes
+    assert 12 * 197 * 192 * 30 < need[1] - need[0] < 12 * 197 * 192 * 600
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {"step": 1, "settings": None}, [1]])

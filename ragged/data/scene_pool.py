@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -51,9 +52,11 @@ def batches(files: torch.utils.data.Dataset, size: int) -> Iterator[list[Tensor]
 
 
 def _one_thread(_worker: int) -> None:
-    """A process per core draws; were each to start a thread per core for its small products, they would fight."""
+    """A process per core draws; were each to start a thread per core for its small products, they would fight. Ctrl-C
+    is for the process that asks for the pictures: it may finish its step first."""
     from threadpoolctl import threadpool_limits
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threadpool_limits(1)
 

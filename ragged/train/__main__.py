@@ -4,7 +4,8 @@ Two stages. `dense`: a DeiT on digit scenes from nothing -> <out>/deit_tiny_digi
 `dynamicvit`: DynamicViT's predictors for that network, which itself stays as it is
 -> <out>/deit_tiny_digits_dynamicvit.safetensors, with the published names `score_predictor.*`.
 Beside each stand its SHA-256, a table of the training (.csv), and how it was made (.json). A run that was interrupted
-goes on from <out>/<name>.state.pt.
+goes on from <out>/<name>.state.pt. <out> is ./trained; the networks that the package carries, and any other that is
+finished, are replaced only on demand.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import csv
 import hashlib
 import json
 import math
+import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +35,7 @@ from ..data.scene_pool import Pool
 from ..loading import DEITS, load_deit
 from ..model import RaggedViT
 from ..pruners import PRUNERS, Pruner
+from . import memory
 from .losses import CLASSES, Masked, Taught, dynamicvit_loss, taught_loss
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
@@ -38,21 +43,31 @@ STATE_EVERY = 1000  # steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    asked = parser().parse_args(arguments)
-    torch.manual_seed(asked.seed)
-    torch.set_float32_matmul_precision("high")
+    """The command line. Returns 0, 1 after an error, which is said on stderr, or 130 after Ctrl-C."""
+    asked, run = parser().parse_args(arguments), None
     try:
-        if asked.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
-        out = Path(asked.out or data.data_dir() / "checkpoints")
-        out.mkdir(parents=True, exist_ok=True)
+        fill_in(asked)
+        out = data.data_dir() / "checkpoints" if asked.bundle else Path(asked.out or "trained")
         run = Run(asked, out / f"{asked.model}_digits{STAGES[asked.stage]}.safetensors")
+        torch.manual_seed(asked.seed)
+        torch.set_float32_matmul_precision("high")
         (dense if asked.stage == "dense" else dynamicvit)(run)
+    except KeyboardInterrupt:
+        kept = run is not None and run.state.is_file()
+        left = f"the state is in {run.state}; to go on: {run.command()}" if kept else "nothing is kept"
+        print(f"\ntrain: stopped; {left}", file=sys.stderr)
+        return 130
     except (OSError, ValueError, ImportError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {commandline.sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+# How much to do where nothing else is asked for. A CPU is for trying things out: see `cpu_warning`.
+USUAL = {
+    "cuda": {"steps": 4000, "batch": 1024, "pool": 4096, "fresh": 16, "held_out": HELD_OUT, "compile": True},
+    "cpu": {"steps": 100, "batch": 16, "pool": 256, "fresh": 4, "held_out": 200, "compile": False},
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,72 +75,119 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", choices=DEITS)
     p.add_argument("--stage", choices=STAGES, default="dense")
     count = commandline.positive
-    p.add_argument("--steps", type=count, default=4000)
+
+    def usual(name: str) -> str:
+        return f"(default {USUAL['cuda'][name]}, on a CPU {USUAL['cpu'][name]})"
+
+    p.add_argument("--steps", type=count, help=usual("steps"))
     p.add_argument("--minutes", type=float, default=10, help="take fewer steps if they would not fit into this time")
-    p.add_argument("--batch", type=count, default=1024)
+    p.add_argument("--batch", type=count, help=f"pictures a step {usual('batch')}")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--keep", type=float, default=0.7, help="ratio that the predictors are trained for")
-    p.add_argument("--pool", type=count, default=4096, help="backgrounds on the GPU at a time")
-    p.add_argument("--fresh", type=count, default=16, help="backgrounds replaced by new ones in every step")
-    p.add_argument("--held-out", type=count, default=HELD_OUT, help="test scenes in the final count")
-    p.add_argument("--out", help="folder of the checkpoints (default: data/checkpoints)")
+    p.add_argument("--pool", type=count, help=f"backgrounds in memory at a time {usual('pool')}")
+    p.add_argument("--fresh", type=count, help=f"backgrounds replaced by new ones in every step {usual('fresh')}")
+    p.add_argument("--held-out", type=count, help=f"test scenes in the final count {usual('held_out')}")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--out", help="folder of the checkpoints (default: trained, in the current folder)")
+    where.add_argument("--bundle", action="store_true", help="write into data/checkpoints, what the package carries")
+    p.add_argument("--replace", action="store_true", help="replace a finished network of the same name")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--no-compile", dest="compile", action="store_false", help="run the network as it is written")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                   help="torch.compile the network (default: on a GPU)")  # fmt: skip
     return p
+
+
+def fill_in(asked: argparse.Namespace) -> None:
+    """Fill in what was not asked for, by the device. ValueError for what cannot be."""
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
+    asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in USUAL[asked.device].items():
+        if getattr(asked, name) is None:
+            setattr(asked, name, value)
+    if asked.pool % asked.fresh:
+        raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
+    if not 0 < asked.keep <= 1:
+        raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
+    if not 0 < asked.lr < math.inf:
+        raise ValueError(f"--lr: expected a positive number, got {asked.lr}")
+    if not 0 < asked.minutes < math.inf:
+        raise ValueError(f"--minutes: expected a positive number, got {asked.minutes}")
 
 
 class Run:
     """The loop that both stages share: steps, learning rate, progress bar, log, and a state to go on from."""
 
     def __init__(self, asked: argparse.Namespace, path: Path):
-        if asked.pool % asked.fresh:
-            raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
-        if not 0 < asked.keep <= 1:
-            raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
-        if not 0 < asked.lr < math.inf:
-            raise ValueError(f"--lr: expected a positive number, got {asked.lr}")
+        """Looks at the place first: ValueError for a finished network that may stay, OSError where nothing can be
+        written."""
         self.asked, self.path, self.settings = asked, path, settings_of(asked)
-        self.state, self.log = path.with_suffix(".state.pt"), path.with_suffix(".csv")
+        self.state, self.log, self.logged = path.with_suffix(".state.pt"), path.with_suffix(".csv"), False
+        if path.exists() and not asked.replace:
+            raise ValueError(f"{path} is there already; --replace replaces it, --out FOLDER writes elsewhere")
+        commandline.check_writable(path.parent)
 
     def train(self, module: nn.Module, parameters: list[nn.Parameter], loss_of: Callable[..., Tensor]) -> None:
-        """loss_of(images, labels, boxes) -> loss; changes `parameters`, all of them parts of `module`."""
+        """loss_of(images, labels, boxes) -> loss; changes `parameters`, all of them parts of `module`. The state that
+        is kept at the end, or after Ctrl-C, holds what was trained until then. KeyboardInterrupt after Ctrl-C."""
         asked, start = self.asked, time.monotonic()
         decay = [p for p in parameters if p.dim() > 1]
         groups = [{"params": decay}, {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=asked.lr, weight_decay=0.05, fused=asked.device == "cuda")
         done = self.resume(module, optimizer)
+        if done >= asked.steps:
+            return
+        if asked.device == "cpu":
+            memory.check(asked, parameters, loss_of)
         pool = Pool(asked.device, asked.pool, asked.fresh, asked.steps, asked.seed, done)
         print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
-        clock, losses = time.monotonic(), []
-        steps = range(done, asked.steps)
-        for step in commandline.bar(steps, desc=self.path.stem, initial=done, total=asked.steps, mininterval=5.0):
+        with Interrupt() as interrupt:
+            for step in self.steps(done, start):
+                for group in optimizer.param_groups:
+                    group["lr"] = asked.lr * schedule(step, asked.steps)
+                with torch.autocast(asked.device, torch.bfloat16):
+                    loss = loss_of(*pool.step(asked.batch))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                self.losses.append(loss.detach())
+                if (step + 1) % STATE_EVERY == 0 or step + 1 == asked.steps or interrupt.asked:
+                    self.keep_state(module, optimizer, step + 1)
+                if interrupt.asked:
+                    print(f"stopped after step {step + 1} of {asked.steps}", file=sys.stderr)
+                    raise KeyboardInterrupt
+
+    def steps(self, done: int, start: float) -> Iterator[int]:
+        """The steps after the first `done`, under a bar and with the log; fewer than asked for where the minutes since
+        `start` would not do."""
+        asked, clock, self.losses = self.asked, time.monotonic(), []
+        settled = 200 if asked.compile else 10  # steps until the speed is the one to reckon with
+        every = range(done, asked.steps)
+        for step in commandline.bar(every, desc=self.path.stem, initial=done, total=asked.steps, mininterval=5.0):
             if step >= asked.steps:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = asked.lr * schedule(step, asked.steps)
-            with torch.autocast(asked.device, torch.bfloat16):
-                loss = loss_of(*pool.step(asked.batch))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-            if (step + 1) % 100 == 0 or step + 1 == asked.steps:
-                mean = torch.stack(losses).mean().item()  # the only time the loop waits for the GPU
-                rate = len(losses) * asked.batch / (time.monotonic() - clock)
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {step + 1}: try a smaller --lr")
-                self.note(step + 1, mean, rate)
-                if step + 1 - done == 200:  # by now everything is compiled
-                    left = asked.minutes * 60 - (time.monotonic() - start)
-                    asked.steps = min(asked.steps, step + 1 + int(left * rate / asked.batch))
-                clock, losses = time.monotonic(), []
-            if (step + 1) % STATE_EVERY == 0:
-                self.keep_state(module, optimizer, step + 1)
+                return
+            yield step
+            if (step + 1) % 100 and step + 1 != asked.steps and step + 1 - done != settled:
+                continue
+            mean = torch.stack(self.losses).mean().item()  # the only time the loop waits for the GPU
+            rate = len(self.losses) * asked.batch / (time.monotonic() - clock)
+            if not math.isfinite(mean):
+                raise ValueError(f"the loss is {mean} at step {step + 1}: try a smaller --lr")
+            self.note(step + 1, mean, rate)
+            if step + 1 - done == settled:
+                left = asked.minutes * 60 - (time.monotonic() - start)
+                fit = step + 1 + max(1, int(left * rate / asked.batch))
+                if fit < asked.steps:
+                    print(f"{asked.steps} steps would take longer than {asked.minutes:g} minutes: {fit} will be done "
+                          "(--minutes)", flush=True)  # fmt: skip
+                asked.steps = min(asked.steps, fit)
+            clock, self.losses = time.monotonic(), []
 
     def note(self, step: int, loss: float, rate: float) -> None:
-        new = step <= 100 or not self.log.exists()
+        new = not self.logged or not self.log.exists()
+        self.logged = True
         with self.log.open("w" if new else "a", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             if new:
@@ -136,7 +198,7 @@ class Run:
     def keep_state(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         draft = self.state.with_suffix(".draft")
         tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({"step": step, "settings": self.settings} | tensors, draft)
+        torch.save({"step": step, "steps": self.asked.steps, "settings": self.settings} | tensors, draft)
         draft.replace(self.state)
 
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -144,7 +206,7 @@ class Run:
             return 0
         try:
             state = torch.load(self.state, map_location=self.asked.device, weights_only=True)
-            step, then = int(state["step"]), dict(state["settings"])
+            step, steps, then = int(state["step"]), int(state["steps"]), dict(state["settings"])
             if then == self.settings:
                 module.load_state_dict(state["module"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -155,6 +217,7 @@ class Run:
             other = ", ".join(_changed(then, self.settings))
             raise ValueError(f"{self.state} is of another run ({other}); repeat that to go on, or remove it")
         print(f"going on after step {step} of {self.state}")
+        self.asked.steps, self.logged = steps, True
         return step
 
     def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -166,21 +229,51 @@ class Run:
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         sidecar(self.path).write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
         asked = settings_of(self.asked)
-        how = {"command": "python -m ragged.train " + _command(asked), "settings": asked, **facts, "sha256": digest}
+        how = {"command": _command(asked), "settings": asked, **facts, "sha256": digest}
         text = json.dumps(how | {"made_with": machine()}, indent=2)
         self.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         self.state.unlink(missing_ok=True)
         print(f"{self.path}: {facts}")
 
 
+    def command(self) -> str:
+        """The command line that goes on with this run."""
+        asked = self.asked
+        place = " --bundle" if asked.bundle else f" --out {shlex.quote(asked.out)}" if asked.out else ""
+        minutes = "" if asked.minutes == 10 else f" --minutes {asked.minutes:g}"
+        device = "" if asked.device == "cuda" else " --device cpu"
+        return _command(self.settings) + device + place + minutes + " --replace" * asked.replace
+
+
+class Interrupt:
+    """Inside, the first Ctrl-C only sets `asked`, so that a step is finished before its state is kept; the second stops
+    at once. In another thread than the main one, Python hands out no signals, and nothing is changed."""
+
+    def __enter__(self) -> Interrupt:
+        self.asked, self.before = False, None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self.note)
+        return self
+
+    def note(self, *_: object) -> None:
+        self.asked = True
+        print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
 def settings_of(asked: argparse.Namespace) -> dict:
     """What decides the outcome, and not where or how fast it is reached."""
-    machine_s = ("out", "device", "compile", "minutes")
-    return {name: value for name, value in vars(asked).items() if name not in machine_s}
+    elsewhere = ("out", "bundle", "replace", "device", "compile", "minutes")
+    return {name: value for name, value in vars(asked).items() if name not in elsewhere}
 
 
-def _command(asked: dict) -> str:
-    return " ".join([asked["model"], *_changed(asked, vars(parser().parse_args([asked["model"]])))])
+def _command(settings: dict) -> str:
+    usual = vars(parser().parse_args([settings["model"]])) | USUAL["cuda"]
+    return " ".join(["python -m ragged.train", settings["model"], *_changed(settings, usual)])
 
 
 def _changed(settings: dict, usual: dict) -> list[str]:
@@ -203,12 +296,17 @@ def dense(run: Run) -> None:
     run.train(module, list(module.parameters()), lambda x, labels, boxes: taught_loss(network(x), labels, boxes))
     vit.eval()
     run.save(vit.state_dict(), {"top1": top1(vit, None, asked.held_out, asked.device), "held_out": asked.held_out})
+    old = run.path.with_name(f"{run.path.stem}{STAGES['dynamicvit']}.safetensors")
+    if old.exists():
+        print(f"{old} belongs to another network: train it again with --stage dynamicvit --replace")
 
 
 def dynamicvit(run: Run) -> None:
     """Stage two: predictors that decide which patches of the network of stage one may go."""
     asked = run.asked
     source = run.path.with_name(f"{asked.model}_digits.safetensors")
+    if not source.is_file():
+        raise ValueError(f"--stage dynamicvit: there is no {source} to train predictors for; run without --stage first")
     data.verify_sha256(source)
     vit = load_deit(asked.model, weights=source).to(asked.device).requires_grad_(False)
     module = Masked(vit).to(asked.device)
@@ -225,7 +323,8 @@ def dynamicvit(run: Run) -> None:
     run.train(module, list(module.score_predictor.parameters()), loss_of)
     prefix = "score_predictor."
     tensors = {prefix + name: x for name, x in module.score_predictor.state_dict().items()}
-    run.save(tensors, {"keep": asked.keep, "network": source.name})
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    run.save(tensors, {"keep": asked.keep, "network": source.name, "network_sha256": digest})
     pruner = PRUNERS["dynamicvit"](keep=asked.keep, predictors=run.path)
     print(f"top-1 at keep {asked.keep}: {top1(vit, pruner, asked.held_out, asked.device):.4f}")
 
