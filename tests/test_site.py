@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
@@ -98,17 +99,140 @@ def test_a_figure_has_its_data_its_words_and_its_picture(small, tmp_path):
     (figure,) = soup(tmp_path / "out" / "00_one.html").find_all("figure")
     saved = figure_output()["data"][FIGURE]
     assert json.loads(figure.script.string) == {"data": saved["data"], "layout": saved["layout"]}
-    assert "<\\/script>" in figure.script.string  # text of a figure cannot end the script
+    assert "\\u003c/script>" in figure.script.string  # text of a figure cannot end the script
     assert figure.div["aria-label"] == figure.noscript.img["alt"] == "A line. x: time."
     assert (tmp_path / "out" / figure.noscript.img["src"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_building_again_leaves_nothing_old(small, tmp_path):
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_building_again_leaves_nothing_old_and_everything_of_others(small, tmp_path):
     out = tmp_path / "out"
     site.build(out, small)
-    (out / "99_gone.html").write_text("old")
+    assert (out / "01_two.html").is_file() and (out / "solutions" / "00_one.html").is_file()
+    (out / "CNAME").write_text("ragged.example.org")
+    (small / "notebooks" / "01_two.ipynb").unlink()
+    (small / "notebooks" / "solutions" / "00_one.ipynb").unlink()
+    write(small / "notebooks" / "00_one.ipynb", TITLE.format("00", ""), code())
     site.build(out, small)
-    assert not (out / "99_gone.html").exists() and (out / "index.html").is_file()
+    assert not (out / "01_two.html").exists() and not (out / "solutions").exists()
+    assert (out / "CNAME").read_text() == "ragged.example.org" and "index.html" in files_of(out)
+    site.build(tmp_path / "new", small)
+    assert files_of(out) == files_of(tmp_path / "new") | {"CNAME": b"ragged.example.org"}
+
+
+@pytest.mark.parametrize("how", ["a notebook", "the writing", "a file in the way", "a link in the way"])
+def test_a_build_that_fails_leaves_the_old_site_as_it_was(small, tmp_path, capsys, monkeypatch, how):
+    out = tmp_path / "out"
+    write(small / "notebooks" / "01_two.ipynb", TITLE.format("01", ""), code())
+    site.build(out, small)
+    if how == "a notebook":
+        spoil_link(small)
+    elif how == "the writing":
+        write_bytes = Path.write_bytes
+
+        def full(path, content):
+            if path.name == "01_two.html":
+                raise OSError(28, "No space left on device", str(path))
+            return write_bytes(path, content)
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        write(small / "notebooks" / "solutions" / "01_two.ipynb", "# 01 · Solutions\n", code())
+        (tmp_path / "elsewhere").mkdir()
+        if how == "a file in the way":
+            (out / "solutions" / "01_two.html").write_text("mine")
+        else:
+            (out / "solutions").rename(tmp_path / "elsewhere" / "solutions")
+            (out / "solutions").symlink_to(tmp_path / "elsewhere" / "solutions", target_is_directory=True)
+    before = files_of(out)
+    assert site.main(["--root", str(small), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("ragged.course.site: "), error
+    assert files_of(out) == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # nothing half-built either
+
+
+def test_an_unwritable_place_is_said(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert site.main(["--root", str(small), "--out", str(tmp_path / "file" / "site")]) == 1
+    assert re.fullmatch(r"ragged\.course\.site: .*file.*\n", capsys.readouterr().err)
+
+
+def test_a_list_of_files_that_leads_outside_is_not_followed(small, tmp_path, capsys):
+    out, mine = tmp_path / "out", tmp_path / "mine.txt"
+    site.build(out, small)
+    mine.write_text("years of work")
+    for files in (["../mine.txt"], [str(mine)], ["a/../../mine.txt"], None, [3]):
+        (out / ".ragged-site.json").write_text(json.dumps({"files": files}))
+        assert site.main(["--root", str(small), "--out", str(out)]) == 1
+        assert "is damaged" in capsys.readouterr().err and mine.exists() and (out / "index.html").is_file()
+
+
+# ---- hostile outputs ----
+
+EVIL = '"><script>alert(1)</script><!--'
+
+
+def one_page(small, out, *cells):
+    write(small / "notebooks" / "00_one.ipynb", TITLE.format("00", ""), *cells)
+    site.build(out, small)
+    text = (out / "00_one.html").read_text(encoding="utf-8")
+    return text, BeautifulSoup(text, "html.parser")
+
+
+def test_outputs_cannot_become_markup(small, tmp_path):
+    shown = figure_output(alt=EVIL)
+    shown["data"][FIGURE]["data"][0]["name"] = EVIL
+    shown["data"][FIGURE]["layout"]["title"]["text"] = EVIL + "<script>"
+    result = new_output("display_data", {"image/png": PIXEL, "text/plain": EVIL, "text/html": EVIL, EVIL: EVIL})
+    text, page = one_page(
+        small, tmp_path / "out", code(result=shown), code(result=result), code(EVIL, new_output("stream", text=EVIL)),
+        code(result=new_output("execute_result", {"text/plain": EVIL}, execution_count=1)),
+        code(result=new_output("error", ename=EVIL, evalue=EVIL, traceback=[EVIL])), nbformat.v4.new_raw_cell(EVIL),
+    )  # fmt: skip
+    assert "alert(1)" not in {script.string for script in page.find_all("script")} and "<!--" not in text
+    assert {script.get("type") for script in page.find_all("script", src=False)} == {"application/json"}
+    assert json.loads(page.figure.script.string)["data"][0]["name"] == EVIL
+    assert page.figure.div["aria-label"] == EVIL and [image["alt"] for image in page.select(".output > img")] == [EVIL]
+    assert not any(name.startswith("on") for tag in page.find_all(True) for name in tag.attrs)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda shown: shown["data"].update({"image/png": f"x{EVIL}"}), "not a PNG in base64"),
+        (lambda shown: shown["data"].update({"image/png": "aGVsbG8="}), "not a PNG in base64"),
+        (lambda shown: shown["data"][FIGURE]["layout"].update(height=f"1px;{EVIL}"), "expected pixels"),
+        (lambda shown: shown["data"][FIGURE]["layout"].update(width=EVIL), "expected pixels"),
+        (lambda shown: shown["data"][FIGURE]["layout"].update(height=float("inf")), "cannot be drawn"),
+        (lambda shown: shown["data"][FIGURE].pop("layout"), "cannot be drawn"),
+    ],
+)
+def test_what_is_no_figure_is_refused(small, tmp_path, change, said):
+    shown = figure_output()
+    change(shown)
+    with pytest.raises(NotebookError, match=said):
+        one_page(small, tmp_path / "out", code(result=shown))
+
+
+def test_a_cell_s_id_is_no_path(small, tmp_path):
+    path = small / "notebooks" / "00_one.ipynb"
+    write(path, TITLE.format("00", ""), code(result=figure_output()))
+    path.write_text(path.read_text().replace('"cell-01"', '"../../../escaped"'))
+    with pytest.raises(NotebookError, match=r"00_one\.ipynb is not a notebook: '\.\./\.\./\.\./escaped'"):
+        site.build(tmp_path / "out", small)
+
+
+def test_a_picture_alone_must_be_one(small, tmp_path):
+    bad = new_output("display_data", {"image/png": f"AAAA{EVIL}", "text/plain": "x"})
+    with pytest.raises(NotebookError, match="not a PNG in base64"):
+        one_page(small, tmp_path / "out", code(result=bad))
+
+
+# ---- what is wrong ----
 
 
 def spoil_link(small):
@@ -188,7 +312,8 @@ def test_a_folder_of_something_else_is_left_alone(small, tmp_path, capsys):
 def test_without_its_packages_the_command_says_what_to_install():
     hide = "import sys; sys.modules['latex2mathml'] = sys.modules['latex2mathml.converter'] = None; import ragged.course.site.__main__"  # noqa: E501
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and re.fullmatch(r"ragged\.site: latex2mathml.* is not installed.*\n", result.stderr)
+    said = r"ragged\.course\.site: latex2mathml.* is not installed.*\n"
+    assert result.returncode == 1 and re.fullmatch(said, result.stderr)
 
 
 # ---- the course itself ----

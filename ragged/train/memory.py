@@ -33,8 +33,8 @@ def check(asked: argparse.Namespace, parameters: list[nn.Parameter], loss_of: Ca
 
 
 def estimate(asked: argparse.Namespace, parameters: list[nn.Parameter], loss_of: Callable[..., Tensor]) -> float:
-    """Bytes: the parameters four times (gradient, two moments), what autograd keeps of a batch and a third more for what
-    comes and goes, the pool and a copy of it. What autograd keeps is counted on two pictures."""
+    """Bytes: the parameters four times (gradient, two moments), what autograd keeps of a batch and a third more for
+    what comes and goes, the pool and a copy of it. What autograd keeps is counted on two pictures."""
     held: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -22,6 +21,7 @@ try:
     from pygments.formatters import HtmlFormatter
 
     from .page import FIGURE, FILES, Page, PageExporter
+    from .place import draft
 except ModuleNotFoundError as missing:
     sys.exit(f"ragged.course.site: {missing.name} is not installed; try pip install 'ragged-vit[notebooks,bake,site]'")
 
@@ -60,6 +60,7 @@ def load(path: Path, root: Path):
     name = path.relative_to(root)
     try:
         notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)  # reading only logs what is wrong
     except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         raise NotebookError(f"{name} is not a notebook: {str(error).splitlines()[0]}") from None
     if not notebook.cells or notebook.cells[0].cell_type != "markdown":
@@ -162,13 +163,12 @@ class Site:
 
 
 def build(out: Path, root: Path = ROOT) -> list[Page]:
-    """Build the site of the checkout `root` into the folder `out`, which is emptied first if it holds a site."""
+    """Build the site of the checkout `root` into the folder `out`. An earlier site there is replaced when the new one
+    is complete; files that are not its own stay. NotebookError or OSError, and `out` is as it was."""
     root, out = Path(root).resolve(), Path(out).resolve()
-    site = Site(root, out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "assets" / "plotly.min.js").is_file()):
-        raise NotebookError(f"{out} exists and is not a site: choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    return site.build()
+    repository(root)  # a wrong root is said before any folder is made
+    with draft(out) as folder:
+        return Site(root, folder).build()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,6 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
         pages = build(options.out, options.root)
     except NotebookError as error:
         print(f"ragged.course.site: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ragged.course.site: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     print(f"{len(pages) + 1} pages, begin with {options.out / 'index.html'}")
     return 0

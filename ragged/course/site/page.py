@@ -86,20 +86,53 @@ class PageExporter(HTMLExporter):
         self.config.NbConvertBase.display_data_priority = [FIGURE, PICTURE, "text/plain"]
         self.register_filter("markdown2html", self.markdown2html)
         self.register_filter("figure", self.figure)
+        self.register_filter("png_text", self.png_text)
 
     @pass_context
     def markdown2html(self, context, source):
         return MarkdownWithMath(renderer=PageMarkdown(self.site, self.page)).render(source)
 
     def figure(self, output, cell):
-        """What the template needs of a figure: its JSON, its description, its size, and its picture as a file."""
-        where = f"{self.page.source.name}, {cell.id}"
+        """What the template needs of a figure: its JSON, its description, its size, and its picture as a file. Nothing
+        of it can end the element it is put in. NotebookError for what is no figure."""
+        where = f"{self.page.source.name}, {cell.get('id')}"
+        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", str(cell.get("id"))):
+            raise NotebookError(f"{self.page.source.name}: a cell's id becomes a file's name, and {cell.get('id')!r} "
+                                "is none")  # fmt: skip
         if PICTURE not in output.data or "text/plain" not in output.data:
             raise NotebookError(f"{where}: the figure lacks its picture or its description: run `make bake` again")
         name = f"{self.page.source.stem}-{cell.id}-{cell.outputs.index(output)}.png"
         path = Path("pictures") / self.page.folder / name
-        self.site.write(path.as_posix(), base64.b64decode(output.data[PICTURE]))
-        spec = {key: output.data[FIGURE][key] for key in ("data", "layout")}
-        text = json.dumps(spec, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
-        return {"json": text, "alt": output.data["text/plain"].strip(), "src": self.page.to(path.as_posix()),
-                "height": spec["layout"].get("height", 420), "width": spec["layout"].get("width", 700)}  # fmt: skip
+        self.site.write(path.as_posix(), png(output.data[PICTURE], where))
+        try:
+            spec = {key: output.data[FIGURE][key] for key in ("data", "layout")}
+            text = json.dumps(spec, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+            size = {key: length(spec["layout"].get(key, usual)) for key, usual in (("height", 420), ("width", 700))}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise NotebookError(f"{where}: the figure cannot be drawn ({error!r}): run `make bake` again") from None
+        text = text.replace("<", "\\u003c")  # neither </script> nor <!-- is left, and JSON reads the same
+        alt, src = str(output.data["text/plain"]).strip(), self.page.to(path.as_posix())
+        return {"json": text, "alt": alt, "src": src} | size
+
+    def png_text(self, output, cell):
+        """The base64 of an output's PNG, which is one."""
+        where = f"{self.page.source.name}, {cell.get('id')}"
+        return base64.b64encode(png(output.data[PICTURE], where)).decode()
+
+
+def png(text: object, where: str) -> bytes:
+    """The PNG in an output's base64. NotebookError if it is something else."""
+    try:
+        data = base64.b64decode("".join(str(text).split()), validate=True)
+    except ValueError:
+        data = b""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise NotebookError(f"{where}: the saved picture is not a PNG in base64: run `make bake` again")
+    return data
+
+
+def length(value: object) -> int:
+    """A figure's height or width in pixels. ValueError for anything else than a plausible number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= 20_000:
+        raise ValueError(f"expected pixels, got {value!r}")
+    return round(value)
