@@ -7,8 +7,13 @@ A notebook shall take a minute on two cores. Machines that run tests are often b
 twice that is passed; the summary says what every notebook took.
 """
 
+import os
+
 import pytest
 import torch
+
+# Kernels inherit it: these runs look at no picture, and drawing PNGs would start a browser for each notebook.
+os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 
 MOST_SECONDS = 120
 seconds = {}  # of every notebook, its cells and the start of its kernel together

@@ -32,6 +32,14 @@ def test_setup_seeds_and_says_where_it_runs(capsys):
     assert here.versions["ragged-vit"] == ragged.__version__
 
 
+def test_setup_says_whether_gradients_are_on(capsys):
+    for gradients in (False, True, False):
+        course.setup(gradients=gradients)
+        assert torch.is_grad_enabled() == gradients
+        assert capsys.readouterr().out.rstrip().endswith("gradients on" if gradients else "gradients off")
+    assert "turn gradients off" in course.setup.__doc__
+
+
 def test_every_backend_has_its_line(monkeypatch):
     monkeypatch.setattr("ragged.launch.installed", lambda name: False)  # as where neither triton nor flash-attn is
     here = course.Here("cpu", "CPU", torch.float32, "deit_tiny", 8)

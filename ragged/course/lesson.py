@@ -41,17 +41,18 @@ class Here:
         return self.device == "cuda"
 
 
-def setup(seed: int = 0, quiet: bool = False) -> Here:
-    """Seed everything with `seed`, choose light defaults for this machine, and print (unless quiet) versions and
-    device.
+def setup(seed: int = 0, quiet: bool = False, gradients: bool = False) -> Here:
+    """Seed everything with `seed`, turn gradients off for the whole session, choose light defaults for this machine,
+    and print (unless quiet) versions, device and whether gradients are on.
 
-    On a GPU: float16 and DeiT-S; without: float32, DeiT-Ti and a small batch. Figures get the course's template;
-    tables print as text.
+    gradients: True turns them on, for a lesson that trains; off, nothing can be trained until
+    `torch.set_grad_enabled(True)`. On a GPU: float16 and DeiT-S; without: float32, DeiT-Ti and a small batch. Figures
+    get the course's template; tables print as text.
     """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_grad_enabled(False)  # the course only runs networks forward
+    torch.set_grad_enabled(gradients)  # most lessons only run networks forward
     use_small_pictures()
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -61,7 +62,8 @@ def setup(seed: int = 0, quiet: bool = False) -> Here:
     )  # fmt: skip
     if not quiet:
         print(" · ".join(f"{package} {version}" for package, version in here.versions.items()))
-        print(f"{here.device_name} · {str(here.dtype).removeprefix('torch.')} · {here.model} · batch {here.batch}")
+        print(f"{here.device_name} · {str(here.dtype).removeprefix('torch.')} · {here.model} · batch {here.batch} "
+              f"· gradients {'on' if gradients else 'off'}")  # fmt: skip
     return here
 
 
