@@ -1,7 +1,6 @@
 """Figures of an executed notebook outside of it: in nbconvert's pages, and where nobody draws plotly's JSON."""
 
 import base64
-import json
 import os
 import re
 import shutil
@@ -94,13 +93,10 @@ def test_a_renderer_that_was_asked_for_is_left_alone(tmp_path):
     assert [set(data) for data in figures(outputs)] == [{FIGURE}] * 3
 
 
-def lab_without_plotly(home, address):
-    """JupyterLab whose plotly extension is switched off, with all its files under `home`."""
+def jupyterlab(home, address):
+    """JupyterLab on the notebooks in `home`, with all its own files there too."""
     from test_browser import wait_for_server, write_settings
 
-    (home / "config" / "labconfig").mkdir(parents=True)
-    off = json.dumps({"disabledExtensions": {"jupyterlab-plotly": True}})
-    (home / "config" / "labconfig" / "page_config.json").write_text(off)
     write_settings(home)
     folders = {"HOME": "", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
                "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
@@ -125,16 +121,18 @@ def test_a_jupyterlab_that_does_not_draw_plotly_shows_the_picture(tmp_path):
 
     executed(tmp_path)
     address = f"http://127.0.0.1:{free_port()}"
-    server = lab_without_plotly(tmp_path, address)
+    server = jupyterlab(tmp_path, address)
     try:
         with playwright.sync_playwright() as tool:
             browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
             page = browser.new_page(viewport={"width": 1300, "height": 3000})
+            blocked = []
+            page.route(re.compile("/jupyterlab-plotly/"), lambda r: (blocked.append(r), r.abort()))
             page.goto(f"{address}/lab/tree/small.ipynb")
-            page.wait_for_function(f"() => {NOTEBOOK}?.context?.isReady", timeout=300_000)
+            page.wait_for_function(f"() => {NOTEBOOK}?.context?.isReady", timeout=120_000)
             pictures = "() => document.querySelectorAll('.jp-RenderedImage img').length === 3"
-            page.wait_for_function(pictures, timeout=300_000)
-            assert page.evaluate("() => document.querySelectorAll('.js-plotly-plot').length") == 0
+            page.wait_for_function(pictures, timeout=120_000)
+            assert blocked and page.evaluate("() => document.querySelectorAll('.jp-RenderedPlotly').length") == 0
             browser.close()
     finally:
         server.terminate()
