@@ -311,7 +311,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tmp_path, c
     (tmp_path / "file").touch()
     monkeypatch.setattr(bench, "run_suite", lambda *a: pytest.fail("measured before the folder was looked at"))
     assert str(tmp_path / "file") in said(capsys, "pack", "--quick", "--out", str(tmp_path / "file" / "rows"))
-    assert str(tmp_path / "file") in said(capsys, "pack", "--quick", "--markdown", str(tmp_path / "file" / "report.md"))
+    line = ("pack", "report", "--quick", "--markdown", str(tmp_path / "file" / "report.md"))
+    assert str(tmp_path / "file") in said(capsys, *line)
 
 
 def test_a_folder_without_permission_is_named(tmp_path, capsys, monkeypatch):
@@ -363,9 +364,9 @@ def test_a_table_of_no_rows_is_no_obstacle(tmp_path, capsys):
 
 def test_files_to_write_are_looked_at_before_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "run_suite", lambda *a: pytest.fail("measured before the files were looked at"))
-    assert "is a folder" in said(capsys, "pack", "--quick", "--out", str(tmp_path), "--markdown", str(tmp_path))
+    assert "is a folder" in said(capsys, "pack", "report", "--quick", "--markdown", str(tmp_path))
     missing = str(tmp_path / "missing.md")
-    assert missing in said(capsys, "pack", "--quick", "--out", str(tmp_path), "--readme", missing)
+    assert missing in said(capsys, "pack", "report", "--quick", "--readme", missing)
 
 
 def test_a_readme_without_its_marks_is_refused(tmp_path, capsys):
