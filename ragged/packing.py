@@ -317,7 +317,7 @@ def repack(packed: Packed, keep: Tensor, *, counts: list[int] | None = None) -> 
         raise ValueError(f"keep: expected on {packed.tokens.device} like the tokens, got {keep.device}")
     if keep.shape[0] != packed.tokens.shape[0]:
         raise ValueError(f"keep: expected one entry per row, {packed.tokens.shape[0]}, got {keep.shape[0]}")
-    index, kept = kept_rows(keep, packed.starts, packed.lengths, packed.width)
+    index, kept = kept_rows(keep, packed.cu_seqlens, packed.width)
     if counts is None:
         total, longest = read_sizes(kept)
     else:

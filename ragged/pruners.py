@@ -82,9 +82,7 @@ def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
     """The rows that keep, bool (batch, n), marks, in the order in which they stand. The first `prefix` rows stay
     anyway; real, bool (batch, n), is False in padding."""
     batch, n = keep.shape
-    starts = equal_offsets(batch, n, keep.device)[:-1]
-    lengths = torch.full((batch,), n, device=keep.device, dtype=torch.int32)
-    return Selection(*kept_rows(keep & real, starts, lengths, n, prefix))
+    return Selection(*kept_rows(keep & real, equal_offsets(batch, n, keep.device), n, prefix))
 
 
 def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:

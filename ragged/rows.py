@@ -99,18 +99,18 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     return index
 
 
-def kept_rows(keep: Tensor, starts: Tensor, lengths: Tensor, width: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+def kept_rows(keep: Tensor, cu_seqlens: Tensor, width: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """A mask as an index: row numbers int64 (batch, width) of every image, those to keep before the others, each in
     the order in which they stand; and how many are kept, int32 (batch,).
 
-    keep: bool, any shape, one entry a row.  starts, lengths: int32 (batch,), image b owns entries starts[b] to
-    starts[b] + lengths[b] of it, flattened.  width: no image is longer.  prefix: so many first rows stay anyway.
+    keep: bool, any shape, one entry a row.  cu_seqlens: int32 (batch + 1,), image b owns entries cu_seqlens[b] to
+    cu_seqlens[b + 1] of it, flattened.  width: no image is longer.  prefix: so many first rows stay anyway.
     """
-    batch, keep = starts.shape[0], keep.reshape(-1).contiguous()
+    batch, keep = cu_seqlens.shape[0] - 1, keep.reshape(-1).contiguous()
     if not launch.usable(keep.device) or width == 0:
         column = torch.arange(width, device=keep.device)
-        real = column < lengths[:, None]  # (batch, width)
-        marked = keep[torch.where(real, starts[:, None] + column, 0)] if keep.numel() else real
+        real = column < cu_seqlens.diff()[:, None]  # (batch, width)
+        marked = keep[torch.where(real, cu_seqlens[:-1, None] + column, 0)] if keep.numel() else real
         marked = (marked | (column < prefix)) & real
         return marked.byte().argsort(dim=1, descending=True, stable=True), marked.sum(1, dtype=torch.int32)
     from .kernels.rows import keep_kernel
@@ -118,7 +118,7 @@ def kept_rows(keep: Tensor, starts: Tensor, lengths: Tensor, width: int, prefix:
     index = torch.empty(batch, width, dtype=torch.int64, device=keep.device)
     counts = torch.empty(batch, dtype=torch.int32, device=keep.device)
     constants = {"PREFIX": prefix, "CHUNK": MASK_CHUNK}
-    tensors = (keep, starts.contiguous(), lengths.contiguous(), index, counts)
+    tensors = (keep, cu_seqlens, index, counts)
     launch.start(keep_kernel, tuple(constants.values()), (batch, 1), tensors, (width,), constants, {})
     return index, counts
 

@@ -140,7 +140,7 @@ def cls(device, dtype, dim):
 
 def kept(x, ids, keep, cu):
     """The rows of one image that a mask marks, by way of an index."""
-    index, counts = row_ops.kept_rows(keep, cu[:-1], cu[1:] - cu[:-1], keep.shape[0])
+    index, counts = row_ops.kept_rows(keep, cu, keep.shape[0])
     return row_ops.take_rows(x, ids, cu[:-1], index, counts, int(keep.sum()), keep.shape[0])[:2]
 
 

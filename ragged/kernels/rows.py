@@ -142,15 +142,16 @@ def _kept(Keep, start, row, length, PREFIX: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["width"])
-def keep_kernel(Keep, Starts, Lengths, Index, Counts, width, PREFIX: tl.constexpr, CHUNK: tl.constexpr):
+def keep_kernel(Keep, Cu, Index, Counts, width, PREFIX: tl.constexpr, CHUNK: tl.constexpr):
     """A mask as an index: the row numbers of each image that Keep marks, then those of its other rows, each in order.
 
-    Keep holds one byte a row; image b owns rows Starts[b] to Starts[b] + Lengths[b] of it. Its first PREFIX rows stay
-    whatever Keep says. Index (images, width), Counts (images,): how many stay. Grid (images,): a program reads its part
+    Keep holds one byte a row; image b owns rows Cu[b] to Cu[b + 1] of it. Its first PREFIX rows stay whatever Keep says.
+    Index (images, width), Counts (images,): how many stay. Grid (images,): a program reads its part
     of the mask twice, first to count and then to place.
     """
     image = tl.program_id(0)
-    start, length = tl.load(Starts + image).to(tl.int64), tl.load(Lengths + image)
+    first = tl.load(Cu + image)
+    start, length = first.to(tl.int64), tl.load(Cu + image + 1) - first
     lane = tl.arange(0, CHUNK)
     kept = tl.zeros([CHUNK], tl.int32)
     for j in range(0, number(width), CHUNK):
