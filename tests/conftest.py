@@ -1,6 +1,12 @@
 """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: one core, here and in the programs started from here
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 try:
