@@ -220,18 +220,9 @@ def move_all_sliders(browser, lab, path):
 
 
 @pytest.fixture(scope="module")
-def site_folder(tmp_path_factory):
-    from ragged.course.site import __main__ as site
-
-    out = tmp_path_factory.mktemp("built") / "site"
-    site.build(out, ROOT)
-    return out
-
-
-@pytest.fixture(scope="module")
-def served(site_folder):
+def served(built_site):
     """The site behind a server on this machine."""
-    handler = functools.partial(QuietHandler, directory=site_folder)
+    handler = functools.partial(QuietHandler, directory=built_site)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -277,9 +268,9 @@ def test_every_figure_of_the_site_is_drawn(browser, served, name):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_page_opened_as_a_file_follows_the_theme(browser, site_folder, scheme):
+def test_a_page_opened_as_a_file_follows_the_theme(browser, built_site, scheme):
     """No server is needed; on a telephone nothing is wider than the window; text stands out in both themes."""
-    home, phone = site_folder.as_uri(), {"width": 390, "height": 800}
+    home, phone = built_site.as_uri(), {"width": 390, "height": 800}
     name = LESSONS[0].with_suffix(".html").name
     page, complaints = visit(browser, f"{home}/{name}", home, color_scheme=scheme, viewport=phone)
     assert page.evaluate(NOT_DRAWN) == [] and complaints == []
@@ -313,8 +304,8 @@ def luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_without_scripts_a_picture_and_its_words_remain(browser, site_folder):
-    home = site_folder.as_uri()
+def test_without_scripts_a_picture_and_its_words_remain(browser, built_site):
+    home = built_site.as_uri()
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(f"{home}/{LESSONS[0].with_suffix('.html').name}")
     pictures = page.locator("figure img")
