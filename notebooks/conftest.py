@@ -6,9 +6,12 @@ after it see the state that the cells before it left: no cell may need a name th
 A notebook shall take a minute of CPU time, its kernel and the programs that the kernel starts together. The cell fails
 during which twice that is passed. The time by the clock is reported and limits nothing: on a busy machine it says
 nothing about the notebook. Where there is a GPU nothing is limited, for waiting for it looks like work.
+
+In a cell tagged `slider` the slider's callback is tried at both ends (tests/slider_ends.py).
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,8 @@ import torch
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 
 MOST_CPU_SECONDS = 120 * torch.get_num_threads()  # a thread that waits for another one uses its core, too
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+TRY_BOTH_ENDS = f"import sys; sys.path.append({str(TESTS)!r}); import slider_ends; slider_ends.watch()\n"
 spent = {}  # notebook -> [CPU seconds of its kernel, seconds by the clock, the start of the kernel included]
 
 
@@ -35,8 +40,11 @@ def pytest_runtest_setup(item):
     if cell is None:
         return
     item.output_timeout = item.config.option.nbval_cell_timeout  # on a busy machine outputs come long after the reply
-    if "gpu" in cell.metadata.get("tags", []) and not torch.cuda.is_available():
+    tags = cell.metadata.get("tags", [])
+    if "gpu" in tags and not torch.cuda.is_available():
         pytest.skip("cell tagged gpu: needs a CUDA device")
+    if "slider" in tags:
+        cell.source = TRY_BOTH_ENDS + cell.source
 
 
 def cpu_seconds(kernel):
