@@ -42,10 +42,10 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory):
+def once(tmp_path_factory, request):
     """once(name, make): a folder of that name that `make(folder)` has filled."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = base.parent if hasattr(request.config, "workerinput") else base  # the workers' folders stand side by side
 
     def filled(name, make):
         folder, made = base / name, base / f"{name}.made"
