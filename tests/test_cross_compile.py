@@ -38,9 +38,8 @@ class Recorder:
         self.asked, self.kernels = {}, {}
         monkeypatch.setattr(launch, "usable", lambda device: True)
         monkeypatch.setattr(launch, "start", self.start)
-        for info in pkgutil.iter_modules(ragged.__path__):
-            if info.name.startswith("kernel"):
-                self.replace(importlib.import_module(f"ragged.{info.name}"), monkeypatch)
+        for info in pkgutil.iter_modules(ragged.kernels.__path__, "ragged.kernels."):
+            self.replace(importlib.import_module(info.name), monkeypatch)
 
     def replace(self, module, monkeypatch):
         for name, fn in list(vars(module).items()):
