@@ -26,7 +26,7 @@ from notebook_files import LESSONS, ROOT, SOLUTIONS, read, tags
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 600  # for whatever is waited for; far beyond what it takes, for a machine with tests is a busy one
-WITH_SLIDERS = [path for path in LESSONS if path.name[:2] in ("01", "04")]
+WITH_SLIDERS = [path for path in LESSONS if path.name[:2] == "00"]  # a slider of pictures and one of curves
 
 
 def missing(reason):
@@ -249,9 +249,9 @@ PAGES = ["index.html", *(path.relative_to(ROOT / "notebooks").with_suffix(".html
                          for path in LESSONS + SOLUTIONS)]  # fmt: skip
 
 
-def visit(browser, address, home, **context):
+def visit(context, address, home):
     """Open a page; returns (page, complaints): console errors, exceptions, and requests for anything outside `home`."""
-    page = browser.new_context(**context).new_page()
+    page = context.new_page()
     page.set_default_timeout(SECONDS * 1000)
     complaints = []
     page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
@@ -264,12 +264,20 @@ def visit(browser, address, home, **context):
     return page, complaints
 
 
+@pytest.fixture(scope="module")
+def reader(browser):
+    """One reader for all pages, whose browser keeps plotly.js."""
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_every_figure_of_the_site_is_drawn(browser, served, name):
-    page, complaints = visit(browser, f"{served}/{name}", served)
+def test_every_figure_of_the_site_is_drawn(reader, served, name):
+    page, complaints = visit(reader, f"{served}/{name}", served)
     assert page.evaluate(NOT_DRAWN) == [] and complaints == []
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    page.context.close()
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -277,7 +285,7 @@ def test_a_page_opened_as_a_file_follows_the_theme(browser, built_site, scheme):
     """No server is needed; on a telephone nothing is wider than the window; text stands out in both themes."""
     home, phone = built_site.as_uri(), {"width": 390, "height": 800}
     name = LESSONS[0].with_suffix(".html").name
-    page, complaints = visit(browser, f"{home}/{name}", home, color_scheme=scheme, viewport=phone)
+    page, complaints = visit(browser.new_context(color_scheme=scheme, viewport=phone), f"{home}/{name}", home)
     assert page.evaluate(NOT_DRAWN) == [] and complaints == []
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     for selector in ("main p", "main a", ".input pre", ".output pre", "th", ".anchor-link"):
