@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 SITE ?= site
+# A worker for each core, and files in the order of collection: the long ones come before the notebooks of solutions.
+# Four at most, for each holds a PyTorch of its own, and the longest file sets the time from there on.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
@@ -20,7 +23,8 @@ lab: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120
+	$(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	    --nbval-kernel-startup-timeout=600
 
 # Figures are saved as plotly JSON and as PNG; widget state, which is large and goes stale, is left out of the files.
 bake: export PLOTLY_RENDERER = plotly_mimetype+png

@@ -4,9 +4,12 @@ Not collected by itself: the interpreter must be chosen before the package is im
 runs this file in a process of its own. By hand: TRITON_INTERPRET=1 pytest tests/interpreted.py
 """
 
+import itertools
 import math
+import re
 
 import pytest
+import sanitize
 import torch
 from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
 
@@ -159,17 +162,19 @@ def test_a_mask_as_an_index(prefix, monkeypatch):
         assert torch.equal(index[2, : counts[2]], own.nonzero()[:, 0])
 
 
+TAKEN = [*itertools.product((1, 3), (1, 5, 130)), (140, 5)]  # 140: more counts than are added up at once
+
+
 @pytest.mark.parametrize("surplus", [0, 13, -3], ids=["exact", "surplus", "too small"])
-@pytest.mark.parametrize("dim", [1, 5, 130])
-@pytest.mark.parametrize("batch", [1, 3, 140], ids=lambda n: f"batch {n}")  # 140: more counts than are added up at once
+@pytest.mark.parametrize("batch, dim", TAKEN, ids=str)
 def test_take(batch, dim, surplus, monkeypatch):
     g = torch.Generator().manual_seed(batch)
-    n = 11
+    n = 11 if batch < 100 else 3  # the interpreter takes one program after the other
     x, ids = torch.randn(batch * n, dim, generator=g), torch.arange(batch * n) * 10
     starts = torch.arange(0, batch * n, n, dtype=torch.int32)
     index = torch.stack([torch.randperm(n, generator=g) for _ in range(batch)])
     counts = torch.randint(0, n + 1, (batch,), generator=g, dtype=torch.int32)
-    counts[0] = 4
+    counts[0] = 3
     total = int(counts.sum()) + surplus
     rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])[:total]
     for longest in (n, 1):  # whoever says so: every row arrives
@@ -225,3 +230,15 @@ def test_a_whole_model(name):
     a, b = with_kernels.trace(pictures(2)), without.trace(pictures(2))
     assert [stage.counts for stage in a.stages] == [stage.counts for stage in b.stages]
     assert (a.logits - b.logits).abs().max() <= 1e-4 * b.logits.abs().max()
+
+
+def test_the_sanitizers_cases():
+    """tests/sanitize.py is for a GPU; here it shows that it still runs, and that its results are right: of every kind
+    of case the first that has more than one query."""
+    kinds = {}
+    for name, run, arguments in [*sanitize.attention_cases(), *sanitize.special_cases()]:
+        if "q=1 " not in name:
+            kinds.setdefault((run, re.sub(r"\w+=\d+|\d+", "", name)), arguments)
+    assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 6
+    for (run, _), arguments in kinds.items():
+        run("cpu", *arguments)

@@ -12,6 +12,7 @@ whole and compared with float64, so that a row too few is seen, too.
 """
 
 import argparse
+import functools
 from unittest import mock
 
 import torch
@@ -26,6 +27,7 @@ HEADS = 2
 HALF, SINGLE = torch.float16, torch.float32
 
 
+@functools.cache
 def tile_choices():
     """{tiles: (shortest call, longest call)} over everything `choose_tiles` can answer; a call is (max_q, max_k,
     headdim, itemsize, equal)."""

@@ -73,21 +73,18 @@ class Soak:
         options, last = self.options, len(self.vit.blocks) - 1
         single = {"at": (min(3, last),), "where": "after"}
         make = ragged.PRUNERS
-        kinds = {
-            "threshold_l2": lambda **place: make["threshold_l2"](keep=0.5, **(single | place)),
-            "tau": lambda **place: make["threshold_l2"](tau=1.0, **(single | place)),
-            "dynamicvit": lambda **place: make["dynamicvit"](keep=0.7, **place),
-            "evit": lambda **place: make["evit"](keep=0.7, **place),
-            "ats": lambda **place: make["ats"](samples=self.tokens - 1, **place),
+        self.kinds = kinds = {
+            "threshold_l2": lambda **own: make["threshold_l2"](**({"keep": 0.5} | single | own)),
+            "tau": lambda **own: make["threshold_l2"](**({"tau": 1.0} | single | own)),
+            "dynamicvit": lambda **own: make["dynamicvit"](**({"keep": 0.7} | own)),
+            "evit": lambda **own: make["evit"](**({"keep": 0.7} | own)),
+            "ats": lambda **own: make["ats"](**({"samples": self.tokens - 1} | own)),
         }
         stages = {"at": tuple(i for i in (3, 6, 9) if i <= last)}
-        self.eager_models = {}
-        for name, pruner in kinds.items():
+        self.places = {}
+        for name in kinds:
             several = {"at": range(min(3, last), last + 1)} if name == "ats" else stages
-            self.eager_models[name] = ragged.RaggedViT(self.vit, pruner(**several), options.backend).to(self.device)
-            self.eager_models[name + ", one cut"] = ragged.RaggedViT(self.vit, pruner(**single), options.backend).to(
-                self.device
-            )
+            self.places |= {name: (name, several), f"{name}, one cut": (name, single)}
         compiled = ragged.RaggedViT(self.vit, kinds["tau"](), options.backend)
         self.compiled_model = compiled.compile(dynamic=True, backend=options.compile_backend)
         self.recorded = {}
@@ -106,8 +103,8 @@ class Soak:
             self.warm_tiles()
         for batch in (self.most, 1, 2, 3, self.most // 2, self.most):
             images = self.images(batch)
-            for model in self.eager_models.values():
-                model(images)
+            for kind, place in self.places.values():
+                self.eager_model(kind, **place)(images)
             for contrast in (0.0, 1.0, 3.0):
                 self.compiled_model(images * contrast)
         for kind in ["attention", "eager", "compiled", *["captured"] * bool(self.recorded)] * 3:
@@ -182,16 +179,18 @@ class Soak:
             at = (min(3, len(self.vit.blocks) - 1),)
             model = ragged.RaggedViT(self.vit, GivenLengths(counts, at=at)).to(self.device)
         else:
-            name, model = self.rng.choice(list(self.eager_models.items()))
-            self.vary(model.pruner)
+            name, (kind, place) = self.rng.choice(list(self.places.items()))
+            model = self.eager_model(kind, **place, **self.setting(kind))
         self.through(f"eager {name}", model, model, self.images(batch), check)
 
-    def vary(self, pruner):
+    def eager_model(self, kind, **settings):
+        return ragged.RaggedViT(self.vit, self.kinds[kind](**settings), self.options.backend).to(self.device)
+
+    def setting(self, kind):
         """A new keep rate: nothing but a number, as in a sweep."""
-        for attribute, value in (("keep", self.rng.uniform(0.05, 1.0)), ("tau", self.rng.uniform(0.5, 1.3)),
-                                 ("samples", self.rng.randint(1, self.tokens))):  # fmt: skip
-            if getattr(pruner, attribute, None) is not None:
-                setattr(pruner, attribute, value)
+        if kind == "ats":
+            return {"samples": self.rng.randint(1, self.tokens)}
+        return {"tau": self.rng.uniform(0.5, 1.3)} if kind == "tau" else {"keep": self.rng.uniform(0.05, 1.0)}
 
     def captured(self, batch, check):
         name, (model, run) = self.rng.choice(list(self.recorded.items()))

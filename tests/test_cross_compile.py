@@ -7,6 +7,8 @@ run: the same constants, tile shapes and compiler options, for whatever kernels 
 import importlib
 import itertools
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +40,8 @@ class Recorder:
         self.asked, self.kernels = {}, {}
         monkeypatch.setattr(launch, "usable", lambda device: True)
         monkeypatch.setattr(launch, "start", self.start)
-        for info in pkgutil.iter_modules(ragged.__path__):
-            if info.name.startswith("kernel"):
-                self.replace(importlib.import_module(f"ragged.{info.name}"), monkeypatch)
+        for info in pkgutil.iter_modules(ragged.kernels.__path__, "ragged.kernels."):
+            self.replace(importlib.import_module(info.name), monkeypatch)
 
     def replace(self, module, monkeypatch):
         for name, fn in list(vars(module).items()):
@@ -138,6 +139,9 @@ def test_every_kernel_is_recorded(recorder):
     record_attention(recorder, [(64, HALF, False)])
     record_the_others(recorder, [64], [HALF])
     assert {fn.__name__ for fn, *_ in recorder} == set(recorder.kernels)
+    sources = "\n".join(path.read_text("utf-8") for path in Path(ragged.__file__).parent.rglob("*.py"))
+    defined = re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", sources, re.M)
+    assert sorted(recorder.kernels) == sorted(defined), "every kernel of the package is looked at, wherever it stands"
 
 
 def test_numbers_are_not_specialised_on(recorder):

@@ -40,7 +40,7 @@ def start(tool, *arguments):
     return subprocess.Popen(script, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def outputs(processes, timeout=420):
+def outputs(processes, timeout=3600):
     """(exit status, output) of each; none is left behind."""
     results = []
     try:

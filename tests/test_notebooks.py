@@ -57,6 +57,8 @@ def test_the_measure_of_cells_and_prose(lesson):
 
 
 def test_numbers_follow_one_another():
+    notebooks = {path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert notebooks == {*LESSONS, *SOLUTIONS}, "a notebook without a number, or elsewhere: no test would see it"
     assert [path.name[:2] for path in LESSONS] == [f"{number:02d}" for number in range(len(LESSONS))]
 
 

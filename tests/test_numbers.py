@@ -196,7 +196,7 @@ def test_a_broken_image_stays_alone(device, backend, value):
         cases.append(inputs(SHORT_Q, lengths_k=SHORT_K, dim=dim, dtype=dtype, device=device))
     for arguments in cases:
         want = ragged.varlen_attention(*arguments, backend=backend)
-        for victim in range(5):
+        for victim in range(0, 5, 2 if launch.INTERPRET else 1):
             broken, others = poisoned(arguments, victim, value)
             out = ragged.varlen_attention(*broken, backend=backend)
             same = torch.equal(out[others], want[others])
@@ -247,7 +247,7 @@ def test_a_broken_picture_stays_alone(device, backend, name, value):
     model = ragged.RaggedViT(vit, pruner, backend=backend)
     images = pictures().to(device)
     want = model.trace(images)
-    for victim in range(0, 4, 3):
+    for victim in (3,) if launch.INTERPRET else (0, 3):
         broken = images.clone()
         broken[victim] = value
         got = model.trace(broken)
@@ -313,7 +313,7 @@ def test_every_number_is_written(dirty, device, backend, dtype):
         skip_unless_usable(device, backend, dtype, dim)
         for counts, counts_k in cases:
             arguments = inputs(counts, dim=dim, dtype=dtype, device=device, lengths_k=counts_k)
-            for _ in range(2):  # the second call may take a shorter way
+            for _ in range(1 if launch.INTERPRET else 2):  # the second call may take a shorter way
                 assert_in_budget(ragged.varlen_attention(*arguments, backend=backend), arguments)
             if backend == "triton":
                 out, lse = ragged.varlen_attention(*arguments, backend=backend, return_lse=True)

@@ -96,7 +96,7 @@ def test_attention_equals_the_reference(device, backend, data):
 @everywhere
 def test_attention_of_an_image_of_1024(device, backend):
     skip_unless_usable(device, backend)
-    for counts in ([1024], [0, 1024, 1]):
+    for counts in ([0, 1024, 1],) if launch.INTERPRET else ([1024], [0, 1024, 1]):
         arguments = inputs(counts, heads=1, dim=64, dtype=torch.float16, device=device)
         assert_right(ragged.varlen_attention(*arguments, backend=backend), arguments)
 
@@ -302,7 +302,7 @@ def patches_wanted(name, pruner, rows):
 
 @devices
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60)
+@settings(max_examples=8 if launch.INTERPRET else 60)
 @given(data=st.data())
 def test_a_pruner_keeps_cls_repeats_nothing_and_respects_its_count(device, name, data):
     view, rows = data.draw(views(device, ragged_too=name in ("tau", "ats")))

@@ -39,9 +39,9 @@ def test_a_soak_notices_what_was_compiled_late(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_a_soak_on_the_gpu(request):
-    result = soak.main(["--batches", "1500", "--seconds", "150", "--captured", "4"])
+    result = soak.main(["--batches", "1000", "--seconds", "3600", "--captured", "4"])
     with uncaptured(request):
         print("\n" + json.dumps(result))
     assert result["ok"], json.dumps(result["failures"], indent=1)
-    assert result["compiled"]["kernels"] > 30 and result["batches"]["all"] >= 500
+    assert result["compiled"]["kernels"] > 30 and result["batches"]["all"] == 1000
     assert result["buckets_missed"] == 0 and torch.cuda.is_available()

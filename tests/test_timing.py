@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,23 +34,26 @@ def test_inputs_take_turns():
 def test_on_a_cpu_every_host_clock_sees_the_whole_call():
     calls = [lambda: spin(300)]
     for clock in (timing.host_us, timing.wall_us, timing.stream_us):
-        assert 290 < timing.stats(clock(calls, 9)).median < 3000
+        start = time.perf_counter_ns()
+        median = timing.stats(clock(calls, 9)).median
+        took = (time.perf_counter_ns() - start) / 1e3  # however busy the machine: five times the median
+        assert 290 < median <= took / 5
     assert timing.syncs(calls) == 0
 
 
 def test_a_slow_first_call_does_not_keep_the_gpu_asleep(monkeypatch):
     """The first call of a backend may load a library or compile: seconds, which say nothing about the next fifty."""
-    slept, first = [], [True]
+    slept, now, us = [], [0], iter([200_000])
 
     def call():
-        spin(200_000 if first[0] else 50)
-        first[0] = False
+        now[0] += 1000 * next(us, 50)
 
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
     monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(timing, "wait", lambda: None)
     monkeypatch.setattr(timing, "keep_busy", slept.append)
-    assert len(timing.host_us([call], 10)) == 10
-    assert 10 * 50 < slept[0] < 200_000
+    assert timing.host_us([call], 10) == [50] * 10
+    assert 10 * 50 < slept[0] < 2000
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_an_event_pair_does_not_tell_a_slow_host_from_a_slow_gpu():
     events = [median(timing.event_us([call], 15)) for call in (slow_host, slow_gpu)]
     assert events[0] == pytest.approx(events[1], rel=0.5), "the events see about the same"
     host = [median(timing.host_us([call], 15)) for call in (slow_host, slow_gpu)]
-    assert host[0] > 390 and host[1] < 100, "the host clock tells them apart"
+    assert host[0] > 390 and host[1] < host[0] / 3, "the host clock tells them apart"
     gpu = [median(timing.gpu_us_profiled([call], 5)) for call in (slow_host, slow_gpu)]
     assert gpu[0] < 50 and gpu[1] > 250, "and so does the GPU clock"
 
@@ -99,8 +103,8 @@ def test_host_time_is_not_the_gpu_s():
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     calls = [lambda: torch.mm(x, x)]  # more than a millisecond of GPU time
     calls[0]()
-    assert timing.stats(timing.host_us(calls, 20)).median < 200
-    assert timing.stats(timing.wall_us(calls, 5)).median > 700
+    wall = timing.stats(timing.wall_us(calls, 5)).median
+    assert wall > 700 and timing.stats(timing.host_us(calls, 20)).median < wall / 3
 
 
 @pytest.mark.gpu

@@ -26,14 +26,16 @@ class Rows:
 
     def __init__(self, rows):
         self.rows = rows[rows["status"] == "ok"]
+        self.by_metric = dict(tuple(self.rows.groupby("metric")))  # every question is of one
 
     def values(self, metric: str, **columns):
-        found = self.rows[self.rows["metric"] == metric]
+        found = self.by_metric.get(metric, self.rows[:0])
+        there = found["value"].notna()
         if "dtype" not in columns:
-            found = found[found["dtype"] != "bfloat16"]
+            there &= found["dtype"] != "bfloat16"
         for column, wanted in columns.items():
-            found = found[found[column].isin(wanted if isinstance(wanted, list) else [wanted])]
-        return found["value"].dropna()
+            there &= found[column].isin(wanted if isinstance(wanted, list) else [wanted])
+        return found.loc[there, "value"]
 
     def value(self, metric: str, **columns) -> float:
         found = self.values(metric, **columns)
