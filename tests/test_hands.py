@@ -763,3 +763,59 @@ def test_counts_in_a_tensor_need_a_pruner_that_says_so():
     model = ragged.RaggedViT(vit(), Mistaken(lambda i, v: chosen(i, int32(*[5] * len(i)))), "dense")
     with pytest.raises(ValueError, match="adaptive = True"):
         model(pictures())
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_a_capture_refuses_hooks_and_notices_other_weights():
+    model = ragged.RaggedViT(vit().to("cuda", torch.float16), ragged.PRUNERS["evit"](at=(1,)))
+    images = pictures().to("cuda", torch.float16)
+    handle = model.vit.head.register_forward_hook(scaled)
+    with pytest.raises(NotImplementedError, match="hooks"):
+        model.capture(len(images))
+    handle.remove()
+    fast = model.capture(len(images))
+    assert torch.equal(fast(images), model(images))
+    model.vit.head.bias.add_(1)  # in place: what a checkpoint does that is loaded later
+    assert torch.equal(fast(images), model(images))
+    model.float()
+    with pytest.raises(RuntimeError, match="after capture"):
+        fast(images)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [None, *PRUNED])
+def test_autocast_on_a_gpu(name):
+    network, images = vit().cuda(), pictures().cuda()
+    noted = None if name is None else Noted(ragged.PRUNERS[name](at=(1,), **PRUNED[name]))
+    with torch.autocast("cuda", torch.float16):
+        theirs, model = network(images), ragged.RaggedViT(network, noted)
+        got = model(images)
+        assert model.picked == "triton" and got.dtype == theirs.dtype
+    exact = ragged.RaggedViT(network, None if name is None else Replay(noted, noted.taken), "sdpa_padded")(images)
+    assert (got.float() - exact).abs().max() <= 4 * (theirs.float() - network(images)).abs().max() + 1e-3
+
+
+@pytest.mark.gpu
+@torch.enable_grad()
+@pytest.mark.parametrize("name", PRUNED)
+def test_gradients_on_a_gpu_are_those_of_the_cpu(name):
+    """`auto` says that it takes another backend; scores come from PyTorch then, so that a fused token's gradient
+    finds its way."""
+    found = []
+    for device in ("cpu", "cuda"):
+        network = vit().to(device)
+        pruner = ragged.PRUNERS[name](at=(1,), **PRUNED[name])
+        if device == "cuda":
+            with pytest.warns(UserWarning, match="no backward pass: 'sdpa_padded' runs instead"):
+                logits = ragged.RaggedViT(network, pruner)(pictures().to(device))
+        else:
+            logits = ragged.RaggedViT(network, pruner)(pictures())
+        logits.sum().backward()
+        found.append([p.grad.cpu() for p in network.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) + 1e-6)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        ragged.RaggedViT(vit().cuda(), ragged.PRUNERS[name](at=(1,)), "triton")(pictures().cuda())
