@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -218,19 +219,21 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
 
 
 def _check_selected(index: Tensor, counts: Tensor | int, name: str, prefix: int, lengths: Tensor | int) -> None:
-    counts = torch.as_tensor(counts).expand(index.shape[0])
-    lengths = torch.as_tensor(lengths).expand(index.shape[0])
-    if bool((counts < prefix).any()) or bool((counts > torch.clamp(lengths, max=index.shape[1])).any()):
+    rows = index.cpu().numpy()  # (batch, k); in NumPy, so that whoever records PyTorch's operations sees none here
+    batch, width = rows.shape
+    counts, lengths = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in (counts, lengths))
+    counts, lengths = np.broadcast_to(counts, batch), np.broadcast_to(lengths, batch)
+    if (counts < prefix).any() or (counts > np.minimum(lengths, width)).any():
         raise ValueError(f"{name}.select: counts: expected {prefix} to an image's own rows, got {counts.tolist()}")
-    column = torch.arange(index.shape[1])
-    taken = column < counts[:, None]  # (batch, k)
-    if bool(((index < 0) | (index >= lengths[:, None]))[taken].any()):
-        bad = index[taken & ((index < 0) | (index >= lengths[:, None]))][0].item()
-        raise ValueError(f"{name}.select: index: there is no row {bad} in an image of {int(lengths.max())} rows")
-    if not torch.equal(index[:, :prefix], column[:prefix].expand(index.shape[0], -1)):
+    column = np.arange(width)
+    taken = column < counts[:, None]
+    absent = taken & ((rows < 0) | (rows >= lengths[:, None]))
+    if absent.any():
+        raise ValueError(f"{name}.select: index: there is no row {rows[absent][0]} in an image of {lengths.max()} rows")
+    if (rows[:, :prefix] != column[:prefix]).any():
         raise ValueError(f"{name}.select: index: expected the {prefix} prefix rows (CLS first) first, in order")
-    ranked = torch.where(taken, index, -1 - column).sort(1).values  # every row that is not taken gets its own number
-    if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+    ranked = np.sort(np.where(taken, rows, -1 - column), 1)  # every row that is not taken gets a number of its own
+    if (ranked[:, 1:] == ranked[:, :-1]).any():
         raise ValueError(f"{name}.select: index: a row is selected twice")
 
 

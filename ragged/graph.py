@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,18 @@ def bucket_sizes(rows: int) -> list[int]:
     return sorted(sizes)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph that is collected while another is being captured takes that one along: CUDA forbids to free it then."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Chain:
     """Part of a pass as two graphs, the first up to the end of its first block.
 
@@ -53,7 +66,7 @@ class Chain:
 
     def __init__(self, work: Callable[[Callable[[], None]], object], stream: torch.cuda.Stream, pool: tuple[int, int]):
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        with contextlib.ExitStack() as recording:
+        with _no_garbage_collection(), contextlib.ExitStack() as recording:
 
             def begin() -> None:
                 self.graphs.append(torch.cuda.CUDAGraph())

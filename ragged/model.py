@@ -225,7 +225,7 @@ class RaggedViT(nn.Module):
             if i in self._cuts:
                 cut = self._reach(state, i, run)
                 if cut.waits and not run.backend.paper_padding:  # the paper's loop asks by itself
-                    return Pending(self, cut, run)
+                    return Pending(self, cut, run._replace(after_block=None))
                 state = self._leave(cut, run)
             elif i >= 0:
                 state = self._whole_block(state, i, run)

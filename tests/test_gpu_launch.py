@@ -69,6 +69,7 @@ def test_pointers_at_odd_addresses_after_even_ones():
         assert torch.equal(ragged.varlen_attention(q, k, v, cu, cu, 65, 65, backend="triton"), want), shift
 
 
+@torch.enable_grad()
 def test_refusals_hold_on_later_calls_too():
     """A short way past the checks must not let anything through that the first call would refuse."""
     q, k, v, cu_q, cu_k, *longest = inputs([5, 9], dim=64, dtype=HALF, device="cuda")

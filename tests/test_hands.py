@@ -5,6 +5,8 @@ and used. The pruner drops nothing, so that timm's model under the same hands is
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -783,6 +785,36 @@ def test_a_capture_refuses_hooks_and_notices_other_weights():
     model.float()
     with pytest.raises(RuntimeError, match="after capture"):
         fast(images)
+
+
+@pytest.mark.gpu
+def test_old_captures_do_not_disturb_a_new_one():
+    """Garbage with a graph in it waits for the collector, which must not come while another graph is captured."""
+    model = ragged.RaggedViT(vit().to("cuda", torch.float16), ragged.PRUNERS["threshold_l2"](tau=1.0, at=(1,)))
+    images = pictures(12).to("cuda", torch.float16)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(3):
+            fast = model.capture(12, wait=True)
+            assert torch.equal(fast(images), fast(images))
+            fast.itself = fast  # a cycle
+    finally:
+        gc.set_threshold(*threshold)
+
+
+@pytest.mark.gpu
+def test_a_capture_is_gone_with_its_last_name():
+    model = ragged.RaggedViT(vit().to("cuda", torch.float16), ragged.PRUNERS["threshold_l2"](tau=1.0, at=(1,)))
+    gc.collect()
+    gc.disable()
+    try:
+        fast = model.capture(12, wait=True)
+        alive = weakref.ref(fast)
+        del fast
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

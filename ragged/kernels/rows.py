@@ -145,9 +145,9 @@ def _kept(Keep, start, row, length, PREFIX: tl.constexpr):
 def keep_kernel(Keep, Cu, Index, Counts, width, PREFIX: tl.constexpr, CHUNK: tl.constexpr):
     """A mask as an index: the row numbers of each image that Keep marks, then those of its other rows, each in order.
 
-    Keep holds one byte a row; image b owns rows Cu[b] to Cu[b + 1] of it. Its first PREFIX rows stay whatever Keep says.
-    Index (images, width), Counts (images,): how many stay. Grid (images,): a program reads its part
-    of the mask twice, first to count and then to place.
+    Keep holds one byte a row; image b owns rows Cu[b] to Cu[b + 1] of it. Its first PREFIX rows stay whatever Keep
+    says. Index (images, width), Counts (images,): how many stay. Grid (images,): a program reads its part of the mask
+    twice, first to count and then to place.
     """
     image = tl.program_id(0)
     first = tl.load(Cu + image)
