@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from notebook_files import FIGURE, PICTURE, ROOT
+from test_browser import NOTEBOOK, SECONDS, free_port, wait_for_server, write_settings
 
 pytest.importorskip("plotly")
 pytest.importorskip("nbconvert")
@@ -26,19 +27,38 @@ CELLS = (
 )
 
 
-def executed(folder, hide="", **environment):
-    """The outputs of a small notebook run by `jupyter nbconvert`, and its page in nbconvert's own HTML. hide: a line
-    that goes before."""
-    notebook = new_notebook(cells=[new_code_cell(hide + "\n" + CELLS[0]), *map(new_code_cell, CELLS[1:])])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "small.ipynb")
+RENDERER = "import os; os.environ['PLOTLY_RENDERER'] = "
+FIRST = {  # what goes before
+    "a session": "",
+    "saving": RENDERER + "'plotly_mimetype+png'",
+    "asked for": RENDERER + "'plotly_mimetype'",
+    "no browser": "import sys; sys.modules['kaleido'] = None",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small notebook, run by `jupyter nbconvert` after each of `FIRST`."""
+    folder = tmp_path_factory.mktemp("executed")
+    for name, line in FIRST.items():
+        notebook = new_notebook(cells=[new_code_cell(f"{line}\n{CELLS[0]}"), *map(new_code_cell, CELLS[1:])])
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, folder / f"{name}.ipynb")
     around = {k: v for k, v in os.environ.items() if k != "PLOTLY_RENDERER"}
-    around |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")} | environment
-    run = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "small.ipynb", "--to"]
-    for what in (["notebook", "--execute", "--inplace"], ["html"]):
-        subprocess.run([*run, *what], cwd=folder, env=around, check=True, capture_output=True, timeout=300)
-    outputs = [output for cell in nbformat.read(folder / "small.ipynb", 4).cells for output in cell.outputs]
-    return outputs, (folder / "small.html").read_text(encoding="utf-8")
+    around |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
+    run = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--inplace",
+           *(f"{name}.ipynb" for name in FIRST), f"--ExecutePreprocessor.startup_timeout={SECONDS}"]  # fmt: skip
+    subprocess.run(run, cwd=folder, env=around, check=True, capture_output=True, timeout=3 * SECONDS)
+    return folder
+
+
+def executed(folder, name):
+    """The outputs of the notebook, and its page in nbconvert's own HTML."""
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(folder / f"{name}.ipynb", 4)
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    return [output for cell in notebook.cells for output in cell.outputs], page
 
 
 def figures(outputs):
@@ -47,10 +67,10 @@ def figures(outputs):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome to draw PNGs")
-@pytest.mark.parametrize("renderer", [None, "plotly_mimetype+png"], ids=["a session", "saving"])
-def test_nbconvert_shows_the_pictures(tmp_path, renderer):
+@pytest.mark.parametrize("name", ["a session", "saving"])
+def test_nbconvert_shows_the_pictures(folder, name):
     """In a session that asked for nothing, and as `make bake` runs notebooks."""
-    outputs, page = executed(tmp_path, **({"PLOTLY_RENDERER": renderer} if renderer else {}))
+    outputs, page = executed(folder, name)
     found = figures(outputs)
     assert len(found) == 3
     for number, data in enumerate(found, 1):
@@ -59,14 +79,13 @@ def test_nbconvert_shows_the_pictures(tmp_path, renderer):
         assert f"data:image/png;base64,{data[PICTURE].strip()}" in page.replace("\n", "")
 
 
-NO_BROWSER = "import sys; sys.modules['kaleido'] = None"
 DRAWN = """() => [...document.querySelectorAll('.plotly-graph-div')].map((plot) =>
     plot.querySelectorAll('.scatter').length)"""
 
 
 @pytest.mark.slow
-def test_without_a_browser_nbconvert_draws_html_that_asks_for_nothing(tmp_path):
-    outputs, page = executed(tmp_path, hide=NO_BROWSER)
+def test_without_a_browser_nbconvert_draws_html_that_asks_for_nothing(folder, tmp_path):
+    outputs, page = executed(folder, "no browser")
     found = figures(outputs)
     assert [set(data) for data in found] == [{FIGURE, "text/html", "text/plain"}] * 3
     scripts = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {}) and FIGURE not in o.data]
@@ -80,7 +99,9 @@ def test_without_a_browser_nbconvert_draws_html_that_asks_for_nothing(tmp_path):
     with playwright.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         view = browser.new_page()
+        view.set_default_timeout(SECONDS * 1000)
         view.route(re.compile("^https?:"), lambda route: route.abort())
+        (tmp_path / "small.html").write_text(page, encoding="utf-8")
         view.goto((tmp_path / "small.html").as_uri())
         view.wait_for_function(f"({DRAWN})().every((traces) => traces === 1)")
         assert view.evaluate(DRAWN) == [1, 1, 1]
@@ -88,15 +109,13 @@ def test_without_a_browser_nbconvert_draws_html_that_asks_for_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_renderer_that_was_asked_for_is_left_alone(tmp_path):
-    outputs, _ = executed(tmp_path, PLOTLY_RENDERER="plotly_mimetype")
+def test_a_renderer_that_was_asked_for_is_left_alone(folder):
+    outputs, _ = executed(folder, "asked for")
     assert [set(data) for data in figures(outputs)] == [{FIGURE}] * 3
 
 
 def jupyterlab(home, address):
     """JupyterLab on the notebooks in `home`, with all its own files there too."""
-    from test_browser import wait_for_server, write_settings
-
     write_settings(home)
     folders = {"HOME": "", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
                "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
@@ -113,25 +132,23 @@ def jupyterlab(home, address):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
-def test_a_jupyterlab_that_does_not_draw_plotly_shows_the_picture(tmp_path):
+def test_a_jupyterlab_that_does_not_draw_plotly_shows_the_picture(folder):
     """The kernel has plotly and the server has not: of the same outputs, the PNG is what is left to show."""
     pytest.importorskip("jupyterlab")
     playwright = pytest.importorskip("playwright.sync_api")
-    from test_browser import NOTEBOOK, free_port
-
-    executed(tmp_path)
     address = f"http://127.0.0.1:{free_port()}"
-    server = jupyterlab(tmp_path, address)
+    server = jupyterlab(folder, address)
     try:
         with playwright.sync_playwright() as tool:
             browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
             page = browser.new_page(viewport={"width": 1300, "height": 3000})
+            page.set_default_timeout(SECONDS * 1000)
             blocked = []
             page.route(re.compile("/jupyterlab-plotly/"), lambda r: (blocked.append(r), r.abort()))
-            page.goto(f"{address}/lab/tree/small.ipynb")
-            page.wait_for_function(f"() => {NOTEBOOK}?.context?.isReady", timeout=120_000)
+            page.goto(f"{address}/lab/tree/a%20session.ipynb")
+            page.wait_for_function(f"() => {NOTEBOOK}?.context?.isReady")
             pictures = "() => document.querySelectorAll('.jp-RenderedImage img').length === 3"
-            page.wait_for_function(pictures, timeout=120_000)
+            page.wait_for_function(pictures)
             assert blocked and page.evaluate("() => document.querySelectorAll('.jp-RenderedPlotly').length") == 0
             browser.close()
     finally:
