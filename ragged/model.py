@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,10 +191,6 @@ class RaggedViT(nn.Module):
         """timm's: a new classifier for num_classes; global_pool: "token", others are refused at the next call."""
         self.vit.reset_classifier(num_classes, global_pool)
 
-    def __getattr__(self, name: str) -> Any:
-        """num_classes, embed_dim, num_features, num_prefix_tokens, pretrained_cfg and default_cfg are the network's."""
-        return getattr(self.vit, name) if name in OF_THE_NETWORK else super().__getattr__(name)
-
     # ---- the pass
 
     def begin(self, images: Tensor, stages: list[Stage] | None = None,
@@ -370,6 +366,10 @@ def _take_copy(state: State, i: int, run: Pass) -> None:
         copied = Canvas(run.canvas.tokens)
         copied.update(state, state.tokens)
         run.taken.append(copied)
+
+
+for name in OF_THE_NETWORK:
+    setattr(RaggedViT, name, property(operator.attrgetter(f"vit.{name}")))
 
 
 def _take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:

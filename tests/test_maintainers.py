@@ -96,3 +96,16 @@ def test_names_in_the_guide_exist(name):
     sources = [*Path(ROOT / "ragged").rglob("*.py"), ROOT / "tests" / "test_package.py"]
     assert f"`{name}`" in GUIDE
     assert any(re.search(rf"^(?:class )?{name}\b", path.read_text(encoding="utf-8"), re.M) for path in sources)
+
+
+def test_the_code_in_the_readme_runs():
+    import torch
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    names, before = {}, torch.is_grad_enabled()
+    try:
+        for block in blocks:
+            exec(block, names)
+    finally:
+        torch.set_grad_enabled(before)

@@ -66,7 +66,7 @@ def kernel_of_50_us():
 
 @pytest.mark.gpu
 def test_graph_replay_and_profiler_agree_on_gpu_time(kernel_of_50_us):
-    replay = timing.record(kernel_of_50_us, 20)
+    replay = timing.as_graph(kernel_of_50_us, 20)
     graph = timing.stats([us for _ in range(9) for us in timing.gpu_us(replay, 20)]).median
     profiled = timing.stats([us for _ in range(3) for us in timing.gpu_us_profiled(kernel_of_50_us, 20)]).median
     assert 15 < graph < 500
