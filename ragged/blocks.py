@@ -10,7 +10,8 @@ Then the records of a pass through the blocks: where it stands, and what it leav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .backends import Backend, masked_sdpa, unfused_softmax
-from .packing import Canvas, Packed, Padded, Selection
+from .packing import (
+    Packed,
+    Padded,
+    Selection,
+    packed_state,
+    padded_state,
+    put_back,
+    take_by_loop,
+    take_packed,
+    take_padded,
+)
 
 State = Packed | Padded
 
@@ -113,6 +124,79 @@ def compiled_pieces(**options: object) -> dict[str, Callable]:
     return {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}
 
 
+# ---- the front: images of any sizes, packed from the first token on ----
+
+
+class Positions:
+    """The positions of a network's patches on grids of any size, resampled as timm does, and kept by size.
+
+    They are made anew once the network has others: another tensor, memory, or version, which every way of changing
+    weights leaves behind but writing through `.data`; after that call `RaggedViT.prepare`."""
+
+    MOST = 64  # sizes kept
+
+    def __init__(self):
+        self._kept: dict[tuple[int, int], tuple[Tensor, tuple, Tensor, Tensor]] = {}
+
+    def __call__(self, vit: nn.Module, grid: tuple[int, int]) -> Tensor:
+        """Positions (n, dim) for the prefix tokens and the patches of grid (rows, columns); zero for prefix tokens
+        that have none."""
+        own = vit.pos_embed
+        if own.is_inference() or (own.requires_grad and torch.is_grad_enabled()):  # no version, or a graph behind it
+            return self._resampled(vit, grid)
+        state = (own._version, own.data_ptr(), own.dtype, own.device, vit.no_embed_class, vit.patch_embed.grid_size)
+        source, then, _, table = self._kept.get(grid, (None, None, None, None))
+        if source is not own or then != state:
+            table = self._resampled(vit, grid)
+            if len(self._kept) >= self.MOST:
+                self._kept = {}
+            self._kept[grid] = (own, state, own.detach(), table)  # held, so that no other tensor gets its address
+        return table
+
+    @staticmethod
+    def _resampled(vit: nn.Module, grid: tuple[int, int]) -> Tensor:
+        from timm.layers import resample_abs_pos_embed
+
+        prefix = vit.num_prefix_tokens
+        with_prefix = 0 if vit.no_embed_class else prefix
+        table = resample_abs_pos_embed(vit.pos_embed, list(grid), vit.patch_embed.grid_size, with_prefix)[0]
+        return table if with_prefix else nn.functional.pad(table, (0, 0, prefix, 0))
+
+
+def embed_each(vit: nn.Module, images: Sequence[Tensor], as_product: bool, positions: Positions) -> Packed:
+    """The tokens of images (channels, height, width) of any sizes, one image behind the other, with vit's prefix tokens
+    and positions as timm has them with dynamic_img_size=True. as_product: one matrix product makes all patches; else
+    vit's patch embedding is called image by image."""
+    patch, prefix = vit.patch_embed, vit.num_prefix_tokens
+    grids = [tuple(patch.dynamic_feat_size(tuple(image.shape[-2:]))) for image in images]
+    if as_product:
+        rows = torch.cat([_pixel_rows(patch, image, grid) for image, grid in zip(images, grids, strict=True)])
+        x = patch.norm(nn.functional.linear(rows, patch.proj.weight.flatten(1), patch.proj.bias))
+    else:
+        x = torch.cat([patch(image[None]).flatten(0, -2) for image in images])  # (all patches, dim)
+    lengths = [prefix + high * wide for high, wide in grids]
+    own = (getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+    first = torch.cat([token[0] for token in own if token is not None])  # (prefix, dim)
+    x = torch.cat([part for patches in x.split([n - prefix for n in lengths]) for part in (first, patches)])
+    if vit.pos_embed is not None:
+        x = x + torch.cat([positions(vit, grid) for grid in grids])
+    return packed_state(vit.norm_pre(vit.pos_drop(x)), host_offsets(lengths, x.device), lengths)
+
+
+def _pixel_rows(patch: nn.Module, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The pixels of an image (channels, height, width), a row a patch: (patches, channels * pixels of a patch)."""
+    (high, wide), (down, across) = grid, patch.proj.kernel_size
+    if patch.dynamic_img_pad:
+        image = nn.functional.pad(image, (0, wide * across - image.shape[2], 0, high * down - image.shape[1]))
+    image = image[:, : high * down, : wide * across]
+    return image.reshape(-1, high, down, wide, across).permute(1, 3, 0, 2, 4).reshape(high * wide, -1)
+
+
+def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Offsets of images of `lengths` rows, int32 (batch + 1,), on `device`."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
 # ---- what a pass leaves behind ----
 
 
@@ -133,9 +217,9 @@ class _Traced(NamedTuple):
 
 class Trace(_Traced):
     """logits (batch, classes), and one `Stage` per cut: both by unpacking, too. kept: bool (batch, n), the rows of the
-    unpruned sequence that stayed to the end."""
+    unpruned sequence that stayed to the end; for a list of images a list of bool (n,), as long as each of them."""
 
-    kept: Tensor
+    kept: Tensor | list[Tensor]
 
 
 class Pass(NamedTuple):
@@ -149,6 +233,42 @@ class Pass(NamedTuple):
     canvas: Canvas | None = None
     wanted: frozenset[int] = frozenset()
     taken: list[Canvas] | None = None
+
+
+FILLS = ("zero", "last", "nearest")
+
+
+class Canvas:
+    """The tokens of a pass in their original places: tokens (batch, n, dim), the latest value that every row had, and
+    kept, bool (batch, n), the rows that are still there."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+        self.kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def update(self, state: Packed | Padded, tokens: Tensor) -> None:
+        """The rows of `state` have the values `tokens` now, and the others are gone."""
+        self.tokens = put_back(self.tokens, state, tokens)
+        ones = torch.ones_like(state.ids, dtype=tokens.dtype).unsqueeze(-1)
+        self.kept = put_back(torch.zeros_like(self.tokens[..., :1]), state, ones)[..., 0] > 0
+
+    def fill(self, x: Tensor, how: str, prefix: int, grid: tuple[int, int]) -> Tensor:
+        """x (batch, n, dim), the canvas's tokens or something made of each of them, with the rows that are gone filled.
+        how: "zero"; "last", left as they were when they were dropped; "nearest", as the nearest patch that is still
+        there on the grid (rows, columns), the earlier of two, and zero where no patch is left. prefix: so many first
+        rows always stay."""
+        if how == "last":
+            return x
+        if how == "zero":
+            return torch.where(self.kept[..., None], x, 0.0)
+        row = torch.arange(grid[0] * grid[1], device=x.device)
+        place = torch.stack((row // grid[1], row % grid[1]), 1)  # (patches, 2)
+        far = (place[:, None] - place[None]).square().sum(-1)  # (patches, patches)
+        there = self.kept[:, prefix:]  # (batch, patches)
+        nearest = torch.where(there[:, None], far, far.max() + 1).argmin(-1)  # (batch, patches)
+        patches = x[:, prefix:].gather(1, nearest[..., None].expand(-1, -1, x.shape[-1]))
+        patches = torch.where(there.any(1)[:, None, None], patches, 0.0)
+        return torch.cat((x[:, :prefix], patches), 1)
 
 
 @dataclass(frozen=True)
@@ -194,3 +314,67 @@ class Pending:
         """Go on with room for `total` rows, at most `longest` in one image; after_block: as in `Pass`."""
         run = self.run._replace(after_block=after_block)
         return self.model._blocks(self.model._leave(self.cut, run, (total, longest)), self.cut.block + 1, run)
+
+
+# ---- steps of the loop ----
+
+
+def as_dense(state: State, reason: str) -> Tensor:
+    """The tokens as (batch, n, dim), where all images have the same count."""
+    if state.count is None:
+        raise ValueError(
+            f"vit: {reason}, and the images here keep different counts; take it off, or use a pruner with fixed counts"
+        )
+    return state.tokens if isinstance(state, Padded) else state.tokens.unflatten(0, (state.batch, state.count))
+
+
+def rows_kept(lengths: Sequence[int], stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
+    """bool (n,) for each image of `lengths` rows: which are there after all `stages`, on `device`."""
+    kept = [torch.full((n,), not stages, device=device) for n in lengths]
+    for mine, ids in zip(kept, stages[-1].ids if stages else (), strict=False):
+        mine[ids[ids >= 0]] = True
+    return kept
+
+
+def laid_out(state: Packed, backend: Backend, pruned: bool) -> State:
+    """The packed tokens of `state` as the first block takes them under the backend. pruned: whether cuts follow."""
+    if state.count is not None and not (pruned and backend.packs_first):
+        return padded_state(state)  # a dense batch
+    if state.count is None and backend.equal_only:
+        least, most = min(state.rows.host), max(state.rows.host)
+        raise ValueError(f"backend {backend.name!r}: needs equal counts, and the images here have {least} to {most} "
+                         "tokens; use 'auto'")  # fmt: skip
+    return padded_state(state) if backend.pads else state
+
+
+def take_copy(state: State, i: int, run: Pass) -> None:
+    """What block i left, where somebody wants it."""
+    if i in run.wanted:
+        copied = Canvas(run.canvas.tokens)
+        copied.update(state, state.tokens)
+        run.taken.append(copied)
+
+
+def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
+    """The rows that stay, in the layout of the backend."""
+    if cut.selection is None:
+        return cut.state
+    if backend.paper_padding:  # the paper pads to the original length, always
+        return take_by_loop(cut.state, cut.selection)
+    if backend.pads:
+        return take_padded(cut.state, cut.selection, sizes and sizes[1])
+    return take_packed(cut.state, cut.selection, lambda counts: sizes)
+
+
+def runs_unfused(state: Padded, backend: Backend) -> bool:
+    """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
+    return backend.paper_padding and state.lengths is not None
+
+
+def stage_of(state: State, block: int, where: str) -> Stage:
+    """What a cut at `where` in `block` left, read from the device."""
+    if isinstance(state, Packed):
+        counts = state.lengths.tolist()
+        return Stage(block, where, counts, list(state.ids[: sum(counts)].split(counts)))
+    counts = [state.width] * state.batch if state.lengths is None else state.lengths.tolist()
+    return Stage(block, where, counts, [ids[:n] for ids, n in zip(state.ids, counts, strict=True)])

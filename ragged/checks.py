@@ -180,10 +180,80 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
         raise ValueError("images: expected at least one image, got an empty batch")
     if any(side < least for side, least in zip(images.shape[2:], patch.patch_size)) and not patch.dynamic_img_pad:
         raise ValueError(f"images: expected sides of at least one patch, {patch.patch_size}, got {tuple(images.shape)}")
-    mixed = torch.is_autocast_enabled(weight.device.type) and images.is_floating_point()
-    if (images.dtype != weight.dtype and not mixed) or images.device != weight.device:
-        expected, got = f"{weight.dtype} on {weight.device}", f"{images.dtype} on {images.device}"
-        raise ValueError(f"images: expected {expected} like the model, got {got}")
+    _check_like_model("images", images, weight)
+
+
+def _check_like_model(name: str, x: Tensor, weight: Tensor) -> None:
+    mixed = torch.is_autocast_enabled(weight.device.type) and x.is_floating_point()
+    if (x.dtype != weight.dtype and not mixed) or x.device != weight.device:
+        expected, got = f"{weight.dtype} on {weight.device}", f"{x.dtype} on {x.device}"
+        raise ValueError(f"{name}: expected {expected} like the model, got {got}")
+
+
+def check_image_list(images: Sequence[Tensor], vit: nn.Module, as_product: bool) -> None:
+    """A list of images of different sizes as `vit` takes them: (channels, height, width), at least a patch, sides that
+    timm takes, dtype and device as in `check_images`. as_product: whether the patch embedding itself is not called.
+    TypeError or ValueError otherwise."""
+    patch = vit.patch_embed
+    weight, channels, (down, across) = patch.proj.weight, patch.proj.in_channels, patch.patch_size
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got an empty list")
+    for i, image in enumerate(images):
+        name = f"images[{i}]"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name}: expected a tensor ({channels}, height, width), got {type(image).__name__}")
+        shape = tuple(image.shape)
+        if image.dim() != 3 or shape[0] != channels:
+            raise ValueError(f"{name}: expected ({channels}, height, width), got {shape}")
+        if 0 in shape or (not patch.dynamic_img_pad and (shape[1] < down or shape[2] < across)):
+            raise ValueError(f"{name}: expected sides of at least one patch, {patch.patch_size}, got {shape}")
+        own_size = shape[1:] == tuple(patch.img_size)
+        if not (patch.dynamic_img_pad or own_size) and (shape[1] % down or shape[2] % across):
+            expected = f"expected sides that are multiples of the patch, {patch.patch_size}, got {shape}"
+            raise ValueError(f"{name}: {expected}; crop or pad it, or make the network with dynamic_img_pad=True")
+        if not as_product and patch.strict_img_size and not own_size:
+            why = "the network's patch embedding has to be called as it is (hooks, parts of another type)"
+            only = f"takes {patch.img_size} only, got {shape}"
+            raise ValueError(f"{name}: {why}, and {only}; make the network with dynamic_img_size=True")
+        _check_like_model(name, image, weight)
+
+
+def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths: Sequence[int] | None,
+                 vit: nn.Module, prefix: int) -> list[int]:  # fmt: skip
+    """Packed tokens (total, dim) as the blocks of `vit` take them, at least `prefix` of each image, with cu_seqlens
+    int32 (batch + 1,), ids int64 (total,) or None, and lengths, the rows of each image, or None. Returns the lengths;
+    on CUDA they are read, which is a wait, unless they were given. TypeError or ValueError otherwise."""
+    check_tensor("tokens", tokens, 2, FLOATS)
+    if tokens.shape[1] != vit.embed_dim or tokens.shape[0] == 0:
+        raise ValueError(f"tokens: expected (total >= 1, {vit.embed_dim}), got {tuple(tokens.shape)}")
+    _check_like_model("tokens", tokens, vit.patch_embed.proj.weight)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}")
+    _check_offsets(cu_seqlens, "cu_seqlens", tokens)
+    total, batch = tokens.shape[0], cu_seqlens.shape[0] - 1
+    if ids is not None:
+        check_tensor("ids", ids, 1, (torch.int64,))
+        if ids.shape[0] != total or ids.device != tokens.device:
+            expected, got = f"{total} numbers on {tokens.device}", f"{ids.shape[0]} on {ids.device}"
+            raise ValueError(f"ids: expected {expected}, one per token, got {got}")
+    if lengths is not None:
+        good = isinstance(lengths, Sequence) and all(isinstance(n, Integral) for n in lengths)
+        if not good or len(lengths) != batch or sum(lengths) != total:
+            raise ValueError(f"lengths: expected {batch} ints, {total} in all like the tokens, got {lengths!r}")
+        lengths = [int(n) for n in lengths]
+    if lengths is None or may_look(cu_seqlens):
+        values = cu_seqlens.tolist()
+        read = [b - a for a, b in zip(values, values[1:], strict=False)]
+        if values[0] != 0 or values[-1] != total or min(read) < 0:
+            shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
+            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to {total}, as many as tokens, got {shown}")
+        if lengths is not None and read != lengths:
+            raise ValueError("lengths: they do not agree with cu_seqlens")
+        lengths = read
+    if min(lengths) < max(prefix, 1):
+        raise ValueError(f"cu_seqlens: expected at least the {prefix} prefix tokens (CLS first) of every image, got an "
+                         f"image of {min(lengths)}")  # fmt: skip
+    return lengths
 
 
 
@@ -192,6 +262,11 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
     """What the pruner `name` answered: a Selection for images of at most `width` rows, `lengths` (batch,) of them real,
     or as many in every image. TypeError or ValueError otherwise. Values are looked at where that costs no wait."""
     index, counts, blend = (getattr(selection, part, None) for part in ("index", "counts", "blend"))
+    known = getattr(counts, "host", None)  # a `Counts`
+    if known is not None:
+        counts, adaptive = counts.device, True
+        if len(known) != batch:
+            raise ValueError(f"{name}.select: counts: expected {batch} numbers on the host, got {len(known)}")
     if not isinstance(index, Tensor) or counts is None:
         raise TypeError(f"{name}.select: expected a Selection or None, got {type(selection).__name__}")
     if index.dtype != torch.int64 or index.device != device or index.dim() != 2 or index.shape[0] != batch:
@@ -212,7 +287,7 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
     ):  # fmt: skip
         expected = f"floats ({batch}, up to {width}) on {device}"
         raise ValueError(f"{name}.select: blend: expected {expected}, got {_said(blend)}")
-    if blend is not None and isinstance(counts, Tensor):
+    if blend is not None and isinstance(counts, Tensor) and known is None:
         raise ValueError(f"{name}.select: blend: a fused token needs the same count in every image, an int")
     if may_look(index):
         _check_selected(index, counts, name, prefix, lengths)

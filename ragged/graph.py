@@ -122,6 +122,9 @@ class Captured:
         return 0.0 if self.counts is None else self._capacity / self.counts.sum().item() - 1.0
 
     def __call__(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            expected, got = f"a tensor {tuple(self.images.shape)}, as captured", type(images).__name__
+            raise TypeError(f"images: expected {expected}, got a {got}; call the model itself with a list of images")
         if images.shape != self.images.shape or images.dtype != self.images.dtype:
             raise ValueError(
                 f"images: captured for {tuple(self.images.shape)} {self.images.dtype}, got {tuple(images.shape)} "
@@ -176,6 +179,9 @@ def capture(
     weight = model.vit.patch_embed.proj.weight
     if not weight.is_cuda:
         raise ValueError(f"capture: CUDA graphs need a model on a GPU, this one is on {weight.device}")
+    if isinstance(batch_size, list | tuple):
+        raise NotImplementedError("capture: images of different sizes cannot be recorded; call the model itself with "
+                                  "the list of them")  # fmt: skip
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
     if wait is not None and not isinstance(wait, bool):

@@ -11,18 +11,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from . import blocks
 from .attention import resolve_backend
-from .backends import BACKENDS, Backend
-from .blocks import PIECES, Cut, Pass, Pending, Stage, State, Trace, compiled_pieces
-from .checks import check_images, check_selection
+from .backends import BACKENDS
+from .blocks import FILLS, PIECES, Canvas, Cut, Pass, Pending, Positions, Stage, State, Trace, compiled_pieces
+from .checks import check_image_list, check_images, check_packed, check_selection
 from .graph import Captured, capture
-from .packing import FILLS, Canvas, Packed, Padded, Selection, read_sizes, take_by_loop, take_packed, take_padded
+from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner, View, row_norms
 from .rows import cls_attention
 from .support import Survey, check_supported
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
 OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
+Images = Tensor | Sequence[Tensor]  # a batch, or a list of images of different sizes
+LOOKED_AT = ("_run", "survey", "_known", "_positions")  # of this process, and of the model as it was when looked at
 
 
 class RaggedViT(nn.Module):
@@ -61,7 +64,7 @@ class RaggedViT(nn.Module):
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
-        self.survey, self._known = Survey(vit), (pruner, backend)
+        self.survey, self._known, self._positions = Survey(vit), (pruner, backend), Positions()
         if self._compiled is None:
             self._run: dict[str, Callable] = {piece.__name__: piece for piece in PIECES}
         for i in self._cuts.keys() & self.survey.whole.keys():
@@ -69,7 +72,7 @@ class RaggedViT(nn.Module):
                 why = "cuts inside it" if pruner.where == "inside" else "needs its attention"
                 raise ValueError(f"vit: block {i}: {self.survey.whole[i]}, and {pruner.name} {why}; cut elsewhere")
 
-    def _look(self, images: Tensor) -> None:
+    def _look(self) -> None:
         """What may have changed since the last call. The compiler takes it as it was when it began."""
         if not torch.compiler.is_compiling():
             if (self.pruner, self.backend) != self._known or not self.survey.still_true(self.vit):
@@ -90,7 +93,6 @@ class RaggedViT(nn.Module):
                 f"torch.export: {self.pruner.name} decides on the data how many tokens stay, and an exported program "
                 "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
             )
-        check_images(images, self.vit)
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
@@ -106,7 +108,7 @@ class RaggedViT(nn.Module):
 
     def __getstate__(self) -> dict:
         # compiled functions and what was looked at belong to this process: a copy makes its own
-        return {key: value for key, value in self.__dict__.items() if key not in ("_run", "survey", "_known")}
+        return {key: value for key, value in self.__dict__.items() if key not in LOOKED_AT}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -114,21 +116,47 @@ class RaggedViT(nn.Module):
             self._run = compiled_pieces(**self._compiled)
         self.prepare()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, channels, height, width)."""
+    def forward(self, images: Images) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width), or of a list or tuple of images
+        (channels, height, width) of any sizes.
+
+        The images of a list are packed from the embedding on. Each has its own grid of positions and its own counts, as
+        if the model, with dynamic_img_size=True, were called with it alone; whether it was made so does not matter.
+        Sides are multiples of the patch, or of the size the model was made for: timm refuses others, too, unless
+        dynamic_img_pad fills them up. Hooks on the patch embedding then see one image at a time.
+        ValueError or TypeError, naming the image, for what does not fit.
+        """
         with torch.set_grad_enabled(self._with_gradients(images)):
             return self._finish(self.begin(images))
 
-    def trace(self, images: Tensor) -> Trace:
-        """`forward` of images (batch, channels, height, width), and what every cut left."""
+    def forward_tokens(self, tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None = None, *,
+                       lengths: Sequence[int] | None = None) -> Tensor:  # fmt: skip
+        """Logits (batch, classes) of tokens that somebody else made: all blocks, cuts, the norm and the classifier.
+
+        tokens: (total, dim) with positions and all, one image behind the other, the prefix tokens (CLS, ...) first in
+        each.  cu_seqlens: int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  ids: int64
+        (total,), what a token is called in `Packed`; None numbers each image's own.  lengths: the rows of each image,
+        where the host knows them; without them, on a GPU, the offsets are read, which is one wait. Pruners take shares
+        of the tokens given here. TypeError or ValueError, naming the argument, for what does not fit.
+        """
+        with torch.set_grad_enabled(self._with_gradients(tokens)):
+            self._look()
+            lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
+            run = Pass(BACKENDS[self._picked(tokens)])
+            state = packed_state(tokens, cu_seqlens, lengths, ids)
+            state = blocks.laid_out(state, run.backend, self.pruner is not None)
+            return self._finish(self._blocks(state, -1, run))
+
+    def trace(self, images: Images) -> Trace:
+        """`forward` of images, a batch or a list, and what every cut left."""
         stages: list[Stage] = []
         with torch.set_grad_enabled(self._with_gradients(images)):
             logits = self._finish(self.begin(images, stages))
         trace = Trace(logits, stages)
-        n = self.prefix + math.prod(self.vit.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
-        trace.kept = torch.full((images.shape[0], n), not stages, device=images.device)
-        for mine, ids in zip(trace.kept, stages[-1].ids if stages else ()):
-            mine[ids[ids >= 0]] = True
+        size = self.vit.patch_embed.dynamic_feat_size
+        lengths = [self.prefix + math.prod(size(tuple(image.shape[-2:]))) for image in images]
+        kept = blocks.rows_kept(lengths, stages, logits.device)
+        trace.kept = torch.stack(kept) if isinstance(images, Tensor) else kept
         return trace
 
     def capture(self, batch_size: int, **options: object) -> Captured:
@@ -157,6 +185,9 @@ class RaggedViT(nn.Module):
         """
         from timm.models._features import feature_take_indices
 
+        if isinstance(x, list | tuple):
+            raise TypeError("images: expected a batch, (batch, channels, height, width): features are laid out on one "
+                            "grid; of a list of images there are logits and `trace`")  # fmt: skip
         if fill not in FILLS:
             raise ValueError(f"fill: expected one of {', '.join(FILLS)}, got {fill!r}")
         if output_fmt not in ("NCHW", "NLC"):
@@ -193,14 +224,21 @@ class RaggedViT(nn.Module):
 
     # ---- the pass
 
-    def begin(self, images: Tensor, stages: list[Stage] | None = None,
+    def begin(self, images: Images, stages: list[Stage] | None = None,
               after_block: Callable[[], None] | None = None) -> Tensor | Pending:  # fmt: skip
         """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`;
         after_block: as in `Pass`."""
         return self._begin(images, Pass(BACKENDS[self._picked(images)], stages, after_block))
 
-    def _begin(self, images: Tensor, run: Pass, features: bool = False) -> Tensor | Canvas | Pending:
-        self._look(images)
+    def _begin(self, images: Images, run: Pass, features: bool = False) -> Tensor | Canvas | Pending:
+        self._look()
+        if isinstance(images, list | tuple):
+            check_image_list(images, self.vit, self.survey.each_product)
+            if self.survey.no_list is not None:
+                raise ValueError(f"vit: {self.survey.no_list}, so that a list of images cannot be packed")
+            state = blocks.embed_each(self.vit, images, self.survey.each_product, self._positions)
+            return self._blocks(blocks.laid_out(state, run.backend, self.pruner is not None), -1, run)
+        check_images(images, self.vit)
         x = self._run["embed"](self.vit, images, self.survey.as_product)  # (batch, n, dim)
         batch, n, _ = x.shape
         state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
@@ -227,7 +265,7 @@ class RaggedViT(nn.Module):
                 state = self._whole_block(state, i, run)
                 if run.after_block is not None:
                     run.after_block()
-            _take_copy(state, i, run)
+            blocks.take_copy(state, i, run)
         if run.canvas is not None:
             run.canvas.update(state, state.tokens)
             return run.canvas
@@ -236,13 +274,13 @@ class RaggedViT(nn.Module):
     def _whole_block(self, state: State, i: int, run: Pass) -> State:
         block, backend = self.vit.blocks[i], run.backend
         if i in self.survey.whole:
-            x = block(_dense(state, f"block {i}: {self.survey.whole[i]}"))
+            x = block(blocks.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
             x = self._run["packed_block"](block, state.tokens, *sizes, block.attn.scale, backend.name)
         else:
-            unfused = _unfused(state, backend)
+            unfused = blocks.runs_unfused(state, backend)
             x = self._run["padded_block"](block, state.tokens, state.lengths, block.attn.scale, unfused)
         return replace(state, tokens=x)
 
@@ -270,9 +308,9 @@ class RaggedViT(nn.Module):
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
         if run.canvas is not None and cut.selection is not None:  # what is dropped now stays as it is
             run.canvas.update(cut.state, cut.state.tokens[..., : self.vit.embed_dim])
-        new = _take(cut, run.backend, sizes)
+        new = blocks.take(cut, run.backend, sizes)
         if run.stages is not None:
-            run.stages.append(_stage(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
+            run.stages.append(blocks.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
         if not cut.remains:
             return new
         block, x = self.vit.blocks[cut.block], new.tokens
@@ -288,7 +326,8 @@ class RaggedViT(nn.Module):
                 run: Pass) -> Tensor:  # fmt: skip
         scale = block.attn.scale
         if isinstance(state_q, Padded):
-            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, _unfused(state_k, run.backend))
+            unfused = blocks.runs_unfused(state_k, run.backend)
+            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
         k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
         return self._run["attend_packed"](q, k, v, *sizes, scale, run.backend.name)
@@ -319,13 +358,14 @@ class RaggedViT(nn.Module):
         """The prefix rows of every image after the final norm, (batch, prefix, dim)."""
         if self.survey.norm is None:
             return self.vit.norm(state.first_rows(self.prefix))
-        return self.vit.norm(_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
+        return self.vit.norm(blocks.as_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
 
-    def _with_gradients(self, images: Tensor) -> bool:
+    def _with_gradients(self, images: Images) -> bool:
         """Whether anybody wants gradients of this call."""
         if not torch.is_grad_enabled():
             return False
-        wanted = isinstance(images, Tensor) and images.requires_grad
+        given = images if isinstance(images, list | tuple) else [images]
+        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in given)
         return wanted or any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -336,7 +376,7 @@ class RaggedViT(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return resolve_backend(self.backend, weight.device, dtype, head_dim)
 
-    def _picked(self, images: Tensor) -> str:
+    def _picked(self, images: Images) -> str:
         """`picked`, or what has gradients where they are wanted."""
         name = self.picked
         if not torch.is_grad_enabled() or BACKENDS[name].pads or not self._with_gradients(images):
@@ -351,46 +391,5 @@ class RaggedViT(nn.Module):
         return "sdpa_padded"
 
 
-def _dense(state: State, reason: str) -> Tensor:
-    """The tokens as (batch, n, dim), where all images have the same count."""
-    if state.count is None:
-        raise ValueError(
-            f"vit: {reason}, and the images here keep different counts; take it off, or use a pruner with fixed counts"
-        )
-    return state.tokens if isinstance(state, Padded) else state.tokens.unflatten(0, (state.batch, state.count))
-
-
-def _take_copy(state: State, i: int, run: Pass) -> None:
-    """What block i left, where somebody wants it."""
-    if i in run.wanted:
-        copied = Canvas(run.canvas.tokens)
-        copied.update(state, state.tokens)
-        run.taken.append(copied)
-
-
 for name in OF_THE_NETWORK:
     setattr(RaggedViT, name, property(operator.attrgetter(f"vit.{name}")))
-
-
-def _take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
-    """The rows that stay, in the layout of the backend."""
-    if cut.selection is None:
-        return cut.state
-    if backend.paper_padding:  # the paper pads to the original length, always
-        return take_by_loop(cut.state, cut.selection)
-    if backend.pads:
-        return take_padded(cut.state, cut.selection, sizes and sizes[1])
-    return take_packed(cut.state, cut.selection, lambda counts: sizes)
-
-
-def _unfused(state: Padded, backend: Backend) -> bool:
-    """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
-    return backend.paper_padding and state.lengths is not None
-
-
-def _stage(state: State, block: int, where: str) -> Stage:
-    if isinstance(state, Packed):
-        counts = state.lengths.tolist()
-        return Stage(block, where, counts, list(state.ids[: sum(counts)].split(counts)))
-    counts = [state.width] * state.batch if state.lengths is None else state.lengths.tolist()
-    return Stage(block, where, counts, [ids[:n] for ids, n in zip(state.ids, counts, strict=True)])

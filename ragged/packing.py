@@ -22,18 +22,35 @@ from .rows import copy_rows, equal_offsets, kept_rows, take_rows
 
 
 @dataclass(frozen=True)
+class Counts:
+    """A number for each image that both sides know, so that nobody waits. device: int32 (batch,).  host: the same as
+    ints; only its sum and its largest matter."""
+
+    device: Tensor
+    host: tuple[int, ...]
+
+    def plus(self, other: int | Counts) -> Counts:
+        """These numbers with `other` added, one for all images or `Counts`."""
+        if isinstance(other, int):
+            return Counts(self.device + other, tuple(n + other for n in self.host))
+        return Counts(self.device + other.device, tuple(a + b for a, b in zip(self.host, other.host, strict=True)))
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which rows of every image stay, in the order in which they shall stand.
 
     index: int64 (batch, k), row numbers within each image.  counts: how many leading entries of each row of `index`
-    are real; an int when that is the same for every image (then nobody has to ask the GPU), else int32 (batch,).
+    are real; an int when that is the same for every image, `Counts` when the host knows them (in neither case does
+    anybody ask the GPU), else int32 (batch,).
     blend: optional weights (batch, n); every image gets one more row, the weighted sum of its rows (EViT's fused
-    token).
+    token).  fused: with `Counts`, how many such rows each image gets, 0 or 1 (None: one each).
     """
 
     index: Tensor
-    counts: int | Tensor
+    counts: int | Tensor | Counts
     blend: Tensor | None = None
+    fused: Counts | None = None
 
 
 def read_sizes(counts: Tensor) -> tuple[int, int]:
@@ -49,7 +66,9 @@ class Packed:
 
     tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
     token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
-    is longer.  seqlen: the length before any pruning.  count: rows per image where the host knows that all are equal.
+    is longer.  seqlen: the length before any pruning, of the longest image.  count: rows per image where the host knows
+    that all are equal.  rows: else the rows of each image, where the host knows them.  unpruned: each image's length
+    before any pruning, where they differ.
     """
 
     tokens: Tensor
@@ -59,6 +78,8 @@ class Packed:
     batch: int
     seqlen: int
     count: int | None = None
+    rows: Counts | None = None
+    unpruned: Counts | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -94,13 +115,16 @@ class Packed:
 @dataclass(frozen=True)
 class Padded:
     """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
-    or None when every row is real, seqlen and count as in `Packed`. Padding rows are zero and have the id -1."""
+    or None when every row is real, seqlen, count, rows and unpruned as in `Packed`. Padding rows are zero and have the
+    id -1."""
 
     tokens: Tensor
     ids: Tensor
     seqlen: int
     lengths: Tensor | None = None
     count: int | None = None
+    rows: Counts | None = None
+    unpruned: Counts | None = None
 
     @property
     def batch(self) -> int:
@@ -158,19 +182,33 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
         rows = (state.starts[:, None] + index).flatten()
         new_tokens, new_ids = copy_rows(tokens, ids, rows)
         cu_seqlens = equal_offsets(batch, counts, index.device)
-        packed = Packed(new_tokens, new_ids, cu_seqlens, max(counts, 1), batch, state.seqlen, counts)
+        packed = Packed(new_tokens, new_ids, cu_seqlens, max(counts, 1), batch, state.seqlen, counts,
+                        unpruned=state.unpruned)  # fmt: skip
         return _append_fused(packed, state, selection.blend)
+    if isinstance(counts, Counts):
+        tokens, ids, index, counts = _with_fused(state, selection)
+        total, longest = sum(counts.host), max(counts.host)
+        taken = take_rows(tokens, ids, state.starts, index, counts.device, total, longest)
+        return Packed(*taken, max(longest, 1), batch, state.seqlen, None, counts, state.unpruned)
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
     new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest)
-    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen)
+    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen, unpruned=state.unpruned)
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:
     """The rows of `state` that `selection` names as a `Padded` batch, `width` rows an image (default: the longest,
     which for unequal counts costs one wait)."""
     counts, index, blend = selection.counts, selection.index, selection.blend
+    if isinstance(counts, Counts):
+        tokens, ids, index, counts = _with_fused(state, selection)
+        width = max(counts.host) if width is None else width
+        index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
+        real = torch.arange(width, device=index.device) < counts.device[:, None]
+        rows = torch.where(real, state.starts[:, None] + index, 0)
+        tokens, ids = torch.where(real[..., None], tokens[rows], 0.0), torch.where(real, ids[rows], -1)
+        return Padded(tokens, ids, state.seqlen, counts.device, None, counts, state.unpruned)
     known = isinstance(counts, int)
     if blend is not None and not known:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
@@ -188,12 +226,18 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
     lengths = counts
     if known:
         lengths = None if rows == width else torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
-    return Padded(tokens, ids, state.seqlen, lengths, rows)
+    return Padded(tokens, ids, state.seqlen, lengths, rows, unpruned=state.unpruned)
 
 
 def take_by_loop(state: Padded, selection: Selection) -> Padded:
     """`take_padded` of state and selection to the present width as the paper's padded baseline does it, kept faithfully
     slow: the counts are read from the GPU, and one Python loop copies image after image into zeros."""
+    if isinstance(selection.counts, Counts):
+        taken = take_padded(state, selection, state.width)
+        tokens = torch.zeros_like(state.tokens)
+        for b, n in enumerate(taken.lengths.tolist()):
+            tokens[b, :n] = taken.tokens[b, :n]
+        return replace(taken, tokens=tokens)
     sizes = take_padded(replace(state, tokens=state.tokens[..., :1]), replace(selection, blend=None), state.width)
     counts = selection.counts
     counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
@@ -204,7 +248,7 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
         tokens[:, counts[0]], ids[:, counts[0]] = _fuse(state, selection.blend)[:, 0], -1
         lengths = torch.full_like(selection.index[:, 0], counts[0] + 1, dtype=torch.int32)
     count = int(lengths[0]) if isinstance(selection.counts, int) and lengths is not None else sizes.count
-    return Padded(tokens, ids, state.seqlen, lengths, count)
+    return Padded(tokens, ids, state.seqlen, lengths, count, unpruned=state.unpruned)
 
 
 def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
@@ -214,13 +258,28 @@ def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
         return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
 
 
+def _with_fused(state: Packed | Padded, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Counts]:
+    """Flat tokens and ids of state, index and counts of selection; where there is a blend, with the fused rows: behind
+    all others, and in every image's index behind the rows that stay."""
+    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    index, counts = selection.index, selection.counts
+    if selection.blend is None:
+        return tokens, ids, index, counts
+    fused = tokens.shape[0] + torch.arange(state.batch, device=index.device) - state.starts  # as rows of their images
+    index = torch.nn.functional.pad(index, (0, 1)).scatter(1, counts.device.long()[:, None], fused[:, None])
+    tokens = torch.cat((tokens, _fuse(state, selection.blend)[:, 0]))
+    ids = torch.cat((ids, ids.new_full((state.batch,), -1)))
+    return tokens, ids, index, counts.plus(1 if selection.fused is None else selection.fused)
+
+
 def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:
     if blend is None:
         return packed
     count, batch = packed.count + 1, packed.batch
     tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
     ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
-    return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count)
+    return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count,
+                  unpruned=packed.unpruned)  # fmt: skip
 
 
 def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:
@@ -236,40 +295,26 @@ def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:
     return grown.index_copy(0, slot, tokens.to(canvas.dtype))[:slots].unflatten(0, (state.batch, state.seqlen))
 
 
-FILLS = ("zero", "last", "nearest")
+def packed_state(tokens: Tensor, cu_seqlens: Tensor, lengths: list[int], ids: Tensor | None = None) -> Packed:
+    """tokens (total, dim) of images of `lengths` rows, which cu_seqlens says on the device, as nothing has been pruned
+    yet. ids: as in `Packed`; None numbers the rows of each image."""
+    batch, longest = len(lengths), max(lengths)
+    if ids is None:
+        row = torch.arange(tokens.shape[0], device=tokens.device)
+        image = torch.searchsorted(cu_seqlens[1:], row, right=True)
+        ids = row - cu_seqlens[image]
+    if min(lengths) == longest:
+        return Packed(tokens, ids, cu_seqlens, longest, batch, longest, longest)
+    counts = Counts(cu_seqlens.diff(), tuple(lengths))
+    return Packed(tokens, ids, cu_seqlens, longest, batch, longest, None, counts, counts)
 
 
-class Canvas:
-    """The tokens of a pass in their original places: tokens (batch, n, dim), the latest value that every row had, and
-    kept, bool (batch, n), the rows that are still there."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens
-        self.kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-    def update(self, state: Packed | Padded, tokens: Tensor) -> None:
-        """The rows of `state` have the values `tokens` now, and the others are gone."""
-        self.tokens = put_back(self.tokens, state, tokens)
-        ones = torch.ones_like(state.ids, dtype=tokens.dtype).unsqueeze(-1)
-        self.kept = put_back(torch.zeros_like(self.tokens[..., :1]), state, ones)[..., 0] > 0
-
-    def fill(self, x: Tensor, how: str, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """x (batch, n, dim), the canvas's tokens or something made of each of them, with the rows that are gone filled.
-        how: "zero"; "last", left as they were when they were dropped; "nearest", as the nearest patch that is still
-        there on the grid (rows, columns), the earlier of two, and zero where no patch is left. prefix: so many first
-        rows always stay."""
-        if how == "last":
-            return x
-        if how == "zero":
-            return torch.where(self.kept[..., None], x, 0.0)
-        row = torch.arange(grid[0] * grid[1], device=x.device)
-        place = torch.stack((row // grid[1], row % grid[1]), 1)  # (patches, 2)
-        far = (place[:, None] - place[None]).square().sum(-1)  # (patches, patches)
-        there = self.kept[:, prefix:]  # (batch, patches)
-        nearest = torch.where(there[:, None], far, far.max() + 1).argmin(-1)  # (batch, patches)
-        patches = x[:, prefix:].gather(1, nearest[..., None].expand(-1, -1, x.shape[-1]))
-        patches = torch.where(there.any(1)[:, None, None], patches, 0.0)
-        return torch.cat((x[:, :prefix], patches), 1)
+def padded_state(packed: Packed) -> Padded:
+    """The rows of `packed` with room for the longest image in every one; where all are equally long, the same
+    memory."""
+    tokens, ids = packed.grid(packed.tokens), packed.grid(packed.ids, -1)
+    lengths = None if packed.count is not None else packed.lengths
+    return Padded(tokens, ids, packed.seqlen, lengths, packed.count, packed.rows, packed.unpruned)
 
 
 # ---- pack, repack, unpack ----

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
 from .loading import load_state, private_random
-from .packing import Packed, Padded, Selection
+from .packing import Counts, Packed, Padded, Selection
 from .rows import best_rows, equal_offsets, kept_rows, with_prefix
 
 PLACES = ("before", "inside", "after")
@@ -57,6 +57,27 @@ class View:
             raise ValueError(f"{method}: a fixed keep ratio needs the same number of tokens in every image")
         return self.state.count
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the grid hold rows of any image."""
+        return self.state.width if self.state.count is None else self.state.count
+
+    def share(self, method: str, share: float, *, of_all: bool = False, up: bool = False) -> int | Counts | None:
+        """How many patches of every image a fixed share leaves, of those that are there or (of_all) of all the image
+        had, rounded down or `up`: one number, one for each image, or None where no image loses any. Raises ValueError,
+        naming `method`, where the host does not know how many patches there are."""
+        state, prefix, rounded = self.state, self.prefix, math.ceil if up else math.floor
+        if state.rows is None:
+            now = self.equal_rows(method) - prefix
+            count = min(now, rounded(share * ((state.seqlen if of_all else state.count) - prefix)))
+            return None if count == now else count
+        now, base = state.rows.plus(-prefix), (state.unpruned if of_all else state.rows).plus(-prefix)
+        host = tuple(min(n, rounded(share * of)) for n, of in zip(now.host, base.host, strict=True))
+        if host == now.host:
+            return None
+        shares = base.device.double() * share  # the very numbers that Python has on the host
+        return Counts((shares.ceil() if up else shares.floor()).int().minimum(now.device), host)
+
 
 def row_norms(x: Tensor) -> Tensor:
     """L2 norms of x (..., dim), float32 (...), summed up in at least that precision and without a copy of x in it."""
@@ -66,10 +87,25 @@ def row_norms(x: Tensor) -> Tensor:
 # Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
 
 
-def top_k(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Selection:
+def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False,
+          real: Tensor | None = None) -> Selection:  # fmt: skip
     """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
-    they stood. The first `prefix` rows are no patches, and stay."""
-    return Selection(best_rows(scores, prefix, count, in_place=in_place), prefix + count)
+    they stood. The first `prefix` rows are no patches, and stay. real, bool (batch, n), is False in padding; needed
+    where every image has a count of its own."""
+    if isinstance(count, int):
+        return Selection(best_rows(scores, prefix, count, in_place=in_place), prefix + count)
+    index = best_rows(scores.masked_fill(~real, -math.inf), prefix, max(count.host))
+    counts = count.plus(prefix)
+    if in_place:
+        index = kept(chosen_rows(Selection(index, counts), scores.shape[1]), prefix, real).index
+    return Selection(index, counts)
+
+
+def chosen_rows(selection: Selection, width: int) -> Tensor:
+    """bool (batch, width): the rows that `selection`, whose counts differ between images, names."""
+    index, counts = selection.index, selection.counts
+    taken = torch.arange(index.shape[1], device=index.device) < counts.device[:, None]
+    return torch.zeros(len(index), width, dtype=torch.bool, device=index.device).scatter(1, index, taken)
 
 
 def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
@@ -185,9 +221,11 @@ class ThresholdL2(Pruner):
     def select(self, view: View) -> Selection | None:
         norms = view.state.grid(row_norms(view.state.tokens))
         if self.keep is not None:
-            rows = view.equal_rows("threshold_l2")
-            count = int((rows - view.prefix) * self.setting("keep", view.stage))
-            return None if count == rows - view.prefix else top_k(norms[:, :rows], view.prefix, count, in_place=True)
+            count = view.share("threshold_l2", self.setting("keep", view.stage))
+            if count is None:
+                return None
+            n = view.columns
+            return top_k(norms[:, :n], view.prefix, count, in_place=True, real=view.real()[:, :n])
         real = view.real()
         patches = real[:, view.prefix :]
         mean = (norms[:, view.prefix :] * patches).sum(1) / patches.sum(1).clamp_min(1)
@@ -195,7 +233,8 @@ class ThresholdL2(Pruner):
 
 
 class Predictor(nn.Module):
-    """DynamicViT's scorer: x (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep"."""
+    """DynamicViT's scorer: x (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep".
+    real: bool (batch, patches), which of them are patches, where that differs between images."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -205,10 +244,15 @@ class Predictor(nn.Module):
             nn.LogSoftmax(dim=-1),
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         x = self.in_conv(x)
         half = x.shape[-1] // 2
-        mean = x[..., half:].mean(1, keepdim=True).expand(-1, x.shape[1], -1)  # what the image as a whole looks like
+        if real is None:
+            mean = x[..., half:].mean(1, keepdim=True)  # what the image as a whole looks like
+        else:
+            own = torch.where(real[..., None], x[..., half:], 0.0).sum(1, keepdim=True)
+            mean = own / real.sum(1).clamp_min(1).to(own.dtype)[:, None, None]
+        mean = mean.expand(-1, x.shape[1], -1)
         return self.out_conv(torch.cat((x[..., :half], mean), -1))
 
 
@@ -242,14 +286,17 @@ class DynamicViT(Pruner):
             raise ValueError(f"predictors: made for width {width}, the model has {dim}")
 
     def select(self, view: View) -> Selection | None:
-        rows = view.equal_rows("dynamicvit")
         share = self.keep[view.stage] if isinstance(self.keep, tuple) else self.keep ** (view.stage + 1)
-        count = min(rows - view.prefix, int((view.state.seqlen - view.prefix) * share))
-        if count == rows - view.prefix:
+        count = view.share("dynamicvit", share, of_all=True)
+        if count is None:
             return None
-        tokens = view.state.grid(view.state.tokens)
-        scores = self.score_predictor[view.stage](tokens[:, view.prefix : rows])[..., 0]
-        return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count)
+        patches, real = view.state.grid(view.state.tokens)[:, view.prefix : view.columns], None
+        if isinstance(count, Counts):
+            real = view.real()
+            scores = self.score_predictor[view.stage](patches, real[:, view.prefix :])[..., 0]
+        else:
+            scores = self.score_predictor[view.stage](patches)[..., 0]
+        return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
 
 
 def load_predictors(modules: nn.ModuleList, path: Path) -> None:
@@ -283,14 +330,19 @@ class EViT(Pruner):
         self.keep, self.fuse = per_stage("keep", keep, len(self.at), check_share), bool(fuse)
 
     def select(self, view: View) -> Selection | None:
-        rows = view.equal_rows("evit")
-        count = math.ceil(self.setting("keep", view.stage) * (rows - view.prefix))
-        if count >= rows - view.prefix:
+        count = view.share("evit", self.setting("keep", view.stage), up=True)
+        if count is None:
             return None
-        scores = view.cls_attention[:, :rows].mean(-1)
-        chosen = top_k(scores, view.prefix, count)
-        blend = scores.scatter(1, chosen.index, 0.0) if self.fuse else None
-        return Selection(chosen.index, chosen.counts, blend)
+        scores = view.cls_attention[:, : view.columns].mean(-1)
+        if isinstance(count, int):
+            chosen = top_k(scores, view.prefix, count)
+            return replace(chosen, blend=scores.scatter(1, chosen.index, 0.0) if self.fuse else None)
+        chosen, rows = top_k(scores, view.prefix, count, real=view.real()), view.state.rows
+        if not self.fuse:
+            return chosen
+        fewer = tuple(int(a < b) for a, b in zip(chosen.counts.host, rows.host, strict=True))
+        fused = Counts((chosen.counts.device < rows.device).int(), fewer)  # an image that loses nothing has none
+        return replace(chosen, blend=scores.masked_fill(chosen_rows(chosen, scores.shape[1]), 0.0), fused=fused)
 
 
 class ATS(Pruner):

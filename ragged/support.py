@@ -24,7 +24,8 @@ class Survey:
     """What `check_supported` found out about `vit`, and whether it is still true.
 
     whole: block index -> why that block must be called as it is, on (batch, n, dim).  as_product: whether the patch
-    embedding may run as one matrix product.  norm: why the final norm must see all tokens, or None.  hooked: whether
+    embedding may run as one matrix product, and each_product: also for images of different sizes.  no_list: why such a
+    list cannot be packed, or None.  norm: why the final norm must see all tokens, or None.  hooked: whether
     there are hooks at all, which no CUDA graph calls.
 
     `still_true` compares what people change after wrapping: modules and their types, hooks, replaced methods, pooling.
@@ -41,7 +42,10 @@ class Survey:
         for i, block in enumerate(vit.blocks):
             if reason := whole_reason(block, vit.embed_dim):
                 self.whole[i] = reason
-        self.as_product = _is_product(vit.patch_embed)
+        self.each_product = _is_product(vit.patch_embed, vit.embed_dim)
+        plain = vit.patch_embed.flatten and not vit.patch_embed.dynamic_img_pad
+        self.as_product = plain and _is_product(vit.patch_embed)
+        self.no_list = _no_list(vit)
         self.norm = _hook_reason(vit.norm) or (None if row_wise(vit.norm, vit.embed_dim) else "mixes tokens")
         self.hooked = any(map(_hook_reason, self.modules))
 
@@ -223,8 +227,34 @@ def row_wise(module: nn.Module, dim: int) -> bool:
         return False
 
 
-def _is_product(patch: nn.Module) -> bool:
-    """Whether the patch embedding is one matrix product: plain modules, patches that neither overlap nor are padded."""
+def _no_list(vit: nn.Module) -> str | None:
+    """Why the embedding cannot run on the packed tokens of images of different sizes, or None. What stands before the
+    blocks must treat every row by itself, and positions must be timm's, which are made anew for every size."""
+    from timm.layers import PatchDropout
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+    known = [kind._pos_embed for kind in (VisionTransformer, VisionTransformerDistilled)]
+    if "_pos_embed" in vit.__dict__ or type(vit)._pos_embed not in known:
+        return f"{type(vit).__name__} has a _pos_embed of its own"
+    for name in ("pos_drop", "patch_drop", "norm_pre"):
+        part = getattr(vit, name, None)
+        if part is None:
+            continue
+        for module in part.modules():
+            if reason := _hook_reason(module):
+                return f"{name} {reason}"
+        if name == "patch_drop":  # nothing in eval mode, so left out
+            if type(part) not in (PatchDropout, nn.Identity) or "forward" in part.__dict__:
+                return f"{name}, {type(part).__name__}, is not timm's own"
+        elif not row_wise(part, vit.embed_dim):
+            return f"{name}, {type(part).__name__}, does not treat every row by itself"
+    return None
+
+
+def _is_product(patch: nn.Module, dim: int | None = None) -> bool:
+    """Whether the patch embedding is one matrix product: plain modules, patches that neither overlap nor are padded.
+    dim: its width, if its norm is to run on rows of several images."""
     from timm.layers import PatchEmbed
 
     conv = patch.proj
@@ -233,4 +263,5 @@ def _is_product(patch: nn.Module) -> bool:
     if any("forward" in m.__dict__ or any(_hooks_of(m)) for m in patch.modules()):
         return False
     plain = conv.stride == conv.kernel_size and set(conv.padding) == {0} and set(conv.dilation) == {1}
-    return plain and conv.groups == 1 and patch.flatten and not patch.dynamic_img_pad
+    plain = plain and conv.groups == 1 and conv.kernel_size == tuple(patch.patch_size)
+    return plain and (dim is None or row_wise(patch.norm, dim))
