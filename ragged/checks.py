@@ -258,9 +258,10 @@ def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths
 
 
 def check_selection(selection: object, name: str, batch: int, width: int, prefix: int, adaptive: bool,
-                    lengths: Tensor | int, device: torch.device) -> None:  # fmt: skip
+                    lengths: Tensor | int, device: torch.device, least: int | None) -> None:  # fmt: skip
     """What the pruner `name` answered: a Selection for images of at most `width` rows, `lengths` (batch,) of them real,
-    or as many in every image. TypeError or ValueError otherwise. Values are looked at where that costs no wait."""
+    or as many in every image; least: rows of the shortest image, None where only the device knows. TypeError or
+    ValueError otherwise. Values are looked at where that costs no wait."""
     index, counts, blend = (getattr(selection, part, None) for part in ("index", "counts", "blend"))
     known = getattr(counts, "host", None)  # a `Counts`
     if known is not None:
@@ -278,8 +279,12 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
             raise ValueError(f"{name}.select: counts: a tensor of counts needs a pruner with adaptive = True")
     elif type(counts) is not int:
         raise TypeError(f"{name}.select: counts: expected an int or an int32 tensor, got {type(counts).__name__}")
-    elif not prefix <= counts <= min(index.shape[1], width):
-        most = min(index.shape[1], width)
+    elif least is None and counts > prefix and not may_look(index):
+        raise ValueError(
+            f"{name}.select: counts: one int for images of different lengths that only the GPU knows; answer with an "
+            "int32 tensor, and set adaptive = True"
+        )
+    elif not prefix <= counts <= (most := min(index.shape[1], width if least is None else least)):
         raise ValueError(f"{name}.select: counts: expected {prefix} (the prefix rows) to {most} rows, got {counts}")
     if blend is not None and not (
         isinstance(blend, Tensor) and blend.is_floating_point() and blend.device == device and blend.dim() == 2

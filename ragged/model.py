@@ -350,8 +350,9 @@ class RaggedViT(nn.Module):
         selection, state = self.pruner.select(view), view.state
         if selection is not None:
             lengths = state.width if state.count is not None or state.lengths is None else state.lengths
+            least = state.count if state.rows is None else min(state.rows.host)
             check_selection(selection, self.pruner.name, state.batch, state.width, self.prefix, self.pruner.adaptive,
-                            state.count or lengths, state.tokens.device)  # fmt: skip
+                            state.count or lengths, state.tokens.device, least)  # fmt: skip
         return selection
 
     def _normed(self, state: State) -> Tensor:
