@@ -263,6 +263,7 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
     or as many in every image; least: rows of the shortest image, None where only the device knows. TypeError or
     ValueError otherwise. Values are looked at where that costs no wait."""
     index, counts, blend = (getattr(selection, part, None) for part in ("index", "counts", "blend"))
+    most = width if least is None else least
     known = getattr(counts, "host", None)  # a `Counts`
     if known is not None:
         counts, adaptive = counts.device, True
@@ -284,8 +285,8 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
             f"{name}.select: counts: one int for images of different lengths that only the GPU knows; answer with an "
             "int32 tensor, and set adaptive = True"
         )
-    elif not prefix <= counts <= (most := min(index.shape[1], width if least is None else least)):
-        raise ValueError(f"{name}.select: counts: expected {prefix} (the prefix rows) to {most} rows, got {counts}")
+    elif not prefix <= counts <= min(index.shape[1], most):
+        raise ValueError(f"{name}.select: counts: expected {prefix} (the prefix rows) to {min(index.shape[1], most)} rows, got {counts}")
     if blend is not None and not (
         isinstance(blend, Tensor) and blend.is_floating_point() and blend.device == device and blend.dim() == 2
         and blend.shape[0] == batch and blend.shape[1] <= width
