@@ -286,7 +286,8 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
             "int32 tensor, and set adaptive = True"
         )
     elif not prefix <= counts <= min(index.shape[1], most):
-        raise ValueError(f"{name}.select: counts: expected {prefix} (the prefix rows) to {min(index.shape[1], most)} rows, got {counts}")
+        expected = f"{prefix} (the prefix rows) to {min(index.shape[1], most)}"
+        raise ValueError(f"{name}.select: counts: expected {expected} rows, got {counts}")
     if blend is not None and not (
         isinstance(blend, Tensor) and blend.is_floating_point() and blend.device == device and blend.dim() == 2
         and blend.shape[0] == batch and blend.shape[1] <= width
