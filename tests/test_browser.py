@@ -26,7 +26,7 @@ from notebook_files import LESSONS, ROOT, SOLUTIONS, read, tags
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 600  # for whatever is waited for; far beyond what it takes, for a machine with tests is a busy one
-WITH_SLIDERS = [path for path in LESSONS if path.name[:2] == "00"]  # a slider of pictures and one of curves
+WITH_SLIDERS = [path for path in LESSONS if path.name[:2] == "00"]  # a slider of pictures, and one of tables
 
 
 def missing(reason):
@@ -121,13 +121,20 @@ RUN_ALL = """() => {
     window.ran = false;
     window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true; });
 }"""
-ENDED = f"""() => {{
+# What the cells say that failed, or "done", or else how far the run has come.
+STATE = f"""() => {{
     const cells = [...{NOTEBOOK}.content.model.cells].filter((cell) => cell.type === 'code');
     const errors = cells.flatMap((cell) => cell.outputs.toJSON()).filter((output) => output.output_type === 'error');
-    return errors.map((error) => error.ename + ': ' + error.evalue).join('; ') || (window.ran && 'done');
+    const left = cells.filter((cell) => !cell.executionCount || cell.executionState === 'running').length;
+    const kernel = {NOTEBOOK}.sessionContext.session.kernel.status;
+    return {{ said: errors.map((error) => error.ename + ': ' + error.evalue).join('; ') || (window.ran ? 'done' : ''),
+        kernel, now: `${{left}} of ${{cells.length}} cells are left, the kernel is ${{kernel}}` }};
 }}"""
-# What a slider shows: the numbers, pictures and labels of its figure without the title, or its text.
+# What a slider shows: the numbers, pictures and labels of its figure without the title, or its text. Beside a PNG the
+# plot is only drawn under the pointer, and the PNG stands in its place.
 SHOWN = """(cell) => {
+    const images = [...cell.querySelectorAll('.jp-RenderedPlotly img.plot-img')];
+    if (images.length) return images.map((image) => image.src).join();
     const plots = [...cell.querySelectorAll('.js-plotly-plot')];
     const inside = (plot) => [plot.data, plot.layout.images, plot.layout.annotations, plot.layout.shapes];
     if (plots.length) return plots.map((plot) => JSON.stringify(inside(plot))).join();
@@ -136,12 +143,19 @@ SHOWN = """(cell) => {
 
 
 def run_all(page, address, patience):
+    """Open a notebook and run its cells. A run that JupyterLab lost, with an idle kernel, is a page to open anew."""
     page.goto(address)
     page.wait_for_function(READY)
     page.wait_for_timeout(1000 * patience)  # the widgets' manager gets ready after the kernel, and nothing says when
     page.evaluate(RUN_ALL)
-    ending = page.wait_for_function(ENDED, polling=500).json_value()
-    assert ending == "done", ending
+    until, idle = time.monotonic() + SECONDS, 0
+    while not (state := page.evaluate(STATE))["said"]:
+        idle = idle + 1 if state["kernel"] == "idle" else 0
+        if idle > 60:
+            raise OutOfView(state["now"])
+        assert time.monotonic() < until, state["now"]
+        page.wait_for_timeout(500)
+    assert state["said"] == "done", state["said"]
 
 
 IN_VIEW = "(cell) => { const top = cell.getBoundingClientRect().top; return 0 < top && top < 400; }"
