@@ -7,6 +7,8 @@ A notebook shall take a minute of CPU time, its kernel and the programs that the
 during which twice that is passed. The time by the clock is reported and limits nothing: on a busy machine it says
 nothing about the notebook. Where there is a GPU nothing is limited, for waiting for it looks like work.
 
+Solutions are run by tests/test_exercises.py, which says at the same time that they pass the lessons' checks.
+
 In a cell tagged `slider` the slider's callback is tried at both ends (tests/slider_ends.py).
 """
 
@@ -24,6 +26,7 @@ import torch
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 
 MOST_CPU_SECONDS = 120 * torch.get_num_threads()  # a thread that waits for another one uses its core, too
+collect_ignore_glob = ["solutions/*"]
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 TRY_BOTH_ENDS = f"import sys; sys.path.append({str(TESTS)!r}); import slider_ends; slider_ends.watch()\n"
 spent = {}  # notebook -> [CPU seconds of its kernel, seconds by the clock, the start of the kernel included]

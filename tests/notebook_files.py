@@ -64,7 +64,10 @@ def run(source, names, name="cell"):
 
 @contextlib.contextmanager
 def as_in_a_notebook(folder):
-    """The working folder of a notebook, figures as data and not as browser windows; `course.setup`'s changes undone."""
+    """The working folder of a notebook, figures as data and neither browser windows nor PNGs; `course.setup`'s changes
+    undone."""
+    from unittest import mock
+
     import plotly.io as pio
     import torch
 
@@ -72,7 +75,8 @@ def as_in_a_notebook(folder):
     pio.renderers.default = "plotly_mimetype"
     os.chdir(folder)
     try:
-        yield
+        with mock.patch.dict(os.environ, PLOTLY_RENDERER="plotly_mimetype"):
+            yield
     finally:
         torch.set_grad_enabled(before[0])
         pio.renderers.default = before[1]

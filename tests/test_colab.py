@@ -59,8 +59,7 @@ def run_alone(path, folder, *first_on_path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(new_code_cell(PROBE))
     nbformat.write(notebook, folder / path.name)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, first_on_path))}
-    environment.pop("PLOTLY_RENDERER", None)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, first_on_path)), "PLOTLY_RENDERER": "colab"}
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path.name,
                "--ExecutePreprocessor.kernel_name=python3", f"--ExecutePreprocessor.timeout={SECONDS}",
                f"--ExecutePreprocessor.startup_timeout={SECONDS}"]  # fmt: skip
