@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -156,5 +157,9 @@ def test_a_jupyterlab_that_does_not_draw_plotly_shows_the_picture(folder):
             assert blocked and page.evaluate("() => document.querySelectorAll('.jp-RenderedPlotly').length") == 0
             browser.close()
     finally:
-        server.terminate()
-        server.wait()
+        server.terminate()  # JupyterLab ends its kernels
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:  # it would end with the machine only
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
