@@ -201,8 +201,8 @@ def check_image_list(images: Sequence[Tensor], vit: nn.Module, as_product: bool)
     for i, image in enumerate(images):
         name = f"images[{i}]"
         if not isinstance(image, Tensor):
-            expected = f"a tensor (batch, {channels}, height, width) or a list of ({channels}, height, width)"
-            raise TypeError(f"images: expected {expected}, got {name} of type {type(image).__name__}")
+            expected = f"a tensor ({channels}, height, width)"
+            raise TypeError(f"images: {name}: expected {expected}, got {type(image).__name__}")
         shape = tuple(image.shape)
         if image.dim() != 3 or shape[0] != channels:
             raise ValueError(f"{name}: expected ({channels}, height, width), got {shape}")
