@@ -141,8 +141,8 @@ class Run:
         if asked.device == "cpu":
             memory.check(asked, parameters, loss_of)
         pool = Pool(asked.device, asked.pool, asked.fresh, asked.steps, asked.seed, done)
-        print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt:  # from the next line on, Ctrl-C finishes a step and keeps the state
+            print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
             for step in self.steps(done, start):
                 for group in optimizer.param_groups:
                     group["lr"] = asked.lr * schedule(step, asked.steps)
