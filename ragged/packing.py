@@ -220,7 +220,7 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
     ids = state.ids.gather(1, index)
     if rows != width:
         real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
-        tokens, ids = tokens * real[..., None], torch.where(real, ids, -1)
+        tokens, ids = torch.where(real[..., None], tokens, 0.0), torch.where(real, ids, -1)  # 0 times NaN is NaN
     if blend is not None:
         tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
     lengths = counts

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
 OWN_PASS = ("forward", "forward_features", "forward_head", "pool")
+NOTHING_IN_EVAL = ("Identity", "Dropout", "DropPath")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -67,8 +68,8 @@ class Survey:
         # a method replaced on the instance is one entry more in its dictionary
         return list(map(type, self.modules)), children, list(map(len, self._dicts))
 
-    def _count_hooks(self) -> int:
-        return sum(len(d[kind]) for d in self._dicts for kind in HOOKS)
+    def _count_hooks(self) -> list[tuple]:
+        return [tuple(d[kind]) for d in self._dicts for kind in HOOKS if d[kind]]  # the numbers of the hooks there are
 
 
 def _settings(vit: nn.Module) -> tuple:
@@ -146,7 +147,7 @@ def whole_reason(block: nn.Module, dim: int) -> str | None:
             return f"attn.{name}, {type(getattr(attn, name)).__name__}, does not treat every row by itself"
     for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # nothing in eval mode, so left out
         part = _part(block, name)
-        if part is not None and (type(part) not in _known() or "forward" in part.__dict__):
+        if part is not None and (type(part).__name__ not in NOTHING_IN_EVAL or "forward" in part.__dict__):
             return f"{name}, {type(part).__name__}, is not timm's own"
     for name in ("norm1", "attn.qkv", "attn.norm", "attn.proj", "ls1", "norm2", "mlp", "ls2"):
         part = _part(block, name)

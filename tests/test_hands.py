@@ -311,6 +311,22 @@ def test_hooks_come_and_go():
     assert torch.equal(model(pictures()), plain)
 
 
+def test_a_hook_that_moves_on_is_followed():
+    model, seen = ragged.RaggedViT(vit()), []
+    for block in model.vit.blocks:
+        handle = block.register_forward_hook(lambda *arguments: seen.append(1))
+        model(pictures())
+        handle.remove()
+    assert len(seen) == len(model.vit.blocks)
+
+
+@pytest.mark.parametrize("name", ["drop_path1", "drop_path2", "attn.proj_drop"])
+def test_what_stands_in_a_dropout_s_place_counts(name):
+    network = vit()
+    network.blocks[1].set_submodule(name, nn.ReLU().eval())
+    assert_logits(ragged.RaggedViT(network)(pictures()), network(pictures()))
+
+
 # ---- 120 of timm's models
 
 
