@@ -55,6 +55,11 @@ def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
     return patch.norm(x.unflatten(0, (batch, high * wide)))  # (batch, patches, dim)
 
 
+def scale_of(block: nn.Module) -> float:
+    """What the scores of a block are multiplied by. timm's fused attention does not ask `attn.scale`."""
+    return block.attn.head_dim**-0.5 if block.attn.fused_attn else block.attn.scale
+
+
 def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
     projection."""

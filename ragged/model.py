@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import blocks
 from .attention import resolve_backend
 from .backends import BACKENDS
-from .blocks import FILLS, PIECES, Canvas, Cut, Pass, Pending, Positions, Stage, State, Trace, compiled_pieces
+from .blocks import FILLS, PIECES, Canvas, Cut, Pass, Pending, Positions, Stage, State, Trace, compiled_pieces, scale_of
 from .checks import check_image_list, check_images, check_packed, check_selection
 from .graph import Captured, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
@@ -278,10 +278,10 @@ class RaggedViT(nn.Module):
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
-            x = self._run["packed_block"](block, state.tokens, *sizes, block.attn.scale, backend.name)
+            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), backend.name)
         else:
             unfused = blocks.runs_unfused(state, backend)
-            x = self._run["padded_block"](block, state.tokens, state.lengths, block.attn.scale, unfused)
+            x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused)
         return replace(state, tokens=x)
 
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
@@ -324,7 +324,7 @@ class RaggedViT(nn.Module):
 
     def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module,
                 run: Pass) -> Tensor:  # fmt: skip
-        scale = block.attn.scale
+        scale = scale_of(block)
         if isinstance(state_q, Padded):
             unfused = blocks.runs_unfused(state_k, run.backend)
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
@@ -340,7 +340,7 @@ class RaggedViT(nn.Module):
             if lengths is None:
                 lengths = torch.full((state.batch,), state.width, dtype=torch.int32, device=q.device)
             rows = (x.flatten(0, -3) for x in (q, k))  # (rows, nheads, headdim)
-            probs = cls_attention(*rows, state.starts, lengths, state.width, self.vit.blocks[i].attn.scale)
+            probs = cls_attention(*rows, state.starts, lengths, state.width, scale_of(self.vit.blocks[i]))
             view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)
         if "values" in self.pruner.needs:
             view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))  # (batch, n)

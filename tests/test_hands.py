@@ -327,6 +327,14 @@ def test_what_stands_in_a_dropout_s_place_counts(name):
     assert_logits(ragged.RaggedViT(network)(pictures()), network(pictures()))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_another_scale_counts_as_in_timm(fused):
+    network = vit()
+    for block in network.blocks:
+        block.attn.scale, block.attn.fused_attn = 1.0, fused
+    assert_logits(ragged.RaggedViT(network)(pictures()), network(pictures()))
+
+
 # ---- 120 of timm's models
 
 
