@@ -258,11 +258,12 @@ def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths
 
 
 
-def check_selection(selection: object, name: str, batch: int, width: int, prefix: int, adaptive: bool,
-                    lengths: Tensor | int, device: torch.device, least: int | None) -> None:  # fmt: skip
-    """What the pruner `name` answered: a Selection for images of at most `width` rows, `lengths` (batch,) of them real,
-    or as many in every image; least: rows of the shortest image, None where only the device knows. TypeError or
-    ValueError otherwise. Values are looked at where that costs no wait."""
+def check_selection(selection: object, name: str, state: Any, prefix: int, adaptive: bool) -> None:
+    """What the pruner `name` answered: a Selection from the rows of `state` (`Packed` or `Padded`), whose first
+    `prefix` rows stay. adaptive: counts may vary. TypeError or ValueError otherwise. Values are looked at where that
+    costs no wait."""
+    batch, width, device = state.batch, state.width, state.tokens.device
+    least = state.count if state.rows is None else min(state.rows.host)  # of the shortest image; None: the device knows
     index, counts, blend = (getattr(selection, part, None) for part in ("index", "counts", "blend"))
     most = width if least is None else least
     known = getattr(counts, "host", None)  # a `Counts`
@@ -297,8 +298,9 @@ def check_selection(selection: object, name: str, batch: int, width: int, prefix
         raise ValueError(f"{name}.select: blend: expected {expected}, got {_said(blend)}")
     if blend is not None and isinstance(counts, Tensor) and known is None:
         raise ValueError(f"{name}.select: blend: a fused token needs the same count in every image, an int")
-    if may_look(index):
-        _check_selected(index, counts, name, prefix, lengths)
+    if may_look(index):  # only here: the lengths of packed images are a launch
+        lengths = state.lengths if state.count is None else state.count
+        _check_selected(index, counts, name, prefix, width if lengths is None else lengths)
 
 
 def _check_selected(index: Tensor, counts: Tensor | int, name: str, prefix: int, lengths: Tensor | int) -> None:

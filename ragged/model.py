@@ -347,12 +347,9 @@ class RaggedViT(nn.Module):
         return self._selected(view)
 
     def _selected(self, view: View) -> Selection | None:
-        selection, state = self.pruner.select(view), view.state
+        selection = self.pruner.select(view)
         if selection is not None:
-            lengths = state.width if state.count is not None or state.lengths is None else state.lengths
-            least = state.count if state.rows is None else min(state.rows.host)
-            check_selection(selection, self.pruner.name, state.batch, state.width, self.prefix, self.pruner.adaptive,
-                            state.count or lengths, state.tokens.device, least)  # fmt: skip
+            check_selection(selection, self.pruner.name, view.state, self.prefix, self.pruner.adaptive)
         return selection
 
     def _normed(self, state: State) -> Tensor:

@@ -37,7 +37,7 @@ class Survey:
         self.modules = list(vit.modules())
         self._dicts = [module.__dict__ for module in self.modules]
         self._children = [m._modules for m in self.modules if m._modules]
-        self._settings, self._seen, self._hooks = _settings(vit), self._look(), self._count_hooks()
+        self._settings, self._seen, self._hooks = _settings(vit), self._look(), self._hook_numbers()
         self._last_hook = RemovableHandle.next_id
         self.whole: dict[int, str] = {}
         for i, block in enumerate(vit.blocks):
@@ -56,7 +56,7 @@ class Survey:
             return False
         if self._last_hook != RemovableHandle.next_id or self._hooks:  # PyTorch numbers all hooks of the process
             self._last_hook = RemovableHandle.next_id
-            return self._count_hooks() == self._hooks
+            return self._hook_numbers() == self._hooks
         return True
 
     def training(self) -> bool:
@@ -68,8 +68,8 @@ class Survey:
         # a method replaced on the instance is one entry more in its dictionary
         return list(map(type, self.modules)), children, list(map(len, self._dicts))
 
-    def _count_hooks(self) -> list[tuple]:
-        return [tuple(d[kind]) for d in self._dicts for kind in HOOKS if d[kind]]  # the numbers of the hooks there are
+    def _hook_numbers(self) -> list[tuple]:
+        return [tuple(d[kind]) for d in self._dicts for kind in HOOKS if d[kind]]
 
 
 def _settings(vit: nn.Module) -> tuple:
