@@ -64,7 +64,7 @@ def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
     projection."""
     attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (..., 3, nheads, headdim)
+    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
     q, k, v = qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
@@ -230,7 +230,8 @@ class Trace(_Traced):
 class Pass(NamedTuple):
     """What stays the same during a pass. backend: who attends.  stages: where cuts are noted, or None.
     after_block: called after every block without a cut (a recording begins its second graph there).
-    canvas: where every token is put back, if features are wanted.  wanted: blocks after which `taken` gets a copy."""
+    canvas: where every token is put back, if features are wanted.  wanted: blocks after which `taken` gets a copy.
+    blocks: how many of them run, None for all."""
 
     backend: Backend
     stages: list[Stage] | None = None
@@ -238,6 +239,7 @@ class Pass(NamedTuple):
     canvas: Canvas | None = None
     wanted: frozenset[int] = frozenset()
     taken: list[Canvas] | None = None
+    blocks: int | None = None
 
 
 FILLS = ("zero", "last", "nearest")

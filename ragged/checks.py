@@ -172,6 +172,8 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
     patch, dynamic = vit.patch_embed, vit.dynamic_img_size
     weight, channels = patch.proj.weight, patch.proj.in_channels
     sides = ("height", "width") if dynamic else patch.img_size
+    if isinstance(images, Tensor) and images.is_nested:
+        raise TypeError("images: expected a dense tensor or a list, got a nested one; images.unbind() makes a list")
     good = isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == channels
     if not good or not (dynamic or tuple(images.shape[2:]) == tuple(sides)):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -184,7 +186,12 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
 
 
 def _check_like_model(name: str, x: Tensor, weight: Tensor) -> None:
-    mixed = torch.is_autocast_enabled(weight.device.type) and x.is_floating_point()
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+    if torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_batchedtensor(weight):
+        raise NotImplementedError(f"{name}: torch.vmap is not supported; give the whole batch in one call")
+    mixed = torch.is_autocast_enabled(weight.device.type) and x.dtype in FLOATS[:3]  # float64 is left alone by it
     if (x.dtype != weight.dtype and not mixed) or x.device != weight.device:
         expected, got = f"{weight.dtype} on {weight.device}", f"{x.dtype} on {x.device}"
         raise ValueError(f"{name}: expected {expected} like the model, got {got}")
@@ -256,6 +263,62 @@ def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths
                          f"image of {min(lengths)}")  # fmt: skip
     return lengths
 
+
+
+def check_intermediates(x: object, indices: int | Iterable[int] | None, output_fmt: str, fill: str,
+                        fills: Sequence[str], depth: int) -> tuple[list[int], int]:  # fmt: skip
+    """What `forward_intermediates` of `depth` blocks is asked for: the blocks that are wanted, and the last of them.
+    x: images, one batch.  indices: a number, the last so many; None, all; or which, from the end if negative.
+    output_fmt: "NCHW" or "NLC".  fill: one of `fills`. TypeError or ValueError otherwise."""
+    from timm.models._features import feature_take_indices
+
+    if isinstance(x, list | tuple):
+        raise TypeError("images: expected a batch, (batch, channels, height, width): features are laid out on one "
+                        "grid; of a list of images there are logits and `trace`")  # fmt: skip
+    if fill not in fills:
+        raise ValueError(f"fill: expected one of {', '.join(fills)}, got {fill!r}")
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+    try:
+        given = depth if indices is None else indices
+        given = int(given) if isinstance(given, Integral) else [operator.index(i) for i in given]
+        inside = 1 <= given <= depth if isinstance(given, int) else all(-depth <= i < depth for i in given)
+    except TypeError:
+        inside = False
+    if not inside:
+        raise ValueError(f"indices: expected blocks of {depth}, or how many of the last, got {indices!r}")
+    return feature_take_indices(depth, given) if given else ([], depth - 1)
+
+
+def refuse_fixed_programs(pruner: Any) -> None:
+    """RuntimeError or NotImplementedError while a program is traced or exported that cannot hold what `pruner` does."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
+            "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
+        )
+    if pruner.adaptive and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"torch.export: {pruner.name} decides on the data how many tokens stay, and an exported program "
+            "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
+        )
+
+
+def dtype_of_products(weight: Tensor) -> torch.dtype:
+    """In which dtype the products with a model's `weight` run, autocast considered. ValueError on the meta device."""
+    kind = weight.device.type
+    if kind == "meta":
+        raise ValueError("RaggedViT: the model is on the meta device, where there are no numbers; load weights first")
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def wants_gradients(model: nn.Module, images: Tensor | Sequence[Tensor]) -> bool:
+    """Whether anybody wants gradients of a call of `model` on images."""
+    if not torch.is_grad_enabled():
+        return False
+    given = images if isinstance(images, list | tuple) else [images]
+    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in given)
+    return wanted or any(parameter.requires_grad for parameter in model.parameters())
 
 
 def check_selection(selection: object, name: str, state: Any, prefix: int, adaptive: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import warnings
@@ -15,7 +16,16 @@ from . import blocks
 from .attention import resolve_backend
 from .backends import BACKENDS
 from .blocks import FILLS, PIECES, Canvas, Cut, Pass, Pending, Positions, Stage, State, Trace, compiled_pieces, scale_of
-from .checks import check_image_list, check_images, check_packed, check_selection
+from .checks import (
+    check_image_list,
+    check_images,
+    check_intermediates,
+    check_packed,
+    check_selection,
+    dtype_of_products,
+    refuse_fixed_programs,
+    wants_gradients,
+)
 from .graph import Captured, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner, View, row_norms
@@ -59,8 +69,9 @@ class RaggedViT(nn.Module):
             raise ValueError(f"backend {backend!r}: needs equal counts, and {pruner.name} keeps what each image needs")
         self.prefix = vit.num_prefix_tokens
         if pruner is not None:
+            fresh = next(pruner.parameters(), None) is None  # bound for the first time: its weights are made now
             pruner.bind(vit.embed_dim, len(vit.blocks))
-            pruner.to(vit.patch_embed.proj.weight)
+            self.pruner = pruner = _like_weights(pruner, vit.patch_embed.proj.weight, in_place=fresh)
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
@@ -82,17 +93,14 @@ class RaggedViT(nn.Module):
             if self.pruner is not None:
                 weight, own = self.vit.patch_embed.proj.weight, next(self.pruner.parameters(), None)
                 if own is not None and (own.dtype != weight.dtype or own.device != weight.device):
-                    self.pruner.to(weight)
-        if self.pruner is not None and torch.jit.is_tracing():
-            raise RuntimeError(
-                "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
-                "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
-            )
-        if self.pruner is not None and self.pruner.adaptive and torch.compiler.is_exporting():
-            raise NotImplementedError(
-                f"torch.export: {self.pruner.name} decides on the data how many tokens stay, and an exported program "
-                "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
-            )
+                    self.prepare()
+        if self.pruner is not None:
+            refuse_fixed_programs(self.pruner)
+
+    def _look_again(self) -> None:
+        """After something foreign ran: it may have changed what comes next."""
+        if not torch.compiler.is_compiling() and not self.survey.still_true(self.vit):
+            self.prepare()
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
@@ -126,7 +134,7 @@ class RaggedViT(nn.Module):
         dynamic_img_pad fills them up. Hooks on the patch embedding then see one image at a time.
         ValueError or TypeError, naming the image, for what does not fit.
         """
-        with torch.set_grad_enabled(self._with_gradients(images)):
+        with torch.set_grad_enabled(wants_gradients(self, images)):
             return self._finish(self.begin(images))
 
     def forward_tokens(self, tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None = None, *,
@@ -139,7 +147,7 @@ class RaggedViT(nn.Module):
         where the host knows them; without them, on a GPU, the offsets are read, which is one wait. Pruners take shares
         of the tokens given here. TypeError or ValueError, naming the argument, for what does not fit.
         """
-        with torch.set_grad_enabled(self._with_gradients(tokens)):
+        with torch.set_grad_enabled(wants_gradients(self, tokens)):
             self._look()
             lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
             run = Pass(BACKENDS[self._picked(tokens)])
@@ -150,7 +158,7 @@ class RaggedViT(nn.Module):
     def trace(self, images: Images) -> Trace:
         """`forward` of images, a batch or a list, and what every cut left."""
         stages: list[Stage] = []
-        with torch.set_grad_enabled(self._with_gradients(images)):
+        with torch.set_grad_enabled(wants_gradients(self, images)):
             logits = self._finish(self.begin(images, stages))
         trace = Trace(logits, stages)
         size = self.vit.patch_embed.dynamic_feat_size
@@ -174,28 +182,21 @@ class RaggedViT(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, return_prefix_tokens: bool = False,
         norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-        fill: str = "zero",
-    ) -> list | tuple[Tensor, list]:  # fmt: skip
+        output_dict: bool = False, *, fill: str = "zero",
+    ) -> list | tuple[Tensor, list] | dict:  # fmt: skip
         """timm's method of this name: what blocks `indices` (the last so many, or all) left. fill: as in
         `forward_features`.
 
         x: images (batch, channels, height, width).  output_fmt: "NCHW" or "NLC".  norm: after the final norm.
-        return_prefix_tokens: (patches, prefix) pairs.  intermediates_only: without the features.  stop_early: taken,
-        and without effect. Returns (features, intermediates), or intermediates.
+        return_prefix_tokens: (patches, prefix) pairs.  intermediates_only: without the features.  stop_early: no block
+        after the last of `indices` runs.  output_dict: a dictionary with timm's keys. Returns (features,
+        intermediates), or intermediates.
         """
-        from timm.models._features import feature_take_indices
-
-        if isinstance(x, list | tuple):
-            raise TypeError("images: expected a batch, (batch, channels, height, width): features are laid out on one "
-                            "grid; of a list of images there are logits and `trace`")  # fmt: skip
-        if fill not in FILLS:
-            raise ValueError(f"fill: expected one of {', '.join(FILLS)}, got {fill!r}")
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
-        wanted = [] if indices == [] else feature_take_indices(len(self.vit.blocks), indices)[0]
+        wanted, last = check_intermediates(x, indices, output_fmt, fill, FILLS, len(self.vit.blocks))
         taken: list[Canvas] = []
-        with torch.set_grad_enabled(self._with_gradients(x)):
-            run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken)
+        with torch.set_grad_enabled(wants_gradients(self, x)):
+            run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken,
+                       blocks=last + 1 if stop_early else None)  # fmt: skip
             last = self._finish(self._begin(x, run, features=True))
             grid = tuple(self.vit.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
 
@@ -203,11 +204,14 @@ class RaggedViT(nn.Module):
                 return canvas.fill(self.vit.norm(canvas.tokens) if norm else canvas.tokens, fill, self.prefix, grid)
 
             features, parts = shown(last, True), [shown(canvas, norm) for canvas in taken]
-        patches = [y[:, self.prefix :] for y in parts]
+        patches, prefix = ([y[:, rows] for y in parts] for rows in (slice(self.prefix, None), slice(self.prefix)))
         if output_fmt == "NCHW":
             patches = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in patches]
-        if return_prefix_tokens:
-            patches = list(zip(patches, (y[:, : self.prefix] for y in parts)))
+        if output_dict:
+            named = {"image_intermediates": patches} | ({"image_intermediates_prefix": prefix} if
+                                                        return_prefix_tokens else {})  # fmt: skip
+            return named if intermediates_only else {"image_features": features} | named
+        patches = list(zip(patches, prefix)) if return_prefix_tokens else patches
         return patches if intermediates_only else (features, patches)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -240,6 +244,8 @@ class RaggedViT(nn.Module):
             return self._blocks(blocks.laid_out(state, run.backend, self.pruner is not None), -1, run)
         check_images(images, self.vit)
         x = self._run["embed"](self.vit, images, self.survey.as_product)  # (batch, n, dim)
+        if self.survey.hooked:
+            self._look_again()
         batch, n, _ = x.shape
         state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
         if features:
@@ -255,7 +261,7 @@ class RaggedViT(nn.Module):
 
     def _blocks(self, state: State, first: int, run: Pass) -> Tensor | Canvas | Pending:
         """The loop: every block up to its cut, the cut, and what remains of the block. Block -1 is the embedding."""
-        for i in range(first, len(self.vit.blocks)):
+        for i in range(first, len(self.vit.blocks) if run.blocks is None else run.blocks):
             if i in self._cuts:
                 cut = self._reach(state, i, run)
                 if cut.waits and not run.backend.paper_padding:  # the paper's loop asks by itself
@@ -275,6 +281,7 @@ class RaggedViT(nn.Module):
         block, backend = self.vit.blocks[i], run.backend
         if i in self.survey.whole:
             x = block(blocks.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
+            self._look_again()
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
@@ -358,26 +365,16 @@ class RaggedViT(nn.Module):
             return self.vit.norm(state.first_rows(self.prefix))
         return self.vit.norm(blocks.as_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
 
-    def _with_gradients(self, images: Images) -> bool:
-        """Whether anybody wants gradients of this call."""
-        if not torch.is_grad_enabled():
-            return False
-        given = images if isinstance(images, list | tuple) else [images]
-        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in given)
-        return wanted or any(parameter.requires_grad for parameter in self.parameters())
-
     @property
     def picked(self) -> str:
         """The backend that runs, with "auto" decided for the model's present device and dtype."""
         weight, head_dim = self.vit.patch_embed.proj.weight, self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return resolve_backend(self.backend, weight.device, dtype, head_dim)
+        return resolve_backend(self.backend, weight.device, dtype_of_products(weight), head_dim)
 
     def _picked(self, images: Images) -> str:
         """`picked`, or what has gradients where they are wanted."""
         name = self.picked
-        if not torch.is_grad_enabled() or BACKENDS[name].pads or not self._with_gradients(images):
+        if not torch.is_grad_enabled() or BACKENDS[name].pads or not wants_gradients(self, images):
             return name
         if self.backend != "auto":
             raise RuntimeError(
@@ -387,6 +384,15 @@ class RaggedViT(nn.Module):
         warnings.warn(f"gradients are enabled, and {name!r} has no backward pass: 'sdpa_padded' runs instead; for "
                       "inference call the model under torch.no_grad()", stacklevel=4)  # fmt: skip
         return "sdpa_padded"
+
+
+def _like_weights(pruner: Pruner, weight: Tensor, in_place: bool) -> Pruner:
+    """The pruner on the device of weight, its own weights in that dtype. Unless in_place, another dtype makes a copy:
+    other models may use the pruner as it is."""
+    own = next(pruner.parameters(), None)
+    if own is not None and own.dtype != weight.dtype and not in_place:
+        pruner = copy.deepcopy(pruner)
+    return pruner.to(weight)
 
 
 for name in OF_THE_NETWORK:

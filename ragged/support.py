@@ -7,18 +7,24 @@ is looked for here: a part is run as the module that it is, or refused with the 
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
 OWN_PASS = ("forward", "forward_features", "forward_head", "pool")
 NOTHING_IN_EVAL = ("Identity", "Dropout", "DropPath")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What decides whether the patch embedding is one matrix product, besides modules and hooks.
+PATCH_SETTINGS = ("flatten", "output_fmt", "dynamic_img_pad", "strict_img_size", "img_size", "patch_size", "grid_size")
+CONV_SETTINGS = ("padding", "stride", "dilation", "groups", "kernel_size", "in_channels")
 
 
 class Survey:
@@ -29,7 +35,8 @@ class Survey:
     list cannot be packed, or None.  norm: why the final norm must see all tokens, or None.  hooked: whether
     there are hooks at all, which no CUDA graph calls.
 
-    `still_true` compares what people change after wrapping: modules and their types, hooks, replaced methods, pooling.
+    `still_true` compares what people change after wrapping: modules and their types, hooks, replaced methods (of an
+    object or of a class), pooling, how patches are cut; of modules that were tried out also their switches.
     It runs at every call, so it compares whole lists at once, without a loop in Python.
     """
 
@@ -37,21 +44,25 @@ class Survey:
         self.modules = list(vit.modules())
         self._dicts = [module.__dict__ for module in self.modules]
         self._children = [m._modules for m in self.modules if m._modules]
+        self._tried = [m for m in self.modules if type(m) not in _known() and type(m) not in _structure()]
+        self._kinds = list(dict.fromkeys(map(type, self.modules)))
         self._settings, self._seen, self._hooks = _settings(vit), self._look(), self._hook_numbers()
         self._last_hook = RemovableHandle.next_id
         self.whole: dict[int, str] = {}
+        rows = vit.num_prefix_tokens + (vit.patch_embed.num_patches or 196)
         for i, block in enumerate(vit.blocks):
-            if reason := whole_reason(block, vit.embed_dim):
+            if reason := whole_reason(block, rows):
                 self.whole[i] = reason
-        self.each_product = _is_product(vit.patch_embed, vit.embed_dim)
+        self.each_product = _is_product(vit.patch_embed) and row_wise(vit.patch_embed.norm, vit.embed_dim, rows)
         plain = vit.patch_embed.flatten and not vit.patch_embed.dynamic_img_pad
         self.as_product = plain and _is_product(vit.patch_embed)
-        self.no_list = _no_list(vit)
-        self.norm = _hook_reason(vit.norm) or (None if row_wise(vit.norm, vit.embed_dim) else "mixes tokens")
+        self.no_list = _no_list(vit, rows)
+        self.norm = _hook_reason(vit.norm) or (None if row_wise(vit.norm, vit.embed_dim, rows) else "mixes tokens")
         self.hooked = any(map(_hook_reason, self.modules))
 
     def still_true(self, vit: nn.Module) -> bool:
-        """Whether `vit` is as it was when this was made."""
+        """Whether `vit` is as it was when this was made. ValueError for hooks on all modules of the process."""
+        refuse_hooks_on_everything()
         if vit is not self.modules[0] or _settings(vit) != self._settings or self._look() != self._seen:
             return False
         if self._last_hook != RemovableHandle.next_id or self._hooks:  # PyTorch numbers all hooks of the process
@@ -66,15 +77,54 @@ class Survey:
     def _look(self) -> tuple:
         children = list(map(tuple, map(dict.values, self._children)))
         # a method replaced on the instance is one entry more in its dictionary
-        return list(map(type, self.modules)), children, list(map(len, self._dicts))
+        switches = [_switches(module) for module in self._tried]
+        return (list(map(type, self.modules)), children, list(map(len, self._dicts)),
+                list(map(operator.attrgetter("forward"), self._kinds)), switches)  # fmt: skip
 
     def _hook_numbers(self) -> list[tuple]:
         return [tuple(d[kind]) for d in self._dicts for kind in HOOKS if d[kind]]
 
 
 def _settings(vit: nn.Module) -> tuple:
-    replaced = tuple(name in vit.__dict__ for name in OWN_PASS)
-    return vit.global_pool, vit.num_prefix_tokens, vit.attn_pool is None, vit.cls_token is None, replaced
+    kind, patch, conv = type(vit), vit.patch_embed.__dict__, vit.patch_embed.proj.__dict__
+    methods = kind.forward_features, kind.forward_head, kind.pool, kind._pos_embed, nn.Conv2d._conv_forward
+    own = [name in vit.__dict__ for name in OWN_PASS]
+    return (vit.global_pool, vit.num_prefix_tokens, vit.attn_pool is None, vit.cls_token is None, methods, own,
+            list(map(patch.get, PATCH_SETTINGS)), list(map(conv.get, CONV_SETTINGS)))  # fmt: skip
+
+
+MODULE_PARTS = frozenset(nn.Module().__dict__)
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _switches(module: nn.Module) -> list:
+    """What an unknown module might decide by: its own attributes, by value where they are plain, and how often its
+    buffers were written."""
+
+    def said(value: object, deep: bool = True) -> object:
+        if isinstance(value, PLAIN):
+            return value
+        if deep and isinstance(value, dict):
+            return [(str(k), said(v, False)) for k, v in value.items()]
+        if deep and isinstance(value, list | tuple | set | frozenset):
+            return [said(v, False) for v in value]
+        return id(value)
+
+    own = [(name, said(value)) for name, value in module.__dict__.items() if name not in MODULE_PARTS]
+    return own + [(id(b), None if b.is_inference() else b._version) for b in module._buffers.values() if b is not None]
+
+
+def _replaced(module: nn.Module, *names: str) -> bool:
+    """Whether any of these methods is another than the one in the file of the class that defines it: replaced on this
+    object, or on the class."""
+    return any(name in module.__dict__ or not as_written(type(module), name) for name in names)
+
+
+def as_written(kind: type, name: str) -> bool:
+    """Whether the method `name` of `kind` is the one that stands in the file of its class."""
+    owner = next(k for k in kind.__mro__ if name in k.__dict__)
+    code = getattr(owner.__dict__[name], "__code__", None)
+    return code is not None and code.co_filename == sys.modules[owner.__module__].__file__
 
 
 def check_supported(vit: nn.Module) -> nn.Module:
@@ -97,9 +147,10 @@ def _problems(vit: nn.Module) -> Iterable[str]:
         raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}{hint}")
     for name in OWN_PASS:
         of_timm = [getattr(kind, name) for kind in (VisionTransformer, VisionTransformerDistilled)]
-        if name in vit.__dict__ or getattr(type(vit), name) not in of_timm:
+        if _replaced(vit, name) or getattr(type(vit), name) not in of_timm:
             yield f"{type(vit).__name__} has a {name} of its own"
             break
+    yield from _fixed_parts(vit)
     if not isinstance(vit.patch_embed, PatchEmbed):
         yield f"its patch embedding is a {type(vit.patch_embed).__name__}"
     if vit.cls_token is None or vit.global_pool != "token" or getattr(vit, "attn_pool", None) is not None:
@@ -107,12 +158,31 @@ def _problems(vit: nn.Module) -> Iterable[str]:
     for part, name in ((vit, "the model"), (vit.blocks, "model.blocks")):
         if any(map(_is_foreign, _hooks_of(part))):
             yield f"hooks on {name} itself would not fire: put them on the RaggedViT, or on single blocks"
-    if type(vit.blocks) is not nn.Sequential or "forward" in vit.blocks.__dict__:
+        elif any(_hooks_of(part)):
+            yield (f"a mask or norm on weights of {name} itself (pos_embed, cls_token) hangs on a hook that would not "
+                   "fire: make it permanent (torch.nn.utils.prune.remove), or use a parametrization")  # fmt: skip
+    if type(vit.blocks) is not nn.Sequential or _replaced(vit.blocks, "forward"):
         yield f"its blocks are a {type(vit.blocks).__name__} with a forward of its own"
     for i, block in enumerate(vit.blocks):
         if problem := _block_problem(block):
             yield f"block {i}: {problem}"
             break
+
+
+def _fixed_parts(vit: nn.Module) -> Iterable[str]:
+    """Parts that are programs and no longer modules, and numbers that do not agree."""
+    for name, module in vit.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{name} is a scripted or traced program, which fixes its shapes: wrap the model as it was before"
+            break
+        if name and hasattr(module, "_orig_mod") and not name.startswith("blocks."):
+            yield f"{name} is compiled: compile after wrapping, with model.compile()"
+            break
+    if len(vit.blocks) == 0:
+        yield "it has no blocks"
+    own = sum(t.shape[1] for n in ("cls_token", "dist_token", "reg_token") if (t := getattr(vit, n, None)) is not None)
+    if vit.num_prefix_tokens != own:
+        yield f"its num_prefix_tokens is {vit.num_prefix_tokens}, and it has {own} such tokens"
 
 
 def _block_problem(block: nn.Module) -> str | None:
@@ -124,34 +194,36 @@ def _block_problem(block: nn.Module) -> str | None:
         return f"type {type(block).__name__}{inner}"
     if not isinstance(block.attn, Attention):
         return f"attention {type(block.attn).__name__}"
-    return None
+    compiled = next((name for name, part in block.named_modules() if hasattr(part, "_orig_mod")), None)
+    return compiled and f"{compiled} is compiled: compile after wrapping, with model.compile()"
 
 
-def whole_reason(block: nn.Module, dim: int) -> str | None:
+def whole_reason(block: nn.Module, rows: int) -> str | None:
     """Why a block must be called as the module that it is, on (batch, n, dim), instead of piece by piece on rows; None
-    for a plain one."""
+    for a plain one. rows: so many tokens an image usually has."""
     from timm.models.vision_transformer import Attention, Block
 
     for name, module in block.named_modules():
         if reason := _hook_reason(module):
             return f"{name or 'it'} {reason}"
-    if type(block) is not Block or "forward" in block.__dict__:
+    if type(block) is not Block or _replaced(block, "forward"):
         return f"type {type(block).__name__} has a forward of its own"
     attn = block.attn
-    if type(attn) is not Attention or "forward" in attn.__dict__:
+    if type(attn) is not Attention or _replaced(attn, "forward"):
         return f"its attention, {type(attn).__name__}, has a forward of its own"
     if getattr(attn, "gate", None) is not None:
         return "its attention is gated"
     for name in ("q_norm", "k_norm"):
-        if not row_wise(getattr(attn, name), dim // attn.num_heads):
+        if not row_wise(getattr(attn, name), attn.head_dim, rows):
             return f"attn.{name}, {type(getattr(attn, name)).__name__}, does not treat every row by itself"
     for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # nothing in eval mode, so left out
         part = _part(block, name)
-        if part is not None and (type(part).__name__ not in NOTHING_IN_EVAL or "forward" in part.__dict__):
+        if part is not None and (type(part).__name__ not in NOTHING_IN_EVAL or _replaced(part, "forward")):
             return f"{name}, {type(part).__name__}, is not timm's own"
+    inner, outer = attn.num_heads * attn.head_dim, getattr(attn.qkv, "in_features", attn.num_heads * attn.head_dim)
     for name in ("norm1", "attn.qkv", "attn.norm", "attn.proj", "ls1", "norm2", "mlp", "ls2"):
         part = _part(block, name)
-        if part is not None and not row_wise(part, dim):
+        if part is not None and not row_wise(part, inner if name in ("attn.norm", "attn.proj") else outer, rows):
             return f"{name}, {type(part).__name__}, does not treat every row by itself"
     return None
 
@@ -180,6 +252,20 @@ def _hook_reason(module: nn.Module) -> str | None:
     return "carries hooks, which expect (batch, n, dim)" if any(map(_is_foreign, _hooks_of(module))) else None
 
 
+def refuse_hooks_on_everything() -> None:
+    """RuntimeError while hooks on all modules of the process are registered: they would see few modules of a pass.
+    PyTorch's own, which only note where a program is, may stay."""
+    kinds = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks",
+             "_global_backward_hooks")  # fmt: skip
+    for kind in kinds:
+        for hook in (registered.values() if (registered := getattr(of_torch, kind)) else ()):
+            if not type(getattr(hook, "__self__", None)).__module__.startswith("torch."):
+                raise RuntimeError(
+                    "RaggedViT: hooks on all modules are registered (torch.nn.modules.module.register_module_...), and "
+                    "most modules here are not called one by one; remove them, or hook single blocks"
+                )
+
+
 # ---- parts that treat every row by itself ----
 
 
@@ -195,40 +281,75 @@ def _known() -> frozenset[type]:
     return frozenset(filter(None, [*found, getattr(vision_transformer, "LayerScale", None)]))
 
 
-def row_wise(module: nn.Module, dim: int) -> bool:
-    """Whether `module`, on rows of `dim` numbers, treats every row by itself: known from its type, or else tried out.
+@functools.cache
+def _structure() -> frozenset[type]:
+    """Types that hold parts, and are looked at by themselves."""
+    from timm.layers import PatchDropout, PatchEmbed
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-    Adapters come in all kinds, so an unknown module is run on random rows with random weights (its present ones may be
-    the zeros that adapters begin with): all rows at once, some of them, in another order, and in another shape.
+    return frozenset((PatchDropout, PatchEmbed, Attention, Block, VisionTransformer, VisionTransformerDistilled,
+                      nn.Sequential, nn.ModuleList, nn.Conv2d))  # fmt: skip
+
+
+def row_wise(module: nn.Module, dim: int, rows: int) -> bool:
+    """Whether `module`, on rows of `dim` numbers, treats every row by itself: known from its type, or else tried out on
+    images of `rows` rows.
+
+    Adapters come in all kinds, so a copy of an unknown module is run on random rows with random weights (its present
+    ones may be the zeros that adapters begin with): all rows at once, some of them, in another order, and in another
+    shape; switched on and off, where it has buffers. One that changes itself meanwhile is refused. What it decides by
+    something outside itself, a global variable, say, cannot be seen.
     """
     known = _known()
-    if all(type(m) in known for m in module.modules()) and not any("forward" in m.__dict__ for m in module.modules()):
+    if all(type(m) in known and not _replaced(m, "forward") and _one_dim(m) for m in module.modules()):
         return True
-    generator = torch.Generator().manual_seed(0)
-
-    def like(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-
-    weights: Mapping[str, Tensor] = {name: like(p.detach()) for name, p in module.named_parameters()}
-    first = next(module.parameters(), torch.empty(0))
     try:
-        x = torch.randn(3, 4, dim, generator=generator, dtype=torch.float32).to(first.device, first.dtype)
-        order = torch.tensor([2, 0, 1], device=x.device)
+        twin = copy.deepcopy(module)
+        tries = [_weights(twin, on) for on in ((True, False, None) if any(True for _ in twin.buffers()) else (True,))]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            whole, flat, some, other = (
-                torch.func.functional_call(module, weights, (given,))
-                for given in (x, x.flatten(0, 1), x[:1, :2], x[order].flip(1))
-            )
-        tries = ((flat, whole.flatten(0, 1)), (some, whole[:1, :2]), (other, whole[order].flip(1)))
-        size = whole.float().abs().max().item()
-        return all(a.shape == b.shape and (a - b).float().abs().max().item() <= 1e-3 * size for a, b in tries)
+            return all(_treats_rows_alike(twin, weights, dim, rows) for weights in tries)
     except Exception:  # whatever somebody's module raises for rows: it does not take them
         return False
 
 
-def _no_list(vit: nn.Module) -> str | None:
+def _one_dim(module: nn.Module) -> bool:
+    return len(getattr(module, "normalized_shape", (0,))) == 1
+
+
+def _weights(module: nn.Module, on: bool | None) -> dict[str, Tensor]:
+    """Weights and buffers to try `module` with: random, Booleans as `on` says; None: the present ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def like(x: Tensor) -> Tensor:
+        if on is None or not (x.is_floating_point() or x.dtype == torch.bool):
+            return x.detach().clone()
+        if x.dtype == torch.bool:
+            return torch.full_like(x, on)
+        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+
+    return {name: like(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _treats_rows_alike(module: nn.Module, weights: dict[str, Tensor], dim: int, rows: int) -> bool:
+    first = next(iter(module.parameters()), torch.empty(0))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, rows, dim, generator=generator, dtype=torch.float32).to(first.device, first.dtype)
+    order = torch.randperm(rows, generator=generator).to(x.device)
+    before, kept = list(map(_switches, module.modules())), {name: w.clone() for name, w in weights.items()}
+    some = (slice(1), slice(rows // 2 + 1))
+    whole, flat, fewer, other = (
+        torch.func.functional_call(module, weights, (given,))
+        for given in (x, x.flatten(0, 1), x[some], x.flip(0)[:, order])
+    )
+    if before != list(map(_switches, module.modules())) or not all(torch.equal(kept[n], weights[n]) for n in kept):
+        return False
+    pairs = ((flat, whole.flatten(0, 1)), (fewer, whole[some]), (other, whole.flip(0)[:, order]))
+    size = whole.float().abs().max().item()
+    return all(a.shape == b.shape and (a - b).float().abs().max().item() <= 1e-3 * size for a, b in pairs)
+
+
+def _no_list(vit: nn.Module, rows: int) -> str | None:
     """Why the embedding cannot run on the packed tokens of images of different sizes, or None. What stands before the
     blocks must treat every row by itself, and positions must be timm's, which are made anew for every size."""
     from timm.layers import PatchDropout
@@ -236,7 +357,7 @@ def _no_list(vit: nn.Module) -> str | None:
     from timm.models.vision_transformer import VisionTransformer
 
     known = [kind._pos_embed for kind in (VisionTransformer, VisionTransformerDistilled)]
-    if "_pos_embed" in vit.__dict__ or type(vit)._pos_embed not in known:
+    if _replaced(vit, "_pos_embed") or type(vit)._pos_embed not in known:
         return f"{type(vit).__name__} has a _pos_embed of its own"
     for name in ("pos_drop", "patch_drop", "norm_pre"):
         part = getattr(vit, name, None)
@@ -246,23 +367,21 @@ def _no_list(vit: nn.Module) -> str | None:
             if reason := _hook_reason(module):
                 return f"{name} {reason}"
         if name == "patch_drop":  # nothing in eval mode, so left out
-            if type(part) not in (PatchDropout, nn.Identity) or "forward" in part.__dict__:
+            if type(part) not in (PatchDropout, nn.Identity) or _replaced(part, "forward"):
                 return f"{name}, {type(part).__name__}, is not timm's own"
-        elif not row_wise(part, vit.embed_dim):
+        elif not row_wise(part, vit.embed_dim, rows):
             return f"{name}, {type(part).__name__}, does not treat every row by itself"
     return None
 
 
-def _is_product(patch: nn.Module, dim: int | None = None) -> bool:
-    """Whether the patch embedding is one matrix product: plain modules, patches that neither overlap nor are padded.
-    dim: its width, if its norm is to run on rows of several images."""
+def _is_product(patch: nn.Module) -> bool:
+    """Whether the patch embedding is one matrix product: plain modules, patches that neither overlap nor are padded."""
     from timm.layers import PatchEmbed
 
     conv = patch.proj
-    if type(patch) is not PatchEmbed or type(conv) is not nn.Conv2d:
+    if type(patch) is not PatchEmbed or type(conv) is not nn.Conv2d or _replaced(conv, "_conv_forward"):
         return False
-    if any("forward" in m.__dict__ or any(_hooks_of(m)) for m in patch.modules()):
+    if any(_replaced(m, "forward") or any(_hooks_of(m)) for m in patch.modules()):
         return False
     plain = conv.stride == conv.kernel_size and set(conv.padding) == {0} and set(conv.dilation) == {1}
-    plain = plain and conv.groups == 1 and conv.kernel_size == tuple(patch.patch_size)
-    return plain and (dim is None or row_wise(patch.norm, dim))
+    return plain and conv.groups == 1 and conv.kernel_size == tuple(patch.patch_size)

@@ -1,0 +1,354 @@
+"""What users change behind a wrapped model's back: classes, the whole process, switches inside adapters, settings.
+
+The answer is timm's own under the same circumstances, or a sentence says what is not supported.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from pruner_cases import assert_logits, pictures
+from test_hands import KEEP_ALL, REFUSALS, LoRA, scaled, vit
+from timm.models import vision_transformer as tv
+from torch import nn
+from torch.nn.modules import module as of_torch
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+import ragged
+from ragged.support import Survey, as_written
+
+EVERY = pytest.mark.parametrize("pruner", KEEP_ALL)
+LATE = pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+
+
+def as_timm_or_refused(do, pruner, late, images=None, undo=lambda: None):
+    """Do something to the network of a wrapped model, before or after; True where it was refused."""
+    images = pictures() if images is None else images
+    mine, theirs = vit(), vit()
+    try:
+        if late:
+            model = ragged.RaggedViT(mine, KEEP_ALL[pruner]())
+            model(images)
+        do(mine)
+        do(theirs)
+        want = theirs(images)
+        try:
+            if not late:
+                model = ragged.RaggedViT(mine, KEEP_ALL[pruner]())
+            got = model(images)
+        except REFUSALS as refusal:
+            assert len(str(refusal)) > 20 and "object has no attribute" not in str(refusal), refusal
+            return True
+        assert_logits(got, want)
+        return False
+    finally:
+        undo()
+
+
+# ---- classes and the process
+
+
+PATCHED = [(tv.Attention, "forward"), (tv.Block, "forward"), (tv.PatchEmbed, "forward"), (nn.Conv2d, "forward"),
+           (nn.Conv2d, "_conv_forward"), (tv.VisionTransformer, "forward"), (tv.VisionTransformer, "forward_features"),
+           (tv.VisionTransformer, "pool"), (tv.VisionTransformer, "forward_head"), (tv.VisionTransformer, "_pos_embed"),
+           (nn.Linear, "forward"), (nn.LayerNorm, "forward"), (tv.Mlp, "forward"), (nn.Dropout, "forward"),
+           (nn.Sequential, "forward")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", PATCHED, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("mixes", [False, True], ids=["scales", "mixes"])
+@LATE
+@EVERY
+def test_a_patched_class_counts_or_is_refused(monkeypatch, kind, name, mixes, late, pruner):
+    original = getattr(kind, name)
+
+    def patched(self, *arguments, **words):
+        out = original(self, *arguments, **words)
+        return out * 0.9 + 0.1 * out.mean(1, keepdim=True) if mixes and out.dim() > 2 else out * 1.1
+
+    as_timm_or_refused(lambda network: monkeypatch.setattr(kind, name, patched), pruner, late, undo=monkeypatch.undo)
+
+
+def test_methods_of_timm_and_pytorch_are_as_written():
+    for kind, name in PATCHED:
+        assert as_written(kind, name)
+    assert not Survey(vit()).whole
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_on_all_modules_are_refused_while_they_are_there(register):
+    model, hook = ragged.RaggedViT(vit()), {"forward_hook": scaled}.get(register, lambda *arguments: None)
+    plain = model(pictures())
+    handle = getattr(of_torch, f"register_module_{register}")(hook)
+    try:
+        with pytest.raises(RuntimeError, match="hooks on all modules"):
+            model(pictures())
+    finally:
+        handle.remove()
+    assert torch.equal(model(pictures()), plain)
+    with FlopCounterMode(display=False):  # has hooks on all modules, which only note names
+        assert torch.equal(model(pictures()), plain)
+
+
+# ---- weights of the model itself
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token"])
+@LATE
+def test_a_mask_on_the_model_s_own_weights_is_refused(name, late):
+    def masked(network):
+        torch.manual_seed(5)
+        prune.random_unstructured(network, name, amount=0.4)
+        getattr(network, f"{name}_orig").data.mul_(1.5)
+
+    assert as_timm_or_refused(masked, "evit", late)
+    assert not as_timm_or_refused(lambda n: (masked(n), n(pictures()), prune.remove(n, name)), "evit", late)
+
+
+@LATE
+def test_a_parametrization_of_the_model_s_own_weights_counts(late):
+    assert not as_timm_or_refused(lambda n: parametrizations.orthogonal(n, "cls_token") and n.eval(), "evit", late)
+
+
+# ---- adapters with switches
+
+
+class Switched(nn.Module):
+    """Mixes tokens once something says so: an attribute, a buffer, a Boolean buffer, a dictionary, its own history."""
+
+    def __init__(self, base, how):
+        super().__init__()
+        self.base, self.how, self.on, self.settings, self.calls = base, how, False, {"on": False}, 0
+        self.register_buffer("gate", torch.zeros(()))
+        self.register_buffer("flag", torch.tensor(False))
+
+    def forward(self, x):
+        out, self.calls = self.base(x), self.calls + (self.how == "history")
+        on = {"attribute": self.on, "buffer": bool(self.gate), "flag": bool(self.flag), "length": x.shape[-2] > 8,
+              "dictionary": self.settings["on"], "history": self.calls > 1, "three dimensions": x.dim() == 3}[self.how]
+        return out + out.mean(-2, keepdim=True) if on else out
+
+    def switch(self):
+        self.on, self.settings["on"] = True, True
+        self.gate.fill_(1.0)
+        self.flag.fill_(True)
+
+
+SWITCHES = ["attribute", "buffer", "flag", "length", "dictionary", "history", "three dimensions"]
+
+
+@pytest.mark.parametrize("how", SWITCHES)
+@pytest.mark.parametrize("name", ["mlp", "attn.qkv", "norm1"])
+@EVERY
+def test_an_adapter_that_is_switched_counts(how, name, pruner):
+    networks = vit(), vit()
+    for network in networks:
+        network.blocks[2].set_submodule(name, Switched(network.blocks[2].get_submodule(name), how).eval())
+    model = ragged.RaggedViT(networks[0], KEEP_ALL[pruner]())
+    for switched in (False, True):
+        for network in networks if switched else ():
+            network.blocks[2].get_submodule(name).switch()
+        for _ in range(2):
+            try:
+                assert_logits(model(pictures()), networks[1](pictures()))
+            except ValueError as refusal:
+                assert "block 2" in str(refusal)
+
+
+def test_an_adapter_is_tried_out_on_a_copy_and_stays_in_the_pieces():
+    network = vit()
+    network.blocks[1].attn.qkv = LoRA(network.blocks[1].attn.qkv, zero=True)
+    before = copy.deepcopy(network.state_dict())
+    survey = Survey(network)
+    assert not survey.whole and survey.still_true(network)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_a_norm_over_all_tokens_is_no_norm_of_rows():
+    network = vit()
+    n = network.patch_embed.num_patches + 1
+    network.blocks[1].norm1 = nn.LayerNorm((n, network.embed_dim))
+    assert "norm1" in Survey(network).whole[1]
+    assert_logits(ragged.RaggedViT(network)(pictures()), network(pictures()))
+
+
+# ---- settings, and changes in the middle of a call
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: setattr(p.proj, "padding", (1, 1)), lambda p: setattr(p.proj, "stride", (4, 4)),
+    lambda p: setattr(p.proj, "dilation", (2, 2)), lambda p: setattr(p, "flatten", False),
+    lambda p: setattr(p, "strict_img_size", False), lambda p: setattr(p, "dynamic_img_pad", True),
+    lambda p: setattr(p.proj, "padding_mode", "circular"),
+], ids=["padding", "stride", "dilation", "flatten", "strict", "pad", "mode"])  # fmt: skip
+@LATE
+def test_settings_of_the_patch_embedding_count(change, late):
+    mine, theirs = vit(), vit()
+    model = ragged.RaggedViT(mine) if late else None
+    if late:
+        model(pictures())
+    for network in (mine, theirs):
+        change(network.patch_embed)
+    try:
+        want = theirs(pictures())
+    except Exception:
+        want = None
+    try:
+        got = (model or ragged.RaggedViT(mine))(pictures())
+    except Exception:
+        return
+    assert want is not None
+    assert_logits(got, want)
+
+
+def test_another_number_of_heads_is_refused_as_by_timm():
+    network = vit()
+    model = ragged.RaggedViT(network)
+    network.blocks[1].attn.num_heads = 1
+    for run in (network, model):
+        with pytest.raises(RuntimeError):
+            run(pictures())
+
+
+@pytest.mark.parametrize("place", ["patch_embed", "norm_pre", "blocks.0", "blocks.0.mlp"])
+@pytest.mark.parametrize("what", ["block", "hook", "norm"])
+def test_what_a_hook_changes_further_on_counts_at_once(place, what):
+    def hang(network):
+        other = copy.deepcopy(network.blocks[1])
+        other.ls2.gamma.data.mul_(-2)
+
+        def change(module, inputs, output):
+            if what == "block":
+                network.blocks[2] = other
+            elif what == "norm":
+                network.norm = nn.LayerNorm(network.embed_dim, eps=1.0)
+            else:
+                network.blocks[2].register_forward_hook(scaled)
+
+        network.get_submodule(place).register_forward_hook(change)
+
+    mine, theirs = vit(), vit()
+    hang(mine)
+    hang(theirs)
+    assert_logits(ragged.RaggedViT(mine)(pictures()), theirs(pictures()))
+
+
+# ---- what cannot be run
+
+
+def test_programs_and_compiled_parts_are_refused_by_name():
+    x = torch.zeros(1, 5, vit().embed_dim)
+    for name in ("norm", "blocks.1.mlp", "blocks.1.norm1", "head"):
+        for make in (torch.jit.script, lambda m: torch.jit.trace(m, x), lambda m: torch.compile(m, backend="eager")):
+            network = vit()
+            network.set_submodule(name, make(network.get_submodule(name)))
+            with pytest.raises(ValueError, match=rf"{name.split('.')[-1]} is"):
+                ragged.RaggedViT(network)
+
+
+def test_models_that_are_none():
+    with pytest.raises(ValueError, match="no blocks"):
+        ragged.RaggedViT(vit(depth=0))
+    network = vit()
+    network.num_prefix_tokens = 0
+    with pytest.raises(ValueError, match="num_prefix_tokens is 0"):
+        ragged.RaggedViT(network)
+
+
+def test_a_model_on_meta_can_be_wrapped_and_not_called():
+    with torch.device("meta"):
+        network = tv.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    model = ragged.RaggedViT(network, KEEP_ALL["evit"]())
+    with pytest.raises(ValueError, match="meta"):
+        model(torch.zeros(1, 3, 32, 32, device="meta"))
+
+
+def test_vmap_is_refused():
+    for pruner in KEEP_ALL:
+        model = ragged.RaggedViT(vit(), KEEP_ALL[pruner]())
+        with pytest.raises(NotImplementedError, match="vmap"):
+            torch.vmap(model)(pictures()[:, None])
+        stacked = {name: torch.stack([w, w]) for name, w in model.named_parameters()}
+        with pytest.raises(NotImplementedError, match="vmap"):
+            torch.vmap(lambda w, m=model: torch.func.functional_call(m, w, (pictures(),)))(stacked)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to_sparse(), lambda x: torch.nested.nested_tensor(list(x)),
+                                  lambda x: x.to_mkldnn()], ids=["sparse", "nested", "mkldnn"])  # fmt: skip
+def test_odd_tensors_are_refused(make):
+    with pytest.raises(TypeError, match="images: expected a dense tensor"):
+        ragged.RaggedViT(vit())(make(pictures()))
+
+
+def test_double_pictures_under_autocast_are_as_in_timm():
+    network, images = vit(), pictures().double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            want = network(images)
+        except RuntimeError:
+            want = None
+        try:
+            got = ragged.RaggedViT(network)(images)
+        except ValueError as refusal:
+            assert "images" in str(refusal)
+        else:
+            assert_logits(got.float(), want.float(), 2e-2)
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("words", [
+    {"indices": [0, 1], "stop_early": True}, {"indices": 2, "stop_early": True}, {"indices": np.array([0, 2])},
+    {"indices": (np.int64(1),)}, {"indices": np.int64(2)}, {"indices": [-1]}, {"output_dict": True},
+    {"output_dict": True, "return_prefix_tokens": True, "norm": True, "output_fmt": "NLC"},
+    {"output_dict": True, "intermediates_only": True, "indices": [1], "stop_early": True},
+], ids=str)  # fmt: skip
+def test_intermediates_are_timm_s_with_every_option(words):
+    network = vit()
+    plain = {k: [int(i) for i in v] if k == "indices" and np.ndim(v) else v for k, v in words.items()}
+    plain = {k: int(v) if isinstance(v, np.integer) else v for k, v in plain.items()}
+    want = network.forward_intermediates(pictures(), **plain)
+    got = ragged.RaggedViT(network).forward_intermediates(pictures(), **words)
+    assert type(got) is type(want)
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+    torch.utils._pytree.tree_map(assert_logits, got, want)
+
+
+@pytest.mark.parametrize("indices", [[3], [-4], 0, 4, "all", [0.5], 1.5], ids=str)
+def test_indices_that_are_none(indices):
+    with pytest.raises(ValueError, match="indices"):
+        ragged.RaggedViT(vit()).forward_intermediates(pictures(), indices)
+
+
+def test_no_block_after_the_last_one_wanted_runs():
+    model, ran = ragged.RaggedViT(vit()), []
+    for i, block in enumerate(model.vit.blocks):
+        block.register_forward_hook(lambda *a, i=i: ran.append(i))
+    model.forward_intermediates(pictures(), [1], stop_early=True)
+    assert ran == [0, 1]
+
+
+# ---- a pruner that several models use
+
+
+def test_a_shared_pruner_is_not_rounded():
+    pruner, network = KEEP_ALL["dynamicvit"](), vit()
+    full = ragged.RaggedViT(network, pruner)
+    want = {name: w.clone() for name, w in pruner.state_dict().items()}
+    half = ragged.RaggedViT(copy.deepcopy(network).to(torch.bfloat16), pruner)
+    assert next(half.pruner.parameters()).dtype == torch.bfloat16
+    half(pictures().bfloat16())
+    inner = ragged.RaggedViT(copy.deepcopy(network), pruner)
+    inner.vit.to(torch.bfloat16)
+    inner(pictures().bfloat16())
+    assert full.pruner is pruner and all(torch.equal(w, want[name]) for name, w in pruner.state_dict().items())
+    assert all(w.dtype == torch.float32 for w in full.pruner.parameters())
+
+
+def test_a_pruner_of_its_own_stays_the_caller_s_object():
+    pruner = ragged.PRUNERS["dynamicvit"](keep=0.7, at=(1,))
+    assert ragged.RaggedViT(vit().to(torch.bfloat16), pruner).pruner is pruner
