@@ -31,6 +31,7 @@ from .packing import (
     take_packed,
     take_padded,
 )
+from .pruners import run_module
 
 State = Packed | Padded
 
@@ -113,6 +114,7 @@ def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: flo
 
 PIECES = (
     embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
+    run_module,
 )  # fmt: skip
 
 # Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps

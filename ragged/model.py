@@ -79,8 +79,8 @@ class RaggedViT(nn.Module):
         if self._compiled is None:
             self._run: dict[str, Callable] = {piece.__name__: piece for piece in PIECES}
         for i in self._cuts.keys() & self.survey.whole.keys():
+            why = "cuts inside it" if pruner.where == "inside" else "needs its attention"
             if pruner.where == "inside" or pruner.needs:
-                why = "cuts inside it" if pruner.where == "inside" else "needs its attention"
                 raise ValueError(f"vit: block {i}: {self.survey.whole[i]}, and {pruner.name} {why}; cut elsewhere")
 
     def _look(self) -> None:
@@ -294,10 +294,10 @@ class RaggedViT(nn.Module):
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
         """Run block i as far as its cut, and ask the pruner which rows stay."""
         if i < 0:
-            return Cut(state, self._selected(View(state, self.prefix, self._cuts[i])), i)
+            return Cut(state, self._select(state, i), i)
         if self.pruner.where != "inside" and not self.pruner.needs:
             state = self._whole_block(state, i, run)
-            return Cut(state, self._selected(View(state, self.prefix, self._cuts[i])), i)
+            return Cut(state, self._select(state, i), i)
         block, x = self.vit.blocks[i], state.tokens
         q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
         if self.pruner.where == "inside" and self.pruner.rows_only:
@@ -339,24 +339,21 @@ class RaggedViT(nn.Module):
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
         return self._run["attend_packed"](q, k, v, *sizes, scale, run.backend.name)
 
-    def _select(self, state: State, i: int, q: Tensor, k: Tensor, v: Tensor) -> Selection | None:
+    def _select(self, state: State, i: int, q: Tensor | None = None, k: Tensor | None = None,
+                v: Tensor | None = None) -> Selection | None:  # fmt: skip
         """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim)."""
-        view = View(state, self.prefix, self._cuts[i])
+        view = View(state, self.prefix, self._cuts[i], apply=self._run["run_module"])
         if "attention" in self.pruner.needs:
-            lead, lengths = state.tokens.shape[:-1], state.lengths
-            if lengths is None:
-                lengths = torch.full((state.batch,), state.width, dtype=torch.int32, device=q.device)
+            lead, equal = state.tokens.shape[:-1], state.count is not None and state.count == state.width
+            lengths = state.width if equal or state.lengths is None else state.lengths
             rows = (x.flatten(0, -3) for x in (q, k))  # (rows, nheads, headdim)
             probs = cls_attention(*rows, state.starts, lengths, state.width, scale_of(self.vit.blocks[i]))
             view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)
         if "values" in self.pruner.needs:
             view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))  # (batch, n)
-        return self._selected(view)
-
-    def _selected(self, view: View) -> Selection | None:
         selection = self.pruner.select(view)
         if selection is not None:
-            check_selection(selection, self.pruner.name, view.state, self.prefix, self.pruner.adaptive)
+            check_selection(selection, self.pruner.name, state, self.prefix, self.pruner.adaptive)
         return selection
 
     def _normed(self, state: State) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_tensor, may_look
-from .rows import copy_rows, equal_offsets, kept_rows, take_rows
+from .rows import equal_offsets, kept_rows, move_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -179,12 +179,9 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     batch, index, counts = state.batch, selection.index, selection.counts
     tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
     if isinstance(counts, int):
-        rows = (state.starts[:, None] + index).flatten()
-        new_tokens, new_ids = copy_rows(tokens, ids, rows)
-        cu_seqlens = equal_offsets(batch, counts, index.device)
-        packed = Packed(new_tokens, new_ids, cu_seqlens, max(counts, 1), batch, state.seqlen, counts,
-                        unpruned=state.unpruned)  # fmt: skip
-        return _append_fused(packed, state, selection.blend)
+        taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend))
+        rows = counts + (selection.blend is not None)
+        return Packed(*taken, max(rows, 1), batch, state.seqlen, rows, unpruned=state.unpruned)
     if isinstance(counts, Counts):
         tokens, ids, index, counts = _with_fused(state, selection)
         total, longest = sum(counts.host), max(counts.host)
@@ -215,17 +212,21 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
     rows = counts + (blend is not None) if known else None
     if width is None:
         width = rows if known else read_sizes(counts)[1]
+    if rows == width:  # no padding
+        flat = state.tokens.flatten(0, 1), state.ids.flatten()
+        tokens, ids, _ = move_rows(*flat, state.starts, index[:, :counts], _own_blend(state, blend))
+        shaped = (x.unflatten(0, (state.batch, rows)) for x in (tokens, ids))
+        return Padded(*shaped, state.seqlen, None, rows, unpruned=state.unpruned)
     index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
     tokens = state.tokens.gather(1, index[..., None].expand(-1, -1, state.tokens.shape[-1]))
     ids = state.ids.gather(1, index)
-    if rows != width:
-        real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
-        tokens, ids = torch.where(real[..., None], tokens, 0.0), torch.where(real, ids, -1)  # 0 times NaN is NaN
+    real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
+    tokens, ids = torch.where(real[..., None], tokens, 0.0), torch.where(real, ids, -1)  # 0 times NaN is NaN
     if blend is not None:
         tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
     lengths = counts
     if known:
-        lengths = None if rows == width else torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
+        lengths = torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
     return Padded(tokens, ids, state.seqlen, lengths, rows, unpruned=state.unpruned)
 
 
@@ -251,6 +252,14 @@ def take_by_loop(state: Padded, selection: Selection) -> Padded:
     return Padded(tokens, ids, state.seqlen, lengths, count, unpruned=state.unpruned)
 
 
+def _own_blend(state: Packed | Padded, blend: Tensor | None) -> Tensor | None:
+    """blend (batch, rows), zero where an image has no row: what stands there is another's, or padding."""
+    if blend is None or state.count is not None:
+        return blend
+    column = torch.arange(blend.shape[1], device=blend.device)
+    return torch.where(column < state.lengths[:, None], blend, 0.0)
+
+
 def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
     """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim), in the tokens' own precision
     whatever autocast says."""
@@ -270,16 +279,6 @@ def _with_fused(state: Packed | Padded, selection: Selection) -> tuple[Tensor, T
     tokens = torch.cat((tokens, _fuse(state, selection.blend)[:, 0]))
     ids = torch.cat((ids, ids.new_full((state.batch,), -1)))
     return tokens, ids, index, counts.plus(1 if selection.fused is None else selection.fused)
-
-
-def _append_fused(packed: Packed, before: Packed | Padded, blend: Tensor | None) -> Packed:
-    if blend is None:
-        return packed
-    count, batch = packed.count + 1, packed.batch
-    tokens = torch.cat((packed.grid(packed.tokens), _fuse(before, blend)), 1).flatten(0, 1)
-    ids = torch.nn.functional.pad(packed.grid(packed.ids), (0, 1), value=-1).flatten()
-    return Packed(tokens, ids, equal_offsets(batch, count, ids.device), count, batch, packed.seqlen, count,
-                  unpruned=packed.unpruned)  # fmt: skip
 
 
 def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:

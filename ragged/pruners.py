@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,24 @@ Setting = float | Sequence[float]  # one for all stages, or one for each
 # ---- what a pruner sees, and the rules that turn scores into a selection ----
 
 
+def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """What module makes of inputs, tensors."""
+    return module(*inputs)
+
+
 @dataclass(frozen=True)
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
     stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
     row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated. The last two only where
-    the pruner `needs` them; both are zero in padding."""
+    the pruner `needs` them; both are zero in padding.  apply: `run_module`, compiled where the model is."""
 
     state: Packed | Padded
     prefix: int
     stage: int
     cls_attention: Tensor | None = None
     value_norm: Tensor | None = None
+    apply: Callable[..., Tensor] = run_module
 
     def real(self) -> Tensor:
         """bool (batch, n): which entries of the grid are rows, and which are padding."""
@@ -87,14 +93,16 @@ def row_norms(x: Tensor) -> Tensor:
 # Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
 
 
-def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False,
-          real: Tensor | None = None) -> Selection:  # fmt: skip
+def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False, patches_only: bool = False,
+          fuse: bool = False, real: Tensor | None = None) -> Selection:  # fmt: skip
     """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
-    they stood. The first `prefix` rows are no patches, and stay. real, bool (batch, n), is False in padding; needed
-    where every image has a count of its own."""
+    they stood. The first `prefix` rows are no patches, and stay; patches_only: scores (batch, patches) leave them out.
+    fuse: the others, weighted by their scores, become one token. real, bool (batch, n), is False in padding; needed
+    where every image has a count of its own; then the first rows have scores, and nothing is fused here."""
     if isinstance(count, int):
-        return Selection(best_rows(scores, prefix, count, in_place=in_place), prefix + count)
-    index = best_rows(scores.masked_fill(~real, -math.inf), prefix, max(count.host))
+        index, rest = best_rows(scores, prefix, count, in_place=in_place, patches_only=patches_only, rest=fuse)
+        return Selection(index, prefix + count, rest)
+    index, _ = best_rows(scores.masked_fill(~real, -math.inf), prefix, max(count.host))
     counts = count.plus(prefix)
     if in_place:
         index = kept(chosen_rows(Selection(index, counts), scores.shape[1]), prefix, real).index
@@ -290,13 +298,13 @@ class DynamicViT(Pruner):
         count = view.share("dynamicvit", share, of_all=True)
         if count is None:
             return None
-        patches, real = view.state.grid(view.state.tokens)[:, view.prefix : view.columns], None
+        patches = view.state.grid(view.state.tokens)[:, view.prefix : view.columns]
         if isinstance(count, Counts):
             real = view.real()
-            scores = self.score_predictor[view.stage](patches, real[:, view.prefix :])[..., 0]
-        else:
-            scores = self.score_predictor[view.stage](patches)[..., 0]
-        return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
+            scores = view.apply(self.score_predictor[view.stage], patches, real[:, view.prefix :])[..., 0]
+            return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
+        scores = view.apply(self.score_predictor[view.stage], patches)[..., 0]
+        return top_k(scores, view.prefix, count, patches_only=True)
 
 
 def load_predictors(modules: nn.ModuleList, path: Path) -> None:
@@ -335,8 +343,7 @@ class EViT(Pruner):
             return None
         scores = view.cls_attention[:, : view.columns].mean(-1)
         if isinstance(count, int):
-            chosen = top_k(scores, view.prefix, count)
-            return replace(chosen, blend=scores.scatter(1, chosen.index, 0.0) if self.fuse else None)
+            return top_k(scores, view.prefix, count, fuse=self.fuse)
         chosen, rows = top_k(scores, view.prefix, count, real=view.real()), view.state.rows
         if not self.fuse:
             return chosen

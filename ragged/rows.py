@@ -37,23 +37,26 @@ def _in_pytorch(x: Tensor) -> bool:
 # ---- scores ----
 
 
-def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float) -> Tensor:
     """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
 
     q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
-    starts[b] + lengths[b].  width: no image is longer.  Returns float32 (rows, nheads); rows that no image owns are
-    zero. One row of the attention matrix per head: O(n), never O(n²).
+    starts[b] + lengths[b]; one int where all are equally long.  width: no image is longer.  Returns float32 (rows,
+    nheads); rows that no image owns are zero. One row of the attention matrix per head: O(n), never O(n²).
     """
     rows, heads, dim = q.shape
+    equal = lengths if isinstance(lengths, int) else 0
     if _in_pytorch(q) or _in_pytorch(k):
+        lengths = torch.full_like(starts, equal) if equal else lengths
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
     from .kernels.rows import cls_kernel
 
-    probs = torch.zeros((rows, heads), device=q.device, dtype=torch.float32)
+    all_owned = equal * starts.shape[0] == rows
+    probs = (torch.empty if all_owned else torch.zeros)((rows, heads), device=q.device, dtype=torch.float32)
     constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim) | {"N": 64}
     key = (q.dtype, *constants.values())
-    tensors = (q, k, probs, starts, lengths)
-    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, (scale * launch.LOG2_E,), constants, {})
+    tensors, numbers = (q, k, probs, starts, starts if equal else lengths), (scale * launch.LOG2_E, equal)
+    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, {})
     return probs
 
 
@@ -73,30 +76,35 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
 # ---- which rows ----
 
 
-def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False) -> Tensor:
+def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False, patches_only: bool = False,
+              rest: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Row numbers, int64 (batch, prefix + count), of the first `prefix` rows and the `count` best others of every
-    image.
+    image; and, if `rest` is wanted, float32 (batch, n), the scores of the patches that are not among them, else zero.
 
-    scores: (batch, n), the first `prefix` columns ignored. Best first, or (in_place) in the order in which they stand.
-    Of equal scores the earlier is better, and NaN is better than any number.
+    scores: (batch, n), the first `prefix` columns ignored, or (patches_only) not there. Best first, or (in_place) in
+    the order in which they stand. Of equal scores the earlier is better, and NaN is better than any number.
     """
-    patches = scores.shape[1] - prefix
+    skip = 0 if patches_only else prefix
+    batch, patches = scores.shape[0], scores.shape[1] - skip
     if not launch.usable(scores.device) or scores.dtype == torch.float64 or not 0 < patches <= MOST_RANKED:
-        best = scores[:, prefix:].argsort(dim=1, descending=True, stable=True)[:, :count]
-        return with_prefix(best.sort(1).values if in_place else best, prefix)
+        best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
+        index = with_prefix(best.sort(1).values if in_place else best, prefix)
+        left = torch.nn.functional.pad(scores[:, skip:].float(), (prefix, 0)).scatter(1, index, 0.0) if rest else None
+        return index, left
     from triton import next_power_of_2
 
     from .kernels.rows import rank_kernel
 
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    index = torch.empty(scores.shape[0], prefix + count, dtype=torch.int64, device=scores.device)
+    index = torch.empty(batch, prefix + count, dtype=torch.int64, device=scores.device)
+    left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
     # every keep rate leaves another number of patches: those of an ordinary image share one kernel
     width = max(256, next_power_of_2(max(patches, prefix)))
-    constants = {"PREFIX": prefix, "IN_PLACE": in_place, "N": width, "CHUNK": 32}
+    constants = {"PREFIX": prefix, "SKIP": skip, "IN_PLACE": in_place, "REST": rest, "N": width, "CHUNK": 32}
     key = (scores.dtype, *constants.values())
-    numbers, options = (scores.stride(0), patches, count), {"num_warps": 8 if width == 256 else 16}
-    launch.start(rank_kernel, key, (scores.shape[0], 1), (scores, index), numbers, constants, options)
-    return index
+    numbers, options = (*scores.stride(), patches, count), {"num_warps": 8 if width == 256 else 16}
+    tensors = (scores, index, left if rest else index)
+    launch.start(rank_kernel, key, (batch, 1), tensors, numbers, constants, options)
+    return index, left
 
 
 def kept_rows(keep: Tensor, cu_seqlens: Tensor, width: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,18 +145,44 @@ def _constants(dim: int) -> dict:
     return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}
 
 
-def copy_rows(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """x[rows], ids[rows] for x (n, dim), ids int64 (n,), rows int64 (total,)."""
-    if _in_pytorch(x):
-        return x.index_select(0, rows), ids.index_select(0, rows)
-    from .kernels.rows import copy_kernel
+def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
+              blend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A cut that leaves equally many rows in every image: of image b, which begins at row starts[b] of x (n, dim), the
+    rows that index[b] names, and behind them, if there is a blend, the sum of its first rows weighted by blend[b].
 
-    x, ids, rows = x.contiguous(), ids.contiguous(), rows.contiguous()
-    total, dim = rows.shape[0], x.shape[1]
-    out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
-    grid = (-(-total // ROWS), -(-dim // BLOCK))
-    launch.start(copy_kernel, (x.dtype, dim), grid, (x, ids, rows, out, out_ids), (total,), _constants(dim), {})
-    return out, out_ids
+    ids: int64 (n,), moved along; a fused row's is -1.  starts: int32 (batch,).  index: int64 (batch, count).  blend:
+    (batch, width) or None. Returns tokens (batch * rows, dim), ids and offsets, int32 (batch + 1,).
+    """
+    (batch, count), dim, fused = index.shape, x.shape[1], blend is not None
+    rows = count + fused
+    if _in_pytorch(x) or (fused and blend.requires_grad and torch.is_grad_enabled()) or rows == 0:
+        return *_move_rows_torch(x, ids, starts, index, blend), equal_offsets(batch, rows, x.device)
+    from .kernels.rows import move_kernel
+
+    x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
+    blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
+    out, out_ids, cu = x.new_empty(batch * rows, dim), ids.new_empty(batch * rows), starts.new_empty(batch + 1)
+    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)}
+    key = (x.dtype, blend.dtype if fused else None, dim, fused)
+    tensors = (x, ids, starts, index, blend if fused else x, out, out_ids, cu)
+    width = blend.shape[1] if fused else 0
+    numbers = (count, index.stride(0), width, blend.stride(0) if fused else 0, batch)
+    grid = (batch * (-(-count // ROWS) + fused) * constants["BLOCKS"], 1)
+    launch.start(move_kernel, key, grid, tensors, numbers, constants, {})
+    return out, out_ids, cu
+
+
+def _move_rows_torch(x, ids, starts, index, blend) -> tuple[Tensor, Tensor]:
+    place = starts[:, None] + index
+    tokens, out_ids = x[place], ids[place]  # (batch, count, dim), (batch, count)
+    if blend is not None:
+        row = starts[:, None] + torch.arange(blend.shape[1], device=x.device)
+        with torch.autocast(x.device.type, enabled=False):  # in the tokens' own precision whatever it says
+            weights = blend.to(x.dtype)
+            first = torch.where((weights != 0)[..., None], x[row.clamp(max=x.shape[0] - 1)], 0.0)  # 0 times NaN is NaN
+            tokens = torch.cat((tokens, weights[:, None] @ first), 1)
+        out_ids = torch.nn.functional.pad(out_ids, (0, 1), value=-1)
+    return tokens.flatten(0, 1), out_ids.flatten()
 
 
 def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int,

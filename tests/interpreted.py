@@ -137,12 +137,34 @@ def test_attention_of_cls_leaves_padding_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dim", [1, 5, 128, 130])
-def test_gather(dim, dtype):
-    x, ids = torch.randn(13, dim).to(dtype), torch.arange(13) * 10
-    for rows in ([], [12], [3, 3, 0, 12, 7], list(range(12, -1, -1))):
-        rows = torch.tensor(rows, dtype=torch.int64)
-        got, got_ids = row_ops.copy_rows(x, ids, rows)
-        assert torch.equal(got, x[rows]) and torch.equal(got_ids, ids[rows])
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_move(dim, dtype, fused, monkeypatch):
+    g = torch.Generator().manual_seed(dim)
+    lengths = [13, 11, 1]
+    cu = row_ops.offsets(torch.tensor(lengths, dtype=torch.int32))
+    x, ids = torch.randn(25, dim, generator=g).to(dtype), torch.arange(25) * 10
+    x[5] = math.nan  # a row of weight zero, which nobody asked for
+    blend = torch.rand(3, 11, generator=g)
+    blend[:, 5], blend[1, 2:], blend[2, 1:] = 0.0, 0.0, 0.0
+    for rows in ([[]] * 3, [[12], [10], [0]], [[3, 3, 0, 12, 7, 4, 4, 2, 1], [10] * 9, [0] * 9]):
+        index = torch.tensor(rows, dtype=torch.int64).view(3, -1)
+        given = (x, ids, cu[:-1], torch.cat((index, index), 1)[:, : index.shape[1]], blend if fused else None)
+        got, got_ids, got_cu = row_ops.move_rows(*given)
+        count = index.shape[1]
+        assert got_cu.dtype == torch.int32 and got_cu.tolist() == [b * (count + fused) for b in range(4)]
+        got, got_ids = got.view(3, count + fused, dim), got_ids.view(3, count + fused)
+        place = cu[:-1, None] + index
+        assert torch.equal(got[:, :count], x[place]) and torch.equal(got_ids[:, :count], ids[place])
+        if fused:
+            assert (got_ids[:, count] == -1).all() and got[:, count].isfinite().all()
+            for b, start in enumerate(cu[:-1].tolist()):
+                own = x[start : start + 11].double().nan_to_num(0.0)
+                want = blend[b, : len(own)].to(dtype).double() @ own
+                torch.testing.assert_close(got[b, count].double(), want, rtol=5e-3, atol=5e-3)
+        with monkeypatch.context() as without:
+            without.setattr(launch, "usable", lambda device: False)
+            for a, b in zip(row_ops.move_rows(*given), (got.flatten(0, 1), got_ids.flatten(), got_cu)):
+                torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
@@ -197,11 +219,24 @@ def test_ranking(n, prefix, count, dtype, monkeypatch):
     scores[4, 3], scores[4, 4], scores[4, 8] = math.nan, math.inf, math.nan
     order = scores[:, prefix:].sort(dim=1, descending=True, stable=True).indices[:, :count] + prefix
     first = torch.arange(prefix).expand(5, prefix)
-    for in_place, want in ((False, order), (True, order.sort(1).values)):
-        assert torch.equal(row_ops.best_rows(scores, prefix, count, in_place=in_place), torch.cat((first, want), 1))
-    both = [row_ops.best_rows(scores, prefix, count)]
+    beside = scores[:, prefix:].repeat_interleave(2, 1)[:, ::2]  # every other number
+    given = {"rest": True}, {"patches_only": True, "rest": True}
+
+    def both():
+        for in_place in (False, True):
+            for x, words in zip((scores, beside), given):
+                yield in_place, *row_ops.best_rows(x, prefix, count, in_place=in_place, **words)
+
+    ours = list(both())
+    for in_place, index, rest in ours:
+        assert torch.equal(index, torch.cat((first, order.sort(1).values if in_place else order), 1))
+        want = torch.nn.functional.pad(scores[:, prefix:].float(), (prefix, 0)).scatter(1, index, 0.0)
+        torch.testing.assert_close(rest, want, rtol=0, atol=0, equal_nan=True)
     monkeypatch.setattr(launch, "usable", lambda device: False)
-    assert torch.equal(both[0], row_ops.best_rows(scores, prefix, count))
+    for (_, index, rest), (_, want, want_rest) in zip(ours, both()):
+        assert torch.equal(index, want)
+        torch.testing.assert_close(rest, want_rest, rtol=0, atol=0, equal_nan=True)
+    assert row_ops.best_rows(scores, prefix, count)[1] is None
 
 
 def test_pack_repack_unpack():

@@ -149,13 +149,17 @@ def kept(x, ids, keep, cu):
 def copies(device, dtype, width):
     x, ids = numbers(device, dtype, 29, width), torch.arange(29).to(device)
     rows, keep = torch.tensor([28, 0, 5, 5, 7]), torch.arange(29) % 3 != 1
+    starts, blend = torch.zeros(1, dtype=torch.int32).to(device), torch.arange(29).float()[None].to(device) / 29
     whole = torch.tensor([0, 29], dtype=torch.int32).to(device)
     for _ in range(2):
         for (got, got_ids), want in (
-            (row_ops.copy_rows(x, ids, rows.to(device)), rows),
+            (row_ops.move_rows(x, ids, starts, rows[None].to(device), None)[:2], rows),
             (kept(x, ids, keep.to(device), whole), keep.nonzero()[:, 0]),
         ):
             assert torch.equal(got.cpu(), x.cpu()[want]) and torch.equal(got_ids.cpu(), want)
+        got, got_ids, cu = row_ops.move_rows(x, ids, starts, rows[None].to(device), blend)
+        assert torch.equal(got[:-1].cpu(), x.cpu()[rows]) and got_ids[-1] == -1 and cu.tolist() == [0, 6]
+        torch.testing.assert_close(got[-1].double(), (blend.to(dtype).double() @ x.double())[0], rtol=1e-2, atol=1e-2)
 
 
 def takes(device, dtype, batch):
@@ -177,15 +181,19 @@ def ranks(device, dtype, n):
     want = scores.cpu()[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : n // 2] + 1
     for in_place, rows in ((False, want), (True, want.sort(1).values)):
         for _ in range(2):
-            assert torch.equal(row_ops.best_rows(scores, 1, n // 2, in_place=in_place).cpu()[:, 1:], rows)
+            got, rest = row_ops.best_rows(scores, 1, n // 2, in_place=in_place, rest=True)
+            assert torch.equal(got.cpu()[:, 1:], rows)
+            assert torch.equal(rest.cpu(), torch.nn.functional.pad(scores.cpu()[:, 1:].float(), (1, 0)).scatter(
+                1, got.cpu(), 0.0))  # fmt: skip
 
 
 def mistakes(device):
     """What the tools must not let pass: a row far outside, and rows that nobody has written."""
     x, ids = numbers(device, HALF, 29, 384), torch.arange(29).to(device)
     blank = torch.empty(29, 384, device=device, dtype=HALF)
-    row_ops.copy_rows(blank, ids, torch.tensor([1, 2, 3]).to(device))
-    row_ops.copy_rows(x, ids, torch.tensor([1, 2, 1 << 20]).to(device))
+    starts = torch.zeros(1, dtype=torch.int32, device=device)
+    row_ops.move_rows(blank, ids, starts, torch.tensor([[1, 2, 3]]).to(device), None)
+    row_ops.move_rows(x, ids, starts, torch.tensor([[1, 2, 1 << 20]]).to(device), None)
 
 
 def main():

@@ -325,8 +325,10 @@ def test_every_copied_and_scored_number_is_written(dirty, device):
     for dim in (1, 5, 130):
         x, ids = torch.randn(29, dim, device=device), torch.arange(29, device=device)
         rows = torch.tensor([3, 3, 0, 28, 7], device=device)
-        got, got_ids = row_ops.copy_rows(x, ids, rows)
-        assert torch.equal(got, x[rows]) and torch.equal(got_ids, rows)
+        first, blend = torch.zeros(1, dtype=torch.int32, device=device), torch.full((1, 29), 0.5, device=device)
+        got, got_ids, cu = row_ops.move_rows(x, ids, first, rows[None], blend)
+        assert torch.equal(got[:-1], x[rows]) and got_ids.tolist() == [*rows.tolist(), -1] and cu.tolist() == [0, 6]
+        torch.testing.assert_close(got[-1], 0.5 * x.sum(0))
         keep = torch.arange(29, device=device) % 3 == 1
         packed = ragged.pack(x[None], keep[None])
         assert torch.equal(packed.tokens, x[keep]) and torch.equal(packed.ids, ids[keep])
@@ -337,7 +339,7 @@ def test_every_copied_and_scored_number_is_written(dirty, device):
         assert got_ids.tolist() == [*rows.tolist(), -1, -1, -1, -1]
     scores = torch.arange(40, device=device).float().remainder(7).view(2, 20)
     want = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :12] + 1
-    assert torch.equal(row_ops.best_rows(scores, 1, 12), torch.nn.functional.pad(want, (1, 0)))
+    assert torch.equal(row_ops.best_rows(scores, 1, 12)[0], torch.nn.functional.pad(want, (1, 0)))
     q, k, _, cu, *_ = inputs([70, 1, 5], heads=3, device=device)
     probs = row_ops.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
     assert probs.isfinite().all()
@@ -398,7 +400,9 @@ def test_copies_of_more_than_two_to_the_31_elements():
     keep = ids % 100 != 0
     total = int(keep.sum())
     packed = ragged.pack(x[None], keep[None])
-    for got, got_ids in ((packed.tokens, packed.ids), row_ops.copy_rows(x, ids, keep.nonzero()[:, 0])):
+    first = torch.zeros(1, dtype=torch.int32, device="cuda")
+    moved = row_ops.move_rows(x, ids, first, keep.nonzero()[None, :, 0], None)[:2]
+    for got, got_ids in ((packed.tokens, packed.ids), moved):
         assert torch.equal(got_ids, ids[keep])
         for rows in (slice(0, 1000), slice(total - 1000, total), slice(1_045_000, 1_046_000)):
             assert torch.equal(got[rows], x[got_ids[rows]])

@@ -1,7 +1,8 @@
 """The small kernels: one row of the attention matrix, and four ways to choose and move token rows.
 
-`cls_kernel` scores, `rank_kernel` ranks, `keep_kernel` reads a mask, `copy_kernel` and `take_kernel` move. Lengths and
-totals are ordinary arguments that Triton is told not to specialise on, as in attention.py.
+`cls_kernel` scores, `rank_kernel` ranks, `keep_kernel` reads a mask, `move_kernel` and `take_kernel` move: as many rows
+in every image, or as many as each image's count says. Lengths and totals are ordinary arguments that Triton is told not
+to specialise on, as in attention.py.
 """
 
 import triton
@@ -10,21 +11,24 @@ import triton.language as tl
 from .attention import load_tile, number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def cls_kernel(
-    Q, K, Probs, Starts, Lengths, scale_log2,
+    Q, K, Probs, Starts, Lengths, scale_log2, count,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS).
+    """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS). count: rows
+    of every image, or 0, and Lengths says it.
 
     One row of the attention matrix instead of all of them. Grid (HEADS * batch,). Two passes over the keys: the first
     finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
     """
     head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
-    length = tl.load(Lengths + image)
+    length = count
+    if count == 0:
+        length = tl.load(Lengths + image)
     if length == 0:
         return
     column = tl.arange(0, BLOCK_D)
@@ -49,18 +53,45 @@ def cls_kernel(
         tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
 
 
-@triton.jit(do_not_specialize=["total"])
-def copy_kernel(X, Ids, Rows, Out, OutIds, total, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather: row i of Out is row Rows[i] of X, and the ids go along. Grid (rows / ROWS, DIM / BLOCK)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = row < total
-    source = tl.load(Rows + row, mask=real, other=0)
-    mask = real[:, None] & (column[None, :] < DIM)
-    x = tl.load(X + source[:, None] * DIM + column[None, :], mask=mask)
-    tl.store(Out + row.to(tl.int64)[:, None] * DIM + column[None, :], x, mask=mask)
-    if tl.program_id(1) == 0:
-        tl.store(OutIds + row, tl.load(Ids + source, mask=real), mask=real)
+@triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
+def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
+                DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+                FUSED: tl.constexpr):  # fmt: skip
+    """A cut that leaves `count` rows in every image, in one launch: the rows of X that Index (images, count) names,
+    behind them (FUSED) the sum of the image's first `width` rows weighted by Blend (images, width), the ids of all, and
+    the offsets Cu (images + 1,).
+
+    Grid (images * tiles * BLOCKS,): a program moves ROWS rows by BLOCK columns, or makes so many of the fused row.
+    """
+    part, mine = tl.num_programs(0) // images, tl.program_id(0)  # programs an image has
+    image, tile, block = (mine // part).to(tl.int64), (mine % part) // BLOCKS, mine % BLOCKS
+    rows = count + FUSED  # of every image, after the cut
+    start, target = tl.load(Starts + image).to(tl.int64), image * rows
+    lane, column = tl.arange(0, ROWS), block * BLOCK + tl.arange(0, BLOCK)
+    if tile * ROWS < count:
+        row = tile * ROWS + lane
+        real = row < count
+        place = start + tl.load(Index + image * index_stride + row, mask=real, other=0)
+        mask = real[:, None] & (column[None, :] < DIM)
+        x = tl.load(X + place[:, None] * DIM + column[None, :], mask=mask)
+        tl.store(Out + (target + row)[:, None] * DIM + column[None, :], x, mask=mask)
+        if block == 0:
+            tl.store(OutIds + target + row, tl.load(Ids + place, mask=real), mask=real)
+    elif FUSED:
+        total = tl.zeros([BLOCK], tl.float32)
+        for j in range(0, number(width), ROWS):
+            weight = tl.load(Blend + image * blend_stride + j + lane, mask=j + lane < width, other=0.0)
+            weight = weight.to(X.dtype.element_ty).to(tl.float32)
+            mask = (weight != 0.0)[:, None] & (column[None, :] < DIM)  # 0 times NaN is NaN
+            x = tl.load(X + (start + j + lane)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+            total += tl.sum(weight[:, None] * x.to(tl.float32), 0)
+        tl.store(Out + (target + count) * DIM + column, total.to(X.dtype.element_ty), mask=column < DIM)
+        if block == 0:
+            tl.store(OutIds + target + count, tl.full((), -1, tl.int64))
+    if mine % part == 0:
+        tl.store(Cu + image, target.to(tl.int32))
+        if image == images - 1:
+            tl.store(Cu + image + 1, (target + rows).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["images", "total", "width"])
@@ -104,25 +135,27 @@ def _sortable(scores):
     return tl.where(scores != scores, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
-@triton.jit(do_not_specialize=["stride", "patches", "count"])
-def rank_kernel(Scores, Index, stride, patches, count, PREFIX: tl.constexpr, IN_PLACE: tl.constexpr,
-                N: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["stride", "step", "patches", "count"])
+def rank_kernel(Scores, Index, Rest, stride, step, patches, count, PREFIX: tl.constexpr, SKIP: tl.constexpr,
+                IN_PLACE: tl.constexpr, REST: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr):
     """The `count` patches of highest score of every image, best first, or (IN_PLACE) in the order in which they stood.
 
     A patch's rank is the number of patches ahead of it: higher scores, and equal ones that come earlier. Comparing all
     with all is more arithmetic than sorting, but no step has to wait for another, and a few hundred patches fit into
-    one program. Scores (images, stride), its first PREFIX columns no patches; Index (images, PREFIX + count). Grid
-    (images,).
+    one program. Scores (images, stride), a score every `step` numbers, the first SKIP no patches; Index (images,
+    PREFIX + count). Rest (images, PREFIX + patches), if REST: the scores of those that are not among them, and zeros.
+    Grid (images,).
     """
     image = tl.program_id(0).to(tl.int64)
-    scores = Scores + image * stride + PREFIX
+    scores = Scores + image * stride + SKIP * step
     out = Index + image * (PREFIX + count)
     i = tl.arange(0, N)
-    mine = _sortable(tl.load(scores + i, mask=i < patches, other=0.0).to(tl.float32))
+    score = tl.load(scores + i * step, mask=i < patches, other=0.0).to(tl.float32)
+    mine = _sortable(score)
     rank = tl.zeros([N], tl.int32)
     for j in range(0, number(patches), CHUNK):
         other = j + tl.arange(0, CHUNK)
-        theirs = _sortable(tl.load(scores + other, mask=other < patches, other=0.0).to(tl.float32))
+        theirs = _sortable(tl.load(scores + other * step, mask=other < patches, other=0.0).to(tl.float32))
         earlier = other[None, :] < i[:, None]
         ahead = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & earlier)
         rank += tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
@@ -132,6 +165,10 @@ def rank_kernel(Scores, Index, stride, patches, count, PREFIX: tl.constexpr, IN_
         place = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(out + PREFIX + place, i.to(tl.int64) + PREFIX, mask=keep)
     tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)
+    if REST:
+        rest = Rest + image * (PREFIX + patches)
+        tl.store(rest + PREFIX + i, tl.where(keep, 0.0, score), mask=i < patches)
+        tl.store(rest + i, tl.zeros([N], tl.float32), mask=i < PREFIX)
 
 
 @triton.jit
