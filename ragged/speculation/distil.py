@@ -96,17 +96,19 @@ def hidden(model: Llama, ids: Tensor) -> Tensor:
 def new_draft(target: Llama, depth: int, seed: int, layers: list[int] | None = None) -> Llama:
     """A network of `depth` layers like `target`'s, float32: random weights by `seed`, or copies of these layers."""
     generator, w = torch.Generator(target.device).manual_seed(seed), {}
+    spread = target.embed.float().std()
     for name in own_names(depth):
         slot = name.split(".")[1]
         layer = layers[int(slot)] if layers and slot.isdigit() else 0
         like = target.w[name.replace(f"blk.{slot}.", f"blk.{layer}.")].float()
         if layers:
             w[name] = like.clone()
-        elif like.dim() == 1:  # norms begin as ones, the last with the size that the target's logits need
-            w[name] = torch.ones_like(like) * (like.abs().mean() if name == "output_norm.weight" else 1.0)
+        elif like.dim() == 1:  # norms begin as ones, the last such that logits spread by 2
+            size = 2 / (spread * math.sqrt(len(like))) if name == "output_norm.weight" else 1.0
+            w[name] = torch.ones_like(like) * size
         else:  # what a layer adds begins smaller than the embedding that it is added to
             adds = "attn_output" in name or "ffn_down" in name
-            size = target.embed.float().std() / math.sqrt(depth) if adds else 1.0
+            size = spread / math.sqrt(depth) if adds else 1.0
             noise = torch.randn(like.shape, generator=generator, device=target.device)
             w[name] = noise * size / math.sqrt(like.shape[1])
         w[name].requires_grad_()
