@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     asked = parser().parse_args(arguments)
+    asked.words = [w for w, before in zip(arguments, ["", *arguments]) if "--out" not in (w, before)]
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to work on the CPU")
     asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +113,7 @@ def run_distil(asked: argparse.Namespace) -> None:
     start = time.monotonic()
     texts, skip = making.write_for(teacher, asked.write_seconds, asked.texts or (4096 if cuda else 8), asked.tokens,
                                    asked.seed)  # fmt: skip
-    facts = {"command": " ".join(["python -m ragged.speculation", *sys.argv[1:]]), "model": target.path.name,
+    facts = {"command": " ".join(["python -m ragged.speculation", *asked.words]), "model": target.path.name,
              "target_sha256": target.sha256(), "depth": asked.depth, "layers": layers, "lr": asked.lr,
              "seed": asked.seed, "written_tokens": texts[:, skip:].numel(),
              "writing_seconds": round(time.monotonic() - start)}  # fmt: skip

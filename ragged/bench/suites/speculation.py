@@ -128,9 +128,9 @@ def flex(x: Inputs):
         raise Skip("flex: compiled for CUDA only here")
     from torch.nn.attention.flex_attention import create_block_mask
 
-    seen = x.mask()
+    seen, group = x.mask(), x.group
     sizes = (x.batch, None, x.nodes * x.group, x.capacity)
-    blocks = create_block_mask(lambda b, h, i, j: seen[b, i // x.group, j], *sizes, x.device)
+    blocks = create_block_mask(lambda b, h, i, j: seen[b, i // group, j], *sizes, x.device)
 
     def make(qkv: tuple) -> Callable[[], Tensor]:
         q, k, v = _padded(x, qkv)
