@@ -344,8 +344,7 @@ class RaggedViT(nn.Module):
         """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim)."""
         view = View(state, self.prefix, self._cuts[i], apply=self._run["run_module"])
         if "attention" in self.pruner.needs:
-            lead, equal = state.tokens.shape[:-1], state.count is not None and state.count == state.width
-            lengths = state.width if equal or state.lengths is None else state.lengths
+            lead, lengths = state.tokens.shape[:-1], view.lengths
             rows = (x.flatten(0, -3) for x in (q, k))  # (rows, nheads, headdim)
             probs = cls_attention(*rows, state.starts, lengths, state.width, scale_of(self.vit.blocks[i]))
             view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_tensor, may_look
-from .rows import equal_offsets, kept_rows, move_rows, take_rows
+from .rows import equal_offsets, grid_rows, kept_rows, move_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,7 @@ class Packed:
         """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
         if self.count is not None:
             return values.unflatten(0, (self.batch, self.count))
-        column = torch.arange(self.max_seqlen, device=values.device)
-        real = column < self.lengths[:, None]
-        rows = torch.where(real, self.starts[:, None] + column, 0)
-        real = real.view(*real.shape, *[1] * (values.dim() - 1))
-        return torch.where(real, values[rows], torch.full((), fill, dtype=values.dtype, device=values.device))
+        return grid_rows(values, self.cu_seqlens, self.max_seqlen, fill)
 
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""

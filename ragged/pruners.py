@@ -21,7 +21,7 @@ from .checks import Registry, check_blocks, check_int, check_positive, check_sha
 from .data import expand
 from .loading import load_state, private_random
 from .packing import Counts, Packed, Padded, Selection
-from .rows import best_rows, equal_offsets, kept_rows, with_prefix
+from .rows import best_rows, equal_offsets, kept_rows, sampled_rows, with_prefix
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
@@ -50,11 +50,17 @@ class View:
     value_norm: Tensor | None = None
     apply: Callable[..., Tensor] = run_module
 
+    @property
+    def lengths(self) -> Tensor | int:
+        """Rows of every image: one int where all have as many, else int32 (batch,)."""
+        state = self.state
+        return state.width if state.count == state.width or state.lengths is None else state.lengths
+
     def real(self) -> Tensor:
         """bool (batch, n): which entries of the grid are rows, and which are padding."""
-        column = torch.arange(self.state.width, device=self.state.tokens.device)
-        lengths = self.state.lengths
-        return (column < lengths[:, None]) if lengths is not None else (column >= 0).expand(self.state.batch, -1)
+        column, lengths = torch.arange(self.state.width, device=self.state.tokens.device), self.lengths
+        every = isinstance(lengths, int)
+        return (column < (lengths if every else lengths[:, None])).expand(self.state.batch, -1)
 
     def equal_rows(self, method: str) -> int:
         """Real rows per image where all images have the same number, which a fixed ratio needs. Raises ValueError,
@@ -129,17 +135,20 @@ def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
     return Selection(*kept_rows(keep & real, equal_offsets(batch, n, keep.device), n, prefix))
 
 
-def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Selection:
+def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> Selection:
     """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
 
-    The scores (batch, n) of an image behind its `prefix`, where `real` (batch, n), sorted and summed up, make a
-    staircase from 0 to 1. `samples` evenly spaced heights, from the first positive step to 1, each pick the nearest
-    step; patches picked more than once stay once, lowest score first.
+    The scores (batch, n) of an image behind its `prefix`, sorted and summed up, make a staircase from 0 to 1. `samples`
+    evenly spaced heights, from the first positive step to 1, each pick the nearest step; patches picked more than once
+    stay once, lowest score first. lengths: rows of each image, int32 (batch,), or one int for all.
     """
-    scores, real = scores[:, prefix:].float(), real[:, prefix:]
+    if (sampled := sampled_rows(scores, prefix, samples, lengths)) is not None:
+        return Selection(*sampled)
+    scores, column = scores[:, prefix:].float(), torch.arange(prefix, scores.shape[1], device=scores.device)
+    real = (column < (lengths if isinstance(lengths, int) else lengths[:, None])).expand(scores.shape)
     if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from
         return Selection(with_prefix(real.long(), prefix), real.sum(1, dtype=torch.int32) + prefix)
-    ranked, order = torch.where(real, scores, math.inf).sort(1)
+    ranked, order = torch.where(real, scores, math.inf).sort(dim=1, stable=True)
     real = real.gather(1, order)
     cdf = torch.where(real, ranked, 0.0).cumsum(1)
     cdf = cdf / cdf[:, -1:].clamp_min(torch.finfo(torch.float32).tiny)
@@ -366,7 +375,7 @@ class ATS(Pruner):
 
     def select(self, view: View) -> Selection | None:
         scores = view.cls_attention.sum(-1) * view.value_norm
-        return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.real())
+        return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.lengths)
 
 
 class GivenLengths(Pruner):

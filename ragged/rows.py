@@ -89,13 +89,14 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     if not launch.usable(scores.device) or scores.dtype == torch.float64 or not 0 < patches <= MOST_RANKED:
         best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
         index = with_prefix(best.sort(1).values if in_place else best, prefix)
-        left = torch.nn.functional.pad(scores[:, skip:].float(), (prefix, 0)).scatter(1, index, 0.0) if rest else None
-        return index, left
+        return index, _without(scores, index, prefix, skip) if rest else None
     from triton import next_power_of_2
 
     from .kernels.rows import rank_kernel
 
     index = torch.empty(batch, prefix + count, dtype=torch.int64, device=scores.device)
+    differentiable = rest and scores.requires_grad and torch.is_grad_enabled()
+    rest = rest and not differentiable
     left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
     # every keep rate leaves another number of patches: those of an ordinary image share one kernel
     width = max(256, next_power_of_2(max(patches, prefix)))
@@ -104,7 +105,53 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     numbers, options = (*scores.stride(), patches, count), {"num_warps": 8 if width == 256 else 16}
     tensors = (scores, index, left if rest else index)
     launch.start(rank_kernel, key, (batch, 1), tensors, numbers, constants, options)
-    return index, left
+    return index, _without(scores, index, prefix, skip) if differentiable else left
+
+
+def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
+    return torch.nn.functional.pad(scores[:, skip:].float(), (prefix, 0)).scatter(1, index, 0.0)
+
+
+def sampled_rows(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> tuple[Tensor, Tensor] | None:
+    """`inverse_cdf` of pruners.py in one launch: row numbers int64 (batch, n), those drawn first, and how many they
+    are, int32 (batch,). scores: float32 (batch, n).  lengths: int32 (batch,), or one int, the rows of each image. None
+    where the kernel does not run."""
+    batch, n = scores.shape
+    if not launch.usable(scores.device) or scores.dtype != torch.float32 or not 0 < n - prefix <= MOST_RANKED:
+        return None
+    from triton import next_power_of_2
+
+    from .kernels.rows import sample_kernel
+
+    scores, equal = scores.contiguous(), lengths if isinstance(lengths, int) else 0
+    index, order = (torch.empty(batch, n, dtype=torch.int64, device=scores.device) for _ in range(2))
+    steps, counts = torch.empty_like(scores), torch.empty(batch, dtype=torch.int32, device=scores.device)
+    width = max(256, next_power_of_2(max(n - prefix, prefix)))
+    constants = {"PREFIX": prefix, "N": width, "CHUNK": 32}
+    tensors = (scores, counts if equal else lengths.contiguous(), index, counts, steps, order)
+    options = {"num_warps": 8 if width == 256 else 16}
+    launch.start(sample_kernel, tuple(constants.values()), (batch, 1), tensors, (n, equal, samples), constants, options)
+    return index, counts
+
+
+def grid_rows(x: Tensor, cu_seqlens: Tensor, width: int, fill: float) -> Tensor:
+    """Packed numbers x (total, ...) as a grid (batch, width, ...), image b from row cu_seqlens[b], int32 (batch + 1,),
+    with `fill` where an image has no row. width: no image is longer. No wait."""
+    batch, shape = cu_seqlens.shape[0] - 1, x.shape[1:]
+    if _in_pytorch(x) or 0 in x.shape or width == 0 or not x.is_floating_point():
+        column = torch.arange(width, device=x.device)
+        real = column < cu_seqlens.diff()[:, None]
+        rows = torch.where(real, cu_seqlens[:-1, None] + column, 0)
+        real = real.view(*real.shape, *[1] * len(shape))
+        return torch.where(real, x[rows], torch.full((), fill, dtype=x.dtype, device=x.device))
+    from .kernels.rows import grid_kernel
+
+    out = x.new_empty(batch, width, *shape)
+    constants = {"C": shape.numel(), "BLOCK": 1024}
+    grid = (batch * -(-width * shape.numel() // 1024), 1)
+    key = (x.dtype, *constants.values())
+    launch.start(grid_kernel, key, grid, (x.contiguous(), cu_seqlens, out), (width, float(fill)), constants, {})
+    return out
 
 
 def kept_rows(keep: Tensor, cu_seqlens: Tensor, width: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -162,7 +209,7 @@ def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
     x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
     blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
     out, out_ids, cu = x.new_empty(batch * rows, dim), ids.new_empty(batch * rows), starts.new_empty(batch + 1)
-    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)}
+    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused), "CHUNK": 64}
     key = (x.dtype, blend.dtype if fused else None, dim, fused)
     tensors = (x, ids, starts, index, blend if fused else x, out, out_ids, cu)
     width = blend.shape[1] if fused else 0

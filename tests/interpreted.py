@@ -184,6 +184,58 @@ def test_a_mask_as_an_index(prefix, monkeypatch):
         assert torch.equal(index[2, : counts[2]], own.nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (130,)], ids=str)
+def test_packed_numbers_as_a_grid(shape, monkeypatch):
+    cu = torch.tensor([0, 3, 3, 20, 21], dtype=torch.int32)
+    x = torch.randn(25, *shape)
+    x[21:] = math.nan  # rows that no image owns
+    for fill in (0.0, -math.inf):
+        got = row_ops.grid_rows(x, cu, 17, fill)
+        with monkeypatch.context() as without:
+            without.setattr(launch, "usable", lambda device: False)
+            assert torch.equal(got, row_ops.grid_rows(x, cu, 17, fill))
+        assert torch.equal(got[2], x[3:20]) and torch.equal(got[0, :3], x[:3]) and (got[1] == fill).all()
+
+
+@pytest.mark.parametrize("prefix, n, samples", [(1, 197, 196), (2, 30, 7), (0, 9, 1), (1, 578, 60), (1, 2, 5)])
+def test_adaptive_sampling(prefix, n, samples, monkeypatch):
+    """As PyTorch's, image by image; sums of another order may move a height that lies in the middle of two steps."""
+    from ragged.pruners import inverse_cdf
+
+    scores = torch.rand(6, n, generator=torch.Generator().manual_seed(n)) ** 4
+    scores[1], scores[2, prefix:] = 0.0, 1.0  # nothing, and all alike
+    scores[3, prefix:] = torch.arange(n - prefix).remainder(3).float()
+    lengths = torch.tensor([n, n, n, n, max(prefix, n // 2), prefix], dtype=torch.int32)
+    scores[4, n // 2 :], scores[5, prefix:] = math.nan, math.nan  # padding
+    for given in (lengths, n):
+        rows = scores if given is lengths else scores[:4]
+        got = inverse_cdf(rows, prefix, samples, given)
+        with monkeypatch.context() as without:
+            without.setattr(launch, "usable", lambda device: False)
+            want = inverse_cdf(rows, prefix, samples, given)
+        for b, (mine, theirs) in enumerate(zip(got.counts.tolist(), want.counts.tolist())):
+            ours, those = got.index[b, :mine].tolist(), want.index[b, :theirs].tolist()
+            assert ours[:prefix] == list(range(prefix)) and len(set(ours)) == mine
+            values = [rows[b, i].item() for i in ours[prefix:]]
+            assert values == sorted(values) and max(ours, default=-1) < (lengths[b] if given is lengths else n)
+            assert len(set(ours) ^ set(those)) <= (0 if b in (1, 2, 3) else 2), (b, set(ours) ^ set(those))
+        assert 0 <= got.index.min() and got.index.max() < n
+
+
+def test_nan_scores_stay_in_their_image():
+    from ragged.pruners import inverse_cdf
+
+    scores = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    clean = inverse_cdf(scores, 1, 20, 50)
+    scores[1, 7] = math.nan
+    got = inverse_cdf(scores, 1, 20, 50)
+    for b in (0, 2):
+        n = clean.counts[b]
+        assert got.counts[b] == n and torch.equal(got.index[b, :n], clean.index[b, :n])
+    n = int(got.counts[1])
+    assert 1 <= n <= 21 and len(set(got.index[1, :n].tolist())) == n and got.index.max() < 50
+
+
 TAKEN = [*itertools.product((1, 3), (1, 5, 130)), (140, 5)]  # 140: more counts than are added up at once
 
 

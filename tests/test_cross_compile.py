@@ -103,8 +103,10 @@ def record_the_others(recorder, dims, dtypes):
         for blend in (None, torch.empty(1, 16)):
             row_ops.move_rows(x, ids, cu[:-1], ids[None], blend)
         row_ops.kept_rows(keep, cu, 16, prefix=1)
+        row_ops.grid_rows(x, cu, 16, 0.0)
         row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
         for n in (17, 197, 577, 1025):
+            row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)

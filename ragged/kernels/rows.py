@@ -56,7 +56,7 @@ def cls_kernel(
 @triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
 def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
                 DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                FUSED: tl.constexpr):  # fmt: skip
+                FUSED: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """A cut that leaves `count` rows in every image, in one launch: the rows of X that Index (images, count) names,
     behind them (FUSED) the sum of the image's first `width` rows weighted by Blend (images, width), the ids of all, and
     the offsets Cu (images + 1,).
@@ -79,11 +79,12 @@ def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stri
             tl.store(OutIds + target + row, tl.load(Ids + place, mask=real), mask=real)
     elif FUSED:
         total = tl.zeros([BLOCK], tl.float32)
-        for j in range(0, number(width), ROWS):
-            weight = tl.load(Blend + image * blend_stride + j + lane, mask=j + lane < width, other=0.0)
+        for j in range(0, number(width), CHUNK):  # many rows at a time: nobody else is here to hide the waiting
+            row = j + tl.arange(0, CHUNK)
+            weight = tl.load(Blend + image * blend_stride + row, mask=row < width, other=0.0)
             weight = weight.to(X.dtype.element_ty).to(tl.float32)
             mask = (weight != 0.0)[:, None] & (column[None, :] < DIM)  # 0 times NaN is NaN
-            x = tl.load(X + (start + j + lane)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+            x = tl.load(X + (start + row)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
             total += tl.sum(weight[:, None] * x.to(tl.float32), 0)
         tl.store(Out + (target + count) * DIM + column, total.to(X.dtype.element_ty), mask=column < DIM)
         if block == 0:
@@ -169,6 +170,88 @@ def rank_kernel(Scores, Index, Rest, stride, step, patches, count, PREFIX: tl.co
         rest = Rest + image * (PREFIX + patches)
         tl.store(rest + PREFIX + i, tl.where(keep, 0.0, score), mask=i < patches)
         tl.store(rest + i, tl.zeros([N], tl.float32), mask=i < PREFIX)
+
+
+@triton.jit
+def _ahead(mine, theirs, i, other, patches):
+    """How many of `theirs`, numbers `other` of the patches, are smaller than `mine`, number i, or equal and earlier."""
+    earlier = other[None, :] < i[:, None]
+    ahead = (theirs[None, :] < mine[:, None]) | ((theirs[None, :] == mine[:, None]) & earlier)
+    return tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=["width", "count", "samples"])
+def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, samples, PREFIX: tl.constexpr,
+                  N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Adaptive sampling (see `inverse_cdf` in pruners.py) of every image's scores (images, width).
+
+    An image has `count` rows, or, if that is 0, as many as Lengths says. Index int64 (images, width) gets its prefix,
+    the rows that were drawn, lowest score first, and then the others; Counts (images,), how many the former are. Steps
+    float32 and Order int64 (images, width) are scratch: a sorted array has to be written before it can be looked up.
+    Sorting is counting how many are smaller, as in `rank_kernel`. Grid (images,).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    length = count
+    if count == 0:
+        length = tl.load(Lengths + image)
+    patches = tl.maximum(length - PREFIX, 0)
+    scores, steps, order = Scores + image * width + PREFIX, Steps + image * width, Order + image * width
+    i = tl.arange(0, N)
+    score = tl.load(scores + i, mask=i < patches, other=0.0)
+    mine = _sortable(score)
+    rank = tl.zeros([N], tl.int32)
+    for j in range(0, number(patches), CHUNK):
+        other = j + tl.arange(0, CHUNK)
+        rank += _ahead(mine, _sortable(tl.load(scores + other, mask=other < patches, other=0.0)), i, other, patches)
+    tl.store(steps + rank, score, mask=i < patches)
+    tl.store(order + rank, i.to(tl.int64), mask=i < patches)
+    tl.debug_barrier()
+    # the staircase, from 0 to 1
+    cdf = tl.cumsum(tl.load(steps + i, mask=i < patches, other=0.0), 0)
+    last = patches - 1
+    cdf = cdf / tl.maximum(tl.sum(tl.where(i == last, cdf, 0.0), 0), 1.1754943508222875e-38)
+    low, high = tl.sum(tl.where(i == 0, cdf, 0.0), 0), tl.sum(tl.where(i == last, cdf, 0.0), 0)
+    cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
+    cdf = tl.where(i < patches, cdf, 2.0)  # past every height
+    start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
+    tl.debug_barrier()  # all have read the scores that stood here
+    tl.store(steps + i, cdf, mask=i < patches)
+    tl.debug_barrier()
+    picked = tl.zeros([N], tl.int32)
+    for j in range(0, number(samples), CHUNK):
+        sample = j + tl.arange(0, CHUNK)
+        height = start + (1.0 - start) * (sample.to(tl.float32) / tl.maximum(samples - 1, 1).to(tl.float32))
+        above = tl.sum((cdf[None, :] < height[:, None]).to(tl.int32), 1)  # the first step that reaches it
+        above = tl.maximum(tl.minimum(above, last), 0)
+        wanted = (sample < samples) & (patches > 0)
+        upper = tl.load(steps + above, mask=wanted, other=0.0)
+        lower = tl.load(steps + tl.maximum(above - 1, 0), mask=wanted, other=0.0)
+        below = tl.sum((cdf[None, :] < lower[:, None]).to(tl.int32), 1)  # the first of equal steps
+        below = tl.maximum(tl.minimum(below, last), 0)
+        nearest = tl.where(tl.abs(upper - height) < tl.abs(height - lower), above, below)
+        hit = (nearest[:, None] == i[None, :]) & wanted[:, None]
+        picked = tl.maximum(picked, tl.max(hit.to(tl.int32), 0))
+    picked = tl.where(i < patches, picked, 0)
+    drawn, place = tl.sum(picked, 0), tl.cumsum(picked, 0)  # place: drawn ones up to and with this one
+    target = tl.where(picked != 0, place - 1, drawn + i - place)
+    out = Index + image * width
+    tl.store(out + PREFIX + target, tl.load(order + i, mask=i < patches, other=0) + PREFIX, mask=i < patches)
+    tl.store(out + PREFIX + i, i.to(tl.int64), mask=(i >= patches) & (i < width - PREFIX))  # rows of nobody
+    tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)
+    tl.store(Counts + image, drawn + PREFIX)
+
+
+@triton.jit(do_not_specialize=["width", "fill"])
+def grid_kernel(X, Cu, Out, width, fill, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Packed numbers X (total, C) as a grid Out (images, width, C), `fill` where an image has no row. Grid (images *
+    programs,)."""
+    image, part = tl.program_id(0) // tl.cdiv(width * C, BLOCK), tl.program_id(0) % tl.cdiv(width * C, BLOCK)
+    first = tl.load(Cu + image)
+    start, length = first.to(tl.int64), tl.load(Cu + image + 1) - first
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + start * C + i, mask=i < tl.minimum(length, width) * C, other=0.0)
+    x = tl.where(i < length * C, x, fill)
+    tl.store(Out + image.to(tl.int64) * width * C + i, x, mask=i < width * C)
 
 
 @triton.jit
