@@ -275,3 +275,22 @@ def _check_geometry(vit: nn.Module, state: dict[str, Tensor], path: Path) -> Non
         raise ValueError(f"weights: {path} does not fit the model: 'pos_embed' is {shape}, expected {wanted}")
     if any("pre_logits" in key for key in state):
         raise ValueError(f"weights: {path} has a layer before its head (pre_logits), which timm's models have not")
+
+
+def load_predictors(modules: nn.ModuleList, path: Path) -> None:
+    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone, among a
+    model's, or under `pruner.` as in the state of a `RaggedViT`. Raises ValueError for keys that are missing or of
+    another shape."""
+    prefix = "score_predictor."
+    whole = load_state(path)
+    found = {k.removeprefix("pruner."): v for k, v in whole.items()}
+    if len(found) != len(whole):
+        raise ValueError(f"predictors: {path} holds predictors twice, alone and under 'pruner.'; leave one of them out")
+    state = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    wanted = modules.state_dict()
+    missing = [k for k in wanted if k not in state]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or wrong:
+        what = f"lacks {prefix}{missing[0]}" if missing else f"has {prefix}{wrong[0]} of another shape"
+        raise ValueError(f"predictors: {path} {what} ({len(missing)} missing, {len(wrong)} of another shape)")
+    modules.load_state_dict({k: state[k] for k in wanted})

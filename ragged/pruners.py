@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
-from .loading import load_state, private_random
+from .loading import load_predictors, private_random
 from .packing import Counts, Packed, Padded, Selection
 from .rows import best_rows, equal_offsets, kept_rows, with_prefix
 
@@ -84,9 +84,6 @@ def row_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
 
 
-# Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
-
-
 def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False,
           real: Tensor | None = None) -> Selection:  # fmt: skip
     """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
@@ -149,13 +146,21 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
     return Selection(with_prefix(order.gather(1, steps.index), prefix), steps.counts + prefix)
 
 
+def chance(batch: int, columns: int, numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Pseudo-random float32 (batch, columns) in [0, 1), each a hash of `numbers`, its row and its column: no state
+    moves on, so that a captured pass, another layout and another backend see the same."""
+
+    def mixed(x: Any, more: Any) -> Any:  # the integer hash "lowbias32", of ints or of int64 tensors
+        x = (x + more) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    rows = mixed(functools.reduce(mixed, numbers, 0), torch.arange(batch, device=device))
+    return (mixed(rows[:, None], torch.arange(columns, device=device)) >> 8).float() * 2.0**-24
+
+
 # ---- the pruners ----
-
-
-@functools.cache
-def _settings(kind: type) -> frozenset[str]:
-    """What the constructor of a kind of pruner takes."""
-    return frozenset(inspect.signature(kind.__init__).parameters) - {"self"}
 
 
 class Pruner(nn.Module):
@@ -179,7 +184,8 @@ class Pruner(nn.Module):
             raise ValueError(f"where: expected one of {', '.join(PLACES)}, got {where!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in self.__dict__ and (name in ("name", "at", "where", "adaptive") or name in _settings(type(self))):
+        fixed = ("name", "at", "where", "adaptive", *inspect.signature(type(self).__init__).parameters)
+        if name in self.__dict__ and name in fixed:
             raise AttributeError(f"{name}: settings of a pruner are fixed; make another {type(self).__name__}")
         super().__setattr__(name, value)
 
@@ -224,8 +230,8 @@ class ThresholdL2(Pruner):
             count = view.share("threshold_l2", self.setting("keep", view.stage))
             if count is None:
                 return None
-            n = view.columns
-            return top_k(norms[:, :n], view.prefix, count, in_place=True, real=view.real()[:, :n])
+            norms, real = (x[:, : view.columns] for x in (norms, view.real()))
+            return top_k(norms, view.prefix, count, in_place=True, real=real)
         real = view.real()
         patches = real[:, view.prefix :]
         mean = (norms[:, view.prefix :] * patches).sum(1) / patches.sum(1).clamp_min(1)
@@ -290,32 +296,10 @@ class DynamicViT(Pruner):
         count = view.share("dynamicvit", share, of_all=True)
         if count is None:
             return None
-        patches, real = view.state.grid(view.state.tokens)[:, view.prefix : view.columns], None
-        if isinstance(count, Counts):
-            real = view.real()
-            scores = self.score_predictor[view.stage](patches, real[:, view.prefix :])[..., 0]
-        else:
-            scores = self.score_predictor[view.stage](patches)[..., 0]
+        patches = view.state.grid(view.state.tokens)[:, view.prefix : view.columns]
+        real = view.real() if isinstance(count, Counts) else None
+        scores = self.score_predictor[view.stage](patches, None if real is None else real[:, view.prefix :])[..., 0]
         return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
-
-
-def load_predictors(modules: nn.ModuleList, path: Path) -> None:
-    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone, among a
-    model's, or under `pruner.` as in the state of a `RaggedViT`. Raises ValueError for keys that are missing or of
-    another shape."""
-    prefix = "score_predictor."
-    whole = load_state(path)
-    found = {k.removeprefix("pruner."): v for k, v in whole.items()}
-    if len(found) != len(whole):
-        raise ValueError(f"predictors: {path} holds predictors twice, alone and under 'pruner.'; leave one of them out")
-    state = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    wanted = modules.state_dict()
-    missing = [k for k in wanted if k not in state]
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or wrong:
-        what = f"lacks {prefix}{missing[0]}" if missing else f"has {prefix}{wrong[0]} of another shape"
-        raise ValueError(f"predictors: {path} {what} ({len(missing)} missing, {len(wrong)} of another shape)")
-    modules.load_state_dict({k: state[k] for k in wanted})
 
 
 class EViT(Pruner):
@@ -362,6 +346,29 @@ class ATS(Pruner):
         return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.real())
 
 
+class Random(Pruner):
+    """Keeps patches by chance, the rival that every score has to beat: the share `keep` of those that are there, one
+    number or one for every stage. adaptive: every image draws its own share, evenly, as far to both sides of `keep` as
+    there is room. What stays depends on `seed`, the stage, and the places of image and patch in the batch, on no pixel.
+    at, where: as for `Pruner`."""
+
+    def __init__(self, keep: Setting = 0.5, adaptive: bool = False, at: Blocks = (3, 6, 9), where: str = "before",
+                 seed: int = 0):  # fmt: skip
+        super().__init__("random", at, where)
+        self.keep, self.seed = per_stage("keep", keep, len(self.at), check_share), check_int("seed", seed, 0)
+        self.adaptive = bool(adaptive)
+
+    def select(self, view: View) -> Selection | None:
+        keep, real = self.setting("keep", view.stage), view.real()[:, : view.columns]
+        draw = functools.partial(chance, len(real), device=real.device)
+        scores = draw(real.shape[1], (self.seed, view.stage, 0))
+        if self.adaptive:
+            own = 2 * draw(1, (self.seed, view.stage, 1)) - 1
+            return at_least(scores, view.prefix, 1 - keep - own * min(keep, 1 - keep), real)
+        count = view.share("random", keep)
+        return None if count is None else top_k(scores, view.prefix, count, in_place=True, real=real)
+
+
 class GivenLengths(Pruner):
     """Keeps lengths[b] rows of image b, pseudo-random patches (`seed`): for timing with chosen distributions. at,
     where: as for `Pruner`. The host is not told the counts, exactly as with a pruner that decides on the GPU."""
@@ -382,12 +389,12 @@ class GivenLengths(Pruner):
             raise ValueError(f"lengths: expected {view.prefix} to {rows} rows for every image, got {got}")
         if state.batch != self.counts.shape[0]:
             raise ValueError(f"lengths: given for a batch of {self.counts.shape[0]}, got {state.batch} images")
-        if (state.batch, state.width, device) not in self._order:
-            generator = torch.Generator().manual_seed(self.seed)
-            shape, kind = (state.batch, state.width - view.prefix), {"dtype": torch.float32, "device": "cpu"}
-            noise = torch.rand(shape, generator=generator, **kind)
-            self._order[state.batch, state.width, device] = with_prefix(noise.argsort(1), view.prefix).to(device)
-        return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
+        place = (state.batch, state.width - view.prefix, device)
+        if place not in self._order:
+            noise = chance(*place[:2], (self.seed,), device)
+            self._order[place] = with_prefix(noise.argsort(1), view.prefix)
+        return Selection(self._order[place], self.counts.to(device))
 
 
-PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS})
+PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS,
+                              "random": Random})  # fmt: skip
