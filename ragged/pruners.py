@@ -147,8 +147,8 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, real: Tensor) -> Sele
 
 
 def chance(batch: int, columns: int, numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Pseudo-random float32 (batch, columns) in [0, 1), each a hash of `numbers`, its row and its column: no state
-    moves on, so that a captured pass, another layout and another backend see the same."""
+    """Pseudo-random float32 (batch, columns) in [0, 1) on `device`, each a hash of `numbers`, its row and its column:
+    no state moves on, so that a captured pass, another layout and another backend see the same."""
 
     def mixed(x: Any, more: Any) -> Any:  # the integer hash "lowbias32", of ints or of int64 tensors
         x = (x + more) & 0xFFFFFFFF
