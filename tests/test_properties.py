@@ -294,8 +294,8 @@ def views(draw, device, ragged_too):
 
 def patches_wanted(name, pruner, rows):
     """How many of `rows` patches a rule keeps: at least, at most."""
-    exact = {"threshold_l2": lambda: int(rows * pruner.keep), "dynamicvit": lambda: int(rows * pruner.keep),
-             "random": lambda: int(rows * pruner.keep), "evit": lambda: min(rows, math.ceil(pruner.keep * rows))}  # fmt: skip
+    exact = dict.fromkeys(("threshold_l2", "dynamicvit", "random"), lambda: int(rows * pruner.keep))
+    exact["evit"] = lambda: min(rows, math.ceil(pruner.keep * rows))
     if name in exact:
         return exact[name](), exact[name]()
     return 0, min(rows, pruner.samples) if name == "ats" else rows
