@@ -350,7 +350,7 @@ class Random(Pruner):
     """Keeps patches by chance, the rival that every score has to beat: the share `keep` of those that are there, one
     number or one for every stage. adaptive: every image draws its own share, evenly, as far to both sides of `keep` as
     there is room. What stays depends on `seed`, the stage, and the places of image and patch in the batch, on no pixel.
-    at, where: as for `Pruner`."""
+    at, where: as for `Pruner`. Source: none, a control."""
 
     def __init__(self, keep: Setting = 0.5, adaptive: bool = False, at: Blocks = (3, 6, 9), where: str = "before",
                  seed: int = 0):  # fmt: skip

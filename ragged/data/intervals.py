@@ -31,9 +31,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 10
     """
     from scipy.stats import rankdata
 
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f"x and y: expected two equally long lists of at least two numbers, got {len(x)} and {len(y)}")
     pairs = np.array((x, y), dtype=np.float64)
-    if pairs.ndim != 2 or pairs.shape[1] < 2:
-        raise ValueError(f"x and y: expected two equally long lists of at least two numbers, got shape {pairs.shape}")
     check_int("resamples", resamples, 1)
 
     def correlation(drawn: np.ndarray) -> float:
