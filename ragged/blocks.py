@@ -31,7 +31,7 @@ from .packing import (
     take_packed,
     take_padded,
 )
-from .pruners import run_module
+from .rules import run_module
 
 State = Packed | Padded
 

@@ -19,7 +19,8 @@ from .data.checkpoints import ROOTS, plain, shown
 from .support import check_supported
 
 DEITS = ("deit_tiny", "deit_small", "deit_base")
-WEIGHTS = ("digits", "imagenet", "random")
+BUNDLED = {"digits": "_digits", "digits-labels": "_digits_labels"}  # and what follows a model's name in their files
+WEIGHTS = (*BUNDLED, "imagenet", "random")
 # Parts that are no part of the Vision Transformer: other networks' heads, decoders, scorers, counters.
 OTHER_PARTS = ("score_predictor.", "pruner.", "head.mlp.", "head.last_layer.", "dino_head.", "ibot_head.", "decoder_")
 HEADS = {"head.weight": 0, "visual.head.proj.weight": 0, "visual.proj": 1}  # key -> which dimension counts the classes
@@ -51,7 +52,8 @@ def load_deit(
 
     name: deit_tiny, deit_small, deit_base, or a plain ViT by any name that timm accepts: "deit_small_patch16_224" with
     or without a tag, "timm/model", "hf-hub:owner/model", "local-dir:folder".  weights: "digits" (trained here on
-    `digit_scenes`, ten classes, deit_tiny only), "imagenet" (timm's download for the name and tag, or what the hub or
+    `digit_scenes`, ten classes, deit_tiny only: taught to be prunable), "digits-labels" (the same, taught with nothing
+    but labels), "imagenet" (timm's download for the name and tag, or what the hub or
     the folder holds), "random" (from `seed`), or a path to safetensors or a torch checkpoint with the names of timm,
     DeiT, DINO, DINOv2 or MAE (see `load_state`).  num_classes: default what the weights' head has (0, no classifier,
     where there is no head), and 1000 for random ones; 0 leaves the head of a file out.  img_size: pixels a side, or
@@ -77,7 +79,7 @@ def load_deit(
         known = num_classes if num_classes is not None or ":" in timm_name else 1000
         with private_random(seed):
             return check_supported(_create(timm_name, img_size, known, options))
-    path = checkpoint_path(f"{name}_digits") if weights == "digits" else expand(weights)
+    path = checkpoint_path(f"{name}{BUNDLED[weights]}") if weights in BUNDLED else expand(weights)
     if not path.is_file():
         known = f"weights: expected one of {', '.join(WEIGHTS)} or an existing file, got {str(weights)!r}"
         raise (FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError)(known)
@@ -275,3 +277,22 @@ def _check_geometry(vit: nn.Module, state: dict[str, Tensor], path: Path) -> Non
         raise ValueError(f"weights: {path} does not fit the model: 'pos_embed' is {shape}, expected {wanted}")
     if any("pre_logits" in key for key in state):
         raise ValueError(f"weights: {path} has a layer before its head (pre_logits), which timm's models have not")
+
+
+def load_predictors(modules: nn.ModuleList, path: Path) -> None:
+    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone, among a
+    model's, or under `pruner.` as in the state of a `RaggedViT`. Raises ValueError for keys that are missing or of
+    another shape."""
+    prefix = "score_predictor."
+    whole = load_state(path)
+    found = {k.removeprefix("pruner."): v for k, v in whole.items()}
+    if len(found) != len(whole):
+        raise ValueError(f"predictors: {path} holds predictors twice, alone and under 'pruner.'; leave one of them out")
+    state = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    wanted = modules.state_dict()
+    missing = [k for k in wanted if k not in state]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or wrong:
+        what = f"lacks {prefix}{missing[0]}" if missing else f"has {prefix}{wrong[0]} of another shape"
+        raise ValueError(f"predictors: {path} {what} ({len(missing)} missing, {len(wrong)} of another shape)")
+    modules.load_state_dict({k: state[k] for k in wanted})

@@ -28,8 +28,9 @@ from .checks import (
 )
 from .graph import Captured, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
-from .pruners import Pruner, View, row_norms
+from .pruners import Pruner
 from .rows import cls_attention
+from .rules import View, row_norms
 from .support import Survey, check_supported
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).

@@ -1,16 +1,15 @@
-"""Which tokens may go: a score for every token, and a rule that turns scores into a selection.
+"""Which tokens may go: the published methods, a control, and a stand-in for timing.
 
-Four published methods are four pairs of the two. A pruner knows nothing of layouts or backends: it sees scores as a
-grid (batch, n) and answers with a `Selection`. To add one, write a class with `select` and enter it in `PRUNERS`.
+A pruner knows nothing of layouts or backends: it sees scores as a grid (batch, n) and answers with a `Selection`, which
+the rules in rules.py make. To add one, write a class with `select` and enter it in `PRUNERS`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,160 +18,17 @@ from torch import Tensor, nn
 
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
-from .loading import load_state, private_random
-from .packing import Counts, Packed, Padded, Selection
-from .rows import best_rows, equal_offsets, kept_rows, sampled_rows, with_prefix
+from .loading import load_predictors, private_random
+from .packing import Counts, Selection
+from .rows import with_prefix
+from .rules import View, at_least, chance, chosen_rows, inverse_cdf, row_norms, top_k
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
 Setting = float | Sequence[float]  # one for all stages, or one for each
 
 
-# ---- what a pruner sees, and the rules that turn scores into a selection ----
-
-
-def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """What module makes of inputs, tensors."""
-    return module(*inputs)
-
-
-@dataclass(frozen=True)
-class View:
-    """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
-    stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
-    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated. The last two only where
-    the pruner `needs` them; both are zero in padding.  apply: `run_module`, compiled where the model is."""
-
-    state: Packed | Padded
-    prefix: int
-    stage: int
-    cls_attention: Tensor | None = None
-    value_norm: Tensor | None = None
-    apply: Callable[..., Tensor] = run_module
-
-    @property
-    def lengths(self) -> Tensor | int:
-        """Rows of every image: one int where all have as many, else int32 (batch,)."""
-        state = self.state
-        return state.width if state.count == state.width or state.lengths is None else state.lengths
-
-    def real(self) -> Tensor:
-        """bool (batch, n): which entries of the grid are rows, and which are padding."""
-        column, lengths = torch.arange(self.state.width, device=self.state.tokens.device), self.lengths
-        every = isinstance(lengths, int)
-        return (column < (lengths if every else lengths[:, None])).expand(self.state.batch, -1)
-
-    def equal_rows(self, method: str) -> int:
-        """Real rows per image where all images have the same number, which a fixed ratio needs. Raises ValueError,
-        naming `method`, where they have not."""
-        if self.state.count is None:
-            raise ValueError(f"{method}: a fixed keep ratio needs the same number of tokens in every image")
-        return self.state.count
-
-    @property
-    def columns(self) -> int:
-        """How many columns of the grid hold rows of any image."""
-        return self.state.width if self.state.count is None else self.state.count
-
-    def share(self, method: str, share: float, *, of_all: bool = False, up: bool = False) -> int | Counts | None:
-        """How many patches of every image a fixed share leaves, of those that are there or (of_all) of all the image
-        had, rounded down or `up`: one number, one for each image, or None where no image loses any. Raises ValueError,
-        naming `method`, where the host does not know how many patches there are."""
-        state, prefix, rounded = self.state, self.prefix, math.ceil if up else math.floor
-        if state.rows is None:
-            now = self.equal_rows(method) - prefix
-            count = min(now, rounded(share * ((state.seqlen if of_all else state.count) - prefix)))
-            return None if count == now else count
-        now, base = state.rows.plus(-prefix), (state.unpruned if of_all else state.rows).plus(-prefix)
-        host = tuple(min(n, rounded(share * of)) for n, of in zip(now.host, base.host, strict=True))
-        if host == now.host:
-            return None
-        shares = base.device.double() * share  # the very numbers that Python has on the host
-        return Counts((shares.ceil() if up else shares.floor()).int().minimum(now.device), host)
-
-
-def row_norms(x: Tensor) -> Tensor:
-    """L2 norms of x (..., dim), float32 (...), summed up in at least that precision and without a copy of x in it."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
-
-
-# Rules: scores (batch, n) -> Selection. Prefix rows come first and always stay.
-
-
-def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False, patches_only: bool = False,
-          fuse: bool = False, real: Tensor | None = None) -> Selection:  # fmt: skip
-    """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
-    they stood. The first `prefix` rows are no patches, and stay; patches_only: scores (batch, patches) leave them out.
-    fuse: the others, weighted by their scores, become one token. real, bool (batch, n), is False in padding; needed
-    where every image has a count of its own; then the first rows have scores, and nothing is fused here."""
-    if isinstance(count, int):
-        index, rest = best_rows(scores, prefix, count, in_place=in_place, patches_only=patches_only, rest=fuse)
-        return Selection(index, prefix + count, rest)
-    index, _ = best_rows(scores.masked_fill(~real, -math.inf), prefix, max(count.host))
-    counts = count.plus(prefix)
-    if in_place:
-        index = kept(chosen_rows(Selection(index, counts), scores.shape[1]), prefix, real).index
-    return Selection(index, counts)
-
-
-def chosen_rows(selection: Selection, width: int) -> Tensor:
-    """bool (batch, width): the rows that `selection`, whose counts differ between images, names."""
-    index, counts = selection.index, selection.counts
-    taken = torch.arange(index.shape[1], device=index.device) < counts.device[:, None]
-    return torch.zeros(len(index), width, dtype=torch.bool, device=index.device).scatter(1, index, taken)
-
-
-def at_least(scores: Tensor, prefix: int, limit: Tensor, real: Tensor) -> Selection:
-    """The patches of scores (batch, n) that reach limit (batch, 1), in the order in which they stood; their number
-    varies. The first `prefix` rows stay anyway; real, bool (batch, n), is False in padding."""
-    return kept(scores >= limit, prefix, real)
-
-
-def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
-    """The rows that keep, bool (batch, n), marks, in the order in which they stand. The first `prefix` rows stay
-    anyway; real, bool (batch, n), is False in padding."""
-    batch, n = keep.shape
-    return Selection(*kept_rows(keep & real, equal_offsets(batch, n, keep.device), n, prefix))
-
-
-def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> Selection:
-    """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
-
-    The scores (batch, n) of an image behind its `prefix`, sorted and summed up, make a staircase from 0 to 1. `samples`
-    evenly spaced heights, from the first positive step to 1, each pick the nearest step; patches picked more than once
-    stay once, lowest score first. lengths: rows of each image, int32 (batch,), or one int for all.
-    """
-    if (sampled := sampled_rows(scores, prefix, samples, lengths)) is not None:
-        return Selection(*sampled)
-    scores, column = scores[:, prefix:].float(), torch.arange(prefix, scores.shape[1], device=scores.device)
-    real = (column < (lengths if isinstance(lengths, int) else lengths[:, None])).expand(scores.shape)
-    if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from
-        return Selection(with_prefix(real.long(), prefix), real.sum(1, dtype=torch.int32) + prefix)
-    ranked, order = torch.where(real, scores, math.inf).sort(dim=1, stable=True)
-    real = real.gather(1, order)
-    cdf = torch.where(real, ranked, 0.0).cumsum(1)
-    cdf = cdf / cdf[:, -1:].clamp_min(torch.finfo(torch.float32).tiny)
-    low, high = cdf[:, :1], cdf[:, -1:]
-    cdf = (cdf - low) / torch.where(high > low, high - low, 1.0)
-    cdf = torch.where(real, cdf, 2.0)  # past every height, so that padding is never the nearest step
-    start = torch.where(cdf > 0, cdf, 2.0).amin(1, keepdim=True).clamp_max(1.0)
-    height = start + (1.0 - start) * torch.linspace(0.0, 1.0, samples, device=cdf.device, dtype=torch.float32)
-    last = cdf.shape[1] - 1  # among NaNs a search ends past it
-    above = torch.searchsorted(cdf, height).clamp_max(last)
-    below = torch.searchsorted(cdf, cdf.gather(1, (above - 1).clamp_min(0))).clamp_max(last)  # the first of equal steps
-    nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
-    picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True)
-    steps = kept(picked, 0, real)
-    return Selection(with_prefix(order.gather(1, steps.index), prefix), steps.counts + prefix)
-
-
 # ---- the pruners ----
-
-
-@functools.cache
-def _settings(kind: type) -> frozenset[str]:
-    """What the constructor of a kind of pruner takes."""
-    return frozenset(inspect.signature(kind.__init__).parameters) - {"self"}
 
 
 class Pruner(nn.Module):
@@ -196,7 +52,8 @@ class Pruner(nn.Module):
             raise ValueError(f"where: expected one of {', '.join(PLACES)}, got {where!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in self.__dict__ and (name in ("name", "at", "where", "adaptive") or name in _settings(type(self))):
+        fixed = ("name", "at", "where", "adaptive", *inspect.signature(type(self).__init__).parameters)
+        if name in self.__dict__ and name in fixed:
             raise AttributeError(f"{name}: settings of a pruner are fixed; make another {type(self).__name__}")
         super().__setattr__(name, value)
 
@@ -241,8 +98,8 @@ class ThresholdL2(Pruner):
             count = view.share("threshold_l2", self.setting("keep", view.stage))
             if count is None:
                 return None
-            n = view.columns
-            return top_k(norms[:, :n], view.prefix, count, in_place=True, real=view.real()[:, :n])
+            norms, real = (x[:, : view.columns] for x in (norms, view.real()))
+            return top_k(norms, view.prefix, count, in_place=True, real=real)
         real = view.real()
         patches = real[:, view.prefix :]
         mean = (norms[:, view.prefix :] * patches).sum(1) / patches.sum(1).clamp_min(1)
@@ -316,25 +173,6 @@ class DynamicViT(Pruner):
         return top_k(scores, view.prefix, count, patches_only=True)
 
 
-def load_predictors(modules: nn.ModuleList, path: Path) -> None:
-    """Fill `modules` from the file `path` in DynamicViT's format: keys `score_predictor.{stage}...`, alone, among a
-    model's, or under `pruner.` as in the state of a `RaggedViT`. Raises ValueError for keys that are missing or of
-    another shape."""
-    prefix = "score_predictor."
-    whole = load_state(path)
-    found = {k.removeprefix("pruner."): v for k, v in whole.items()}
-    if len(found) != len(whole):
-        raise ValueError(f"predictors: {path} holds predictors twice, alone and under 'pruner.'; leave one of them out")
-    state = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    wanted = modules.state_dict()
-    missing = [k for k in wanted if k not in state]
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or wrong:
-        what = f"lacks {prefix}{missing[0]}" if missing else f"has {prefix}{wrong[0]} of another shape"
-        raise ValueError(f"predictors: {path} {what} ({len(missing)} missing, {len(wrong)} of another shape)")
-    modules.load_state_dict({k: state[k] for k in wanted})
-
-
 class EViT(Pruner):
     """Keeps the share `keep` of the patches to which CLS attends most, one number or one for every stage; the others
     become one token (`fuse`), their attention-weighted sum, or are dropped. at, where: as for `Pruner`.
@@ -378,6 +216,29 @@ class ATS(Pruner):
         return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.lengths)
 
 
+class Random(Pruner):
+    """Keeps patches by chance, the rival that every score has to beat: the share `keep` of those that are there, one
+    number or one for every stage. adaptive: every image draws its own share, evenly, as far to both sides of `keep` as
+    there is room. What stays depends on `seed`, the stage, and the places of image and patch in the batch, on no pixel.
+    at, where: as for `Pruner`. Source: none, a control."""
+
+    def __init__(self, keep: Setting = 0.5, adaptive: bool = False, at: Blocks = (3, 6, 9), where: str = "before",
+                 seed: int = 0):  # fmt: skip
+        super().__init__("random", at, where)
+        self.keep, self.seed = per_stage("keep", keep, len(self.at), check_share), check_int("seed", seed, 0)
+        self.adaptive = bool(adaptive)
+
+    def select(self, view: View) -> Selection | None:
+        keep, real = self.setting("keep", view.stage), view.real()[:, : view.columns]
+        draw = functools.partial(chance, len(real), device=real.device)
+        scores = draw(real.shape[1], (self.seed, view.stage, 0))
+        if self.adaptive:
+            own = 2 * draw(1, (self.seed, view.stage, 1)) - 1
+            return at_least(scores, view.prefix, 1 - keep - own * min(keep, 1 - keep), real)
+        count = view.share("random", keep)
+        return None if count is None else top_k(scores, view.prefix, count, in_place=True, real=real)
+
+
 class GivenLengths(Pruner):
     """Keeps lengths[b] rows of image b, pseudo-random patches (`seed`): for timing with chosen distributions. at,
     where: as for `Pruner`. The host is not told the counts, exactly as with a pruner that decides on the GPU."""
@@ -398,12 +259,12 @@ class GivenLengths(Pruner):
             raise ValueError(f"lengths: expected {view.prefix} to {rows} rows for every image, got {got}")
         if state.batch != self.counts.shape[0]:
             raise ValueError(f"lengths: given for a batch of {self.counts.shape[0]}, got {state.batch} images")
-        if (state.batch, state.width, device) not in self._order:
-            generator = torch.Generator().manual_seed(self.seed)
-            shape, kind = (state.batch, state.width - view.prefix), {"dtype": torch.float32, "device": "cpu"}
-            noise = torch.rand(shape, generator=generator, **kind)
-            self._order[state.batch, state.width, device] = with_prefix(noise.argsort(1), view.prefix).to(device)
-        return Selection(self._order[state.batch, state.width, device], self.counts.to(device))
+        place = (state.batch, state.width - view.prefix, device)
+        if place not in self._order:
+            noise = chance(*place[:2], (self.seed,), device)
+            self._order[place] = with_prefix(noise.argsort(1), view.prefix)
+        return Selection(self._order[place], self.counts.to(device))
 
 
-PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS})
+PRUNERS = Registry("pruner", {"threshold_l2": ThresholdL2, "dynamicvit": DynamicViT, "evit": EViT, "ats": ATS,
+                              "random": Random})  # fmt: skip

@@ -1,4 +1,4 @@
-"""The four published pruning methods, written the slow and obvious way.
+"""The four published pruning methods and a random one, written the slow and obvious way.
 
 One image at a time, the full N x N softmax attention, no packing, no padding, no shared batch. Since there is only one
 image in flight, "ragged" needs no special care: a cut is an index into the rows of one matrix. The package is tested
@@ -41,11 +41,13 @@ class Cut:
 
 @dataclass
 class State:
-    """One image on its way: tokens (n, D), ids (n,), the last attention (H, n, n) and its values (H, n, d)."""
+    """Image `number` of a batch on its way: tokens (n, D), ids (n,), the last attention (H, n, n) and its values
+    (H, n, d)."""
 
     tokens: torch.Tensor
     ids: torch.Tensor
     prefix: int
+    number: int
     attention: torch.Tensor | None = None
     values: torch.Tensor | None = None
     cuts: list = field(default_factory=list)
@@ -78,13 +80,13 @@ def apply_cut(state, cut):
     state.cuts.append((cut, state.ids.tolist()))
 
 
-def forward_one(vit, image, select, at, where, rows_only=False):
+def forward_one(vit, image, select, at, where, rows_only=False, number=0):
     """Run one image. select(stage, state) -> Cut is asked once per block listed in `at`, at the place `where`.
 
     rows_only: an "inside" cut chooses the query rows of the attention itself, before it is computed.
     """
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]  # (N, D)
-    state = State(tokens, torch.arange(len(tokens)), vit.num_prefix_tokens)
+    state = State(tokens, torch.arange(len(tokens)), vit.num_prefix_tokens, number)
     for i, block in enumerate(vit.blocks):
         stage = at.index(i) if i in at else None
         if stage is not None and where == "before":
@@ -109,7 +111,7 @@ def forward_one(vit, image, select, at, where, rows_only=False):
 def run(vit, images, select, at, where, rows_only=False):
     """Loop forward_one over the batch (B, 3, H, W) and gather a Dense."""
     at = tuple(at)
-    results = [forward_one(vit, image, select, at, where, rows_only) for image in images]
+    results = [forward_one(vit, image, select, at, where, rows_only, number) for number, image in enumerate(images)]
     cuts = [state.cuts for _, state in results]
     stages = [DenseStage(i, [c[s][1] for c in cuts], [len(c[s][1]) for c in cuts]) for s, i in enumerate(at)]
     set_margin = [min(cut.set_margin for cut, _ in c) for c in cuts]
@@ -245,3 +247,38 @@ def ats(vit, images, samples, at=tuple(range(3, 12)), where="inside"):
         return Cut(with_prefix(state, order[picked]), None, margin, margin)
 
     return run(vit, images, select, at, where, rows_only=True)
+
+
+def lowbias32(x):
+    """A hash of 32 bits, by Chris Wellons."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def drawn(*numbers):
+    """A number in [0, 1), made of the upper 24 bits of the hash of all numbers, one after the other."""
+    found = 0
+    for number in numbers:
+        found = lowbias32((found + number) % 2**32)
+    return (found >> 8) / 2**24
+
+
+def random(vit, images, keep, adaptive=False, at=(3, 6, 9), where="before", seed=0):
+    """Patches by chance: int(keep * patches now), or those above a limit that every image draws for itself. A number
+    is drawn from seed, stage, kind (0: a patch, 1: the image), image and row."""
+
+    def select(stage, state):
+        rows = range(state.prefix, len(state.tokens))
+        scores = torch.tensor([drawn(seed, stage, 0, state.number, row) for row in rows], dtype=torch.float32)
+        if adaptive:
+            share = keep + (2 * drawn(seed, stage, 1, state.number, 0) - 1) * min(keep, 1 - keep)
+            passed = torch.nonzero(scores >= 1 - share)[:, 0]
+            margin = (scores - (1 - share)).abs().min().item() if len(scores) else math.inf
+            return Cut(with_prefix(state, passed), set_margin=margin)
+        patches, margin, _ = best_first(scores, int(len(scores) * keep))
+        return Cut(with_prefix(state, patches.sort().values), set_margin=margin)
+
+    return run(vit, images, select, at, where)

@@ -200,7 +200,7 @@ def test_packed_numbers_as_a_grid(shape, monkeypatch):
 @pytest.mark.parametrize("prefix, n, samples", [(1, 197, 196), (2, 30, 7), (0, 9, 1), (1, 578, 60), (1, 2, 5)])
 def test_adaptive_sampling(prefix, n, samples, monkeypatch):
     """As PyTorch's, image by image; sums of another order may move a height that lies in the middle of two steps."""
-    from ragged.pruners import inverse_cdf
+    from ragged.rules import inverse_cdf
 
     scores = torch.rand(6, n, generator=torch.Generator().manual_seed(n)) ** 4
     scores[1], scores[2, prefix:] = 0.0, 1.0  # nothing, and all alike
@@ -223,7 +223,7 @@ def test_adaptive_sampling(prefix, n, samples, monkeypatch):
 
 
 def test_nan_scores_stay_in_their_image():
-    from ragged.pruners import inverse_cdf
+    from ragged.rules import inverse_cdf
 
     scores = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
     clean = inverse_cdf(scores, 1, 20, 50)

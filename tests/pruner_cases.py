@@ -24,8 +24,11 @@ MODELS = {
     "layerscale": (tv.VisionTransformer, {"init_values": 0.5}),
     "qk_norm": (tv.VisionTransformer, {"qk_norm": True}),
 }
-PUBLISHED = {"threshold_l2": "after", "dynamicvit": "before", "evit": "inside", "ats": "inside"}
-ALL = ("threshold_l2", "tau", "dynamicvit", "evit", "ats")
+PUBLISHED = {"threshold_l2": "after", "dynamicvit": "before", "evit": "inside", "ats": "inside",
+             "random": "before", "random_adaptive": "before"}  # fmt: skip
+ALL = ("threshold_l2", "tau", "dynamicvit", "evit", "ats", "random", "random_adaptive")
+ADAPTIVE = ("tau", "ats", "random_adaptive")  # counts differ between images
+VARIANTS = {"tau": "threshold_l2", "random_adaptive": "random"}  # and the pruner of which they are a setting
 
 
 def with_variance(module, seed=0):
@@ -75,6 +78,8 @@ def arguments(name, rate):
         return {"samples": max(2, int(rate * PATCHES))}
     if name == "tau":
         return {"tau": 1.13 - rate / 3}
+    if name == "random_adaptive":
+        return {"keep": rate, "adaptive": True}
     return {"keep": rate}
 
 
@@ -83,7 +88,7 @@ def build(name, rate, predictors=None, **place):
     kwargs = arguments(name, rate) | place
     if name == "dynamicvit":
         kwargs["predictors"] = predictors
-    return ragged.PRUNERS["threshold_l2" if name == "tau" else name](**kwargs)
+    return ragged.PRUNERS[VARIANTS.get(name, name)](**kwargs)
 
 
 @functools.cache
@@ -92,7 +97,7 @@ def expected(vit_name, name, rate, **place):
     kwargs = arguments(name, rate) | place
     if name == "dynamicvit":
         kwargs["predictors"] = dense.load_predictors(predictor_weights(), DIM)
-    function = getattr(dense, "threshold_l2" if name == "tau" else name)
+    function = getattr(dense, VARIANTS.get(name, name))
     return function(small_vit(vit_name), pictures(), **kwargs)
 
 

@@ -13,6 +13,7 @@ from ragged.bench import __main__ as bench
 from ragged.bench import accuracy
 from ragged.bench.accuracy import Folder, Setting, Tally, count, settings
 
+NAMES = ["threshold_l2", "threshold_l2_tau", "evit", "ats", "random", "random_adaptive"]
 CHOSEN = [
     Setting("none", "unpruned", 1.0, lambda: None),
     Setting("ats", "published", None, lambda: ragged.PRUNERS["ats"](samples=49), "samples=49"),
@@ -59,13 +60,13 @@ def test_a_tally_counts():
 @pytest.mark.parametrize("keep", accuracy.KEEPS)
 def test_settings_are_pruners(schedule, keep):
     found = settings(schedule, keep, data.checkpoint_path("deit_tiny_digits_dynamicvit"))
-    assert [s.pruner for s in found] == ["threshold_l2", "threshold_l2_tau", "evit", "ats", "dynamicvit"]
+    assert [s.pruner for s in found] == [*NAMES, "dynamicvit"]
     for setting in found:
         pruner = setting.make()
         assert pruner.adaptive == (setting.keep is None)
         assert schedule == "published" or (pruner.at, pruner.where) == ((3,), "after")
     assert found[-1].make().trained
-    assert [s.pruner for s in settings(schedule, keep, None)] == ["threshold_l2", "threshold_l2_tau", "evit", "ats"]
+    assert [s.pruner for s in settings(schedule, keep, None)] == NAMES
 
 
 def test_a_folder_is_counted_as_by_hand(images, checkpoint, tmp_path):
@@ -204,7 +205,8 @@ def test_the_command_writes_rows(images, checkpoint, tmp_path, monkeypatch, caps
     assert bench.main(arguments) == 0
     (path,) = (tmp_path / "rows").glob("*/accuracy.csv")
     rows = data._read_csv(path) if hasattr(data, "_read_csv") else data.read_csv(path)
-    assert {row["pruner"] for row in rows} == {"none", "threshold_l2", "threshold_l2_tau", "evit", "ats", "dynamicvit"}
-    assert {row["metric"] for row in rows} == {"top1", "kept_tokens"} and {row["status"] for row in rows} == {"ok"}
+    assert {row["pruner"] for row in rows} == {"none", *NAMES, "dynamicvit"}
+    assert {row["metric"] for row in rows} == {"top1", "images", "kept_tokens"}
+    assert {row["status"] for row in rows} == {"ok"}
     assert {row["tokens"] for row in rows} == {"unpruned", "published", "single cut"}
     assert "top-1" in capsys.readouterr().err

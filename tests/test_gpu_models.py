@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from gpu_tools import eager, uncaptured, waits
+from pruner_cases import VARIANTS
 
 import ragged
 from ragged.pruners import GivenLengths, Pruner
@@ -17,7 +18,7 @@ TABLE = []
 
 PUBLISHED = {
     "threshold_l2": {"keep": 0.5}, "dynamicvit": {"keep": 0.7}, "evit": {"keep": 0.7}, "ats": {"samples": 196},
-    "tau": {"tau": 1.0},
+    "tau": {"tau": 1.0}, "random": {"keep": 0.7}, "random_adaptive": {"keep": 0.7, "adaptive": True},
 }  # fmt: skip
 SINGLE_CUT = {"at": (3,), "where": "after"}
 SCHEDULES = [(name, single) for name in PUBLISHED for single in (False, True)]
@@ -35,7 +36,7 @@ def table(request):
 
 def build(name, single=False, **more):
     arguments = PUBLISHED[name] | (SINGLE_CUT if single else {}) | more
-    return ragged.PRUNERS["threshold_l2" if name == "tau" else name](**arguments)
+    return ragged.PRUNERS[VARIANTS.get(name, name)](**arguments)
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def test_keeping_everything_is_the_plain_model(dtype):
 
 # --- waits
 
-WAITS = {"threshold_l2": 0, "dynamicvit": 0, "evit": 0, "tau": 1, "ats": 9}
+WAITS = {"threshold_l2": 0, "dynamicvit": 0, "evit": 0, "tau": 1, "ats": 9, "random": 0, "random_adaptive": 3}
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa_padded"])
@@ -140,7 +141,7 @@ def test_how_often_the_host_waits(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa_padded", "flash_attn", "torch_varlen"])
-@pytest.mark.parametrize("name, single", [(n, s) for n, s in SCHEDULES if s or n != "ats"])
+@pytest.mark.parametrize("name, single", [(n, s) for n, s in SCHEDULES if s or n not in ("ats", "random_adaptive")])
 def test_a_graph_equals_eager(name, single, backend):
     if ragged.BACKENDS[backend].why_not("cuda", torch.float16, 64):
         pytest.skip("not here")

@@ -23,7 +23,8 @@ from attention_cases import (
     poisoned,
     skip_unless_usable,
 )
-from pruner_cases import ALL, pictures, small_vit
+from pruner_cases import ALL, VARIANTS, pictures, small_vit
+from pruner_cases import arguments as settings_for
 
 import ragged
 from ragged import launch
@@ -239,8 +240,8 @@ IN_MODELS = [p for p in places(ragged.BACKENDS) if getattr(p, "values", p)[1] !=
 def test_a_broken_picture_stays_alone(device, backend, name, value):
     """Through a pruner that ranks, counts and samples, with a different number of rows in the broken image."""
     skip_unless_usable(device, backend, SINGLE, 16)
-    kwargs = {"ats": {"samples": 25}, "tau": {"tau": 1.0}}.get(name, {"keep": 0.6})
-    pruner = ragged.PRUNERS["threshold_l2" if name == "tau" else name](**kwargs, at=(1, 3))
+    kwargs = {"ats": {"samples": 25}, "tau": {"tau": 1.0}}.get(name, settings_for(name, 0.6))
+    pruner = ragged.PRUNERS[VARIANTS.get(name, name)](**kwargs, at=(1, 3))
     vit = small_vit() if device == "cpu" else _on_cuda()
     model = ragged.RaggedViT(vit, pruner, backend=backend)
     images = pictures().to(device)

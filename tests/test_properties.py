@@ -20,12 +20,13 @@ from attention_cases import assert_lse, assert_right, everywhere, inputs, layout
 from gpu_tools import eager
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pruner_cases import ALL, DEPTH, pictures, small_vit
+from pruner_cases import ADAPTIVE, ALL, DEPTH, VARIANTS, arguments, pictures, small_vit
 from test_packing import assert_packed, masks, tokens
 
 import ragged
 from ragged import launch, packing
-from ragged.pruners import GivenLengths, Predictor, View
+from ragged.pruners import GivenLengths, Predictor
+from ragged.rules import View
 from ragged.tiles import choose_tiles
 
 SEPARATE = {"paper_triton", "dense"}  # one cu_seqlens for queries and keys
@@ -263,9 +264,10 @@ def test_packing_by_number_round_trips(device, batch, n, data):
 
 
 def pruner_of(name, share, **place):
-    """One of the five rules, keeping about `share`."""
-    kwargs = {"ats": {"samples": max(1, int(50 * share))}, "tau": {"tau": 1.4 - share}}.get(name, {"keep": share})
-    return ragged.PRUNERS["threshold_l2" if name == "tau" else name](**kwargs, **place)
+    """One of the rules, keeping about `share`."""
+    kwargs = {"ats": {"samples": max(1, int(50 * share))}, "tau": {"tau": 1.4 - share}}
+    kwargs = kwargs.get(name, arguments(name, share))
+    return ragged.PRUNERS[VARIANTS.get(name, name)](**kwargs, **place)
 
 
 @st.composite
@@ -293,8 +295,8 @@ def views(draw, device, ragged_too):
 
 def patches_wanted(name, pruner, rows):
     """How many of `rows` patches a rule keeps: at least, at most."""
-    exact = {"threshold_l2": lambda: int(rows * pruner.keep), "dynamicvit": lambda: int(rows * pruner.keep),
-             "evit": lambda: min(rows, math.ceil(pruner.keep * rows))}  # fmt: skip
+    exact = dict.fromkeys(("threshold_l2", "dynamicvit", "random"), lambda: int(rows * pruner.keep))
+    exact["evit"] = lambda: min(rows, math.ceil(pruner.keep * rows))
     if name in exact:
         return exact[name](), exact[name]()
     return 0, min(rows, pruner.samples) if name == "ats" else rows
@@ -305,7 +307,7 @@ def patches_wanted(name, pruner, rows):
 @settings(max_examples=8 if launch.INTERPRET else 60)
 @given(data=st.data())
 def test_a_pruner_keeps_cls_repeats_nothing_and_respects_its_count(device, name, data):
-    view, rows = data.draw(views(device, ragged_too=name in ("tau", "ats")))
+    view, rows = data.draw(views(device, ragged_too=name in ADAPTIVE))
     pruner = pruner_of(name, data.draw(st.floats(0.01, 1.0)), at=(1,))
     if name == "dynamicvit":
         pruner.score_predictor.append(Predictor(8).to(device))

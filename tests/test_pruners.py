@@ -6,6 +6,7 @@ import dense_reference as dense
 import pytest
 import torch
 from pruner_cases import (
+    ADAPTIVE,
     ALL,
     CPU_BACKENDS,
     DEPTH,
@@ -26,6 +27,7 @@ from pruner_cases import (
 )
 
 import ragged
+from ragged import rules as selection
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +52,7 @@ def test_single_cut(name, rate, backend, predictor_file):
 
 @pytest.mark.parametrize("at", [(2,), (1, 2, 5), tuple(range(1, DEPTH))], ids=str)
 @pytest.mark.parametrize("where", ["before", "inside", "after"])
-@pytest.mark.parametrize("name", ["threshold_l2", "tau", "evit", "ats"])
+@pytest.mark.parametrize("name", ["threshold_l2", "tau", "evit", "ats", "random", "random_adaptive"])
 def test_every_place(name, where, at, predictor_file):
     check("plain", name, 0.7, predictor_file, at=at, where=where)
 
@@ -60,7 +62,7 @@ def test_dynamicvit_elsewhere(where, predictor_file):
     check("plain", "dynamicvit", 0.7, predictor_file, at=(0, 2, 5), where=where)
 
 
-@pytest.mark.parametrize("name", ["tau", "threshold_l2", "dynamicvit"])
+@pytest.mark.parametrize("name", ["tau", "threshold_l2", "dynamicvit", "random", "random_adaptive"])
 def test_token_scores_need_no_attention(name, predictor_file):
     check("plain", name, 0.5, predictor_file, at=(0,), where="before")
 
@@ -80,7 +82,7 @@ OTHERS = [name for name, b in ragged.BACKENDS.items() if not b.why_not(torch.dev
 @pytest.mark.parametrize("name", ALL)
 def test_other_backends(name, backend, predictor_file):
     """Whatever else runs here. "dense" is for equal counts, and says so."""
-    if backend == "dense" and name in ("tau", "ats"):
+    if backend == "dense" and name in ADAPTIVE:
         with pytest.raises(ValueError, match="dense"):
             check("plain", name, 0.5, predictor_file, backend, at=STAGES, where="inside")
         return
@@ -98,7 +100,7 @@ def test_model_kinds(name, vit_name, predictor_file):
 
 
 @pytest.mark.parametrize("vit_name", MODELS)
-@pytest.mark.parametrize("name", ["none", "threshold_l2", "dynamicvit", "evit"])
+@pytest.mark.parametrize("name", ["none", "threshold_l2", "dynamicvit", "evit", "random", "random_adaptive"])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @torch.no_grad()
 def test_keep_all_is_the_dense_model(name, vit_name, backend, predictor_file):
@@ -120,6 +122,7 @@ KNOWN_COUNTS = {
     "threshold_l2": ({"keep": 0.5}, [99]),
     "tau": ({"tau": 1.0}, None),
     "ats": ({"samples": 50}, None),
+    "random": ({"keep": 0.7}, [138, 96, 67]),
 }
 
 
@@ -165,3 +168,50 @@ def test_these_two_are_ragged(name):
     """Otherwise every comparison above would be one of equal lengths."""
     want = expected("plain", name, 0.5, at=STAGES, where=PUBLISHED.get(name, "after"))
     assert all(len(set(stage.counts)) > 1 for stage in want.stages)
+
+
+# ---- the random rival ----
+
+
+def kept_by(pruner, images):
+    return [stage.ids for stage in ragged.RaggedViT(small_vit(), pruner).trace(images).stages]
+
+
+@torch.no_grad()
+def test_a_random_pruner_looks_at_no_pixel_and_repeats_itself():
+    for adaptive in (False, True):
+        make = functools.partial(ragged.PRUNERS["random"], 0.5, adaptive, at=STAGES)
+        first, again, other = (kept_by(make(), pictures(seed=seed)) for seed in (1, 1, 2))
+        assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+        assert all(torch.equal(a, b) for a, b in zip(first[0], other[0]))
+        reseeded = kept_by(make(seed=1), pictures())
+        assert not all(torch.equal(a, b) for a, b in zip(first[0], reseeded[0]))
+
+
+@torch.no_grad()
+def test_chance_is_even_and_independent():
+    """Over many numbers: the mean, the variance, and what neighbours have to do with each other."""
+    x = selection.chance(500, 200, (7, 0, 0), torch.device("cpu")).double()
+    assert 0 <= x.min() and x.max() < 1 and len(x.unique()) > 0.98 * x.numel()
+    assert abs(x.mean() - 1 / 2) < 0.005 and abs(x.var() - 1 / 12) < 0.001
+    for along in (x[:, 1:] * x[:, :-1], x[1:] * x[:-1], x * selection.chance(500, 200, (7, 1, 0), x.device)):
+        assert abs(along.mean() - 1 / 4) < 0.005
+    counts = torch.histc(x, 20, 0, 1)
+    assert (counts / counts.mean() - 1).abs().max() < 0.06
+
+
+@torch.no_grad()
+def test_adaptive_shares_are_spread_around_keep():
+    pictures_of = pictures(64)
+    for keep, low, high in ((0.5, 0.0, 1.0), (0.8, 0.6, 1.0), (0.3, 0.0, 0.6)):
+        pruner = ragged.PRUNERS["random"](keep, adaptive=True, at=(1,))
+        shares = torch.tensor(ragged.RaggedViT(small_vit(), pruner).trace(pictures_of).stages[0].counts) - 1
+        shares = shares / 49
+        assert abs(shares.mean() - keep) < 0.12 and shares.std() > 0.6 * (high - low) / 12**0.5
+        assert low - 0.2 <= shares.min() and shares.max() <= high + 0.2
+
+
+def test_a_random_pruner_refuses_what_it_cannot_mean():
+    for bad in ({"keep": 0.0}, {"keep": 1.5}, {"seed": -1}, {"keep": (0.5, 0.5)}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ragged.PRUNERS["random"](**bad)

@@ -1,8 +1,9 @@
 """Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
 
-Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, speculation, and
-`report`, which prints what the paper states, what was recorded on an H200 and what this machine measured, side by
-side. A recording may be stopped and resumed: rows that this version has written already are not measured again.
+Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, fidelity, seeds,
+speculation, and `report`, which prints what the paper states, what was recorded on an H200 and what this machine
+measured, side by side. A recording may be stopped and resumed: rows that this version has written already are not
+measured again.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from .suites.accuracy import accuracy, imagenet
 from .suites.attention import attention
 from .suites.checks import equivalence, memory
 from .suites.dispatch import dispatch, write_traces
+from .suites.fidelity import fidelity
 from .suites.model import model, resolution, sparsity
 from .suites.pack import pack
+from .suites.seeds import seeds
 from .suites.speculation import speculation
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite
-    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy,
-                  speculation)
+    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, fidelity,
+                  seeds, speculation)
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if suites:
         commandline.check_writable(out)
         say_what_is_missing(asked.device)
-    wanted = Options(asked.device, asked.quick, tuple(asked.model), tuple(asked.batch))
+    wanted = options.wanted(asked)
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)
     wake()
     with torch.no_grad():

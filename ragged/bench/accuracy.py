@@ -56,7 +56,8 @@ UNPRUNED = Setting("none", "unpruned", 1.0, lambda: None)
 def settings(schedule: str, keep: float, predictors: Path | None) -> list[Setting]:
     """The pruners at one place of their curves. predictors: a file of trained ones; without it DynamicViT is left out.
 
-    Threshold-L2 is published as a single cut, so both schedules hold the same four for it.
+    Threshold-L2 is published as a single cut, so both schedules hold the same four for it. The random rival has no
+    schedule of its own: where others are published with several cuts, it cuts before blocks 3, 6 and 9.
     """
     how, make = SCHEDULES[schedule], functools.partial
     tau, samples = TAUS[keep], SAMPLES[keep]
@@ -65,7 +66,10 @@ def settings(schedule: str, keep: float, predictors: Path | None) -> list[Settin
         Setting("threshold_l2_tau", schedule, None, make(PRUNERS["threshold_l2"], tau=tau), f"tau={tau}"),
         Setting("evit", schedule, keep, make(PRUNERS["evit"], keep=keep, **how)),
         Setting("ats", schedule, None, make(PRUNERS["ats"], samples=samples, **how), f"samples={samples}"),
-    ]
+        Setting("random", schedule, keep, make(PRUNERS["random"], keep=keep, **how)),
+        Setting("random_adaptive", schedule, None, make(PRUNERS["random"], keep=keep, adaptive=True, **how),
+                f"share={keep}"),
+    ]  # fmt: skip
     if predictors is not None:
         # a single cut has one predictor: the first of the trained ones
         found.append(Setting("dynamicvit", schedule, keep, make(PRUNERS["dynamicvit"], keep=keep,
@@ -82,21 +86,24 @@ class Tally:
         self.counts[: len(counts)] = torch.tensor(counts, dtype=torch.int64)
 
     @torch.no_grad()
-    def add(self, model: RaggedViT, images: Tensor, labels: Tensor) -> None:
-        """Run a batch, images (n, 3, H, W) and labels (n,), and count."""
+    def add(self, model: RaggedViT, images: Tensor, labels: Tensor) -> list[int]:
+        """Run a batch, images (n, 3, H, W) and labels (n,), and count. Returns the rows that stayed in each image."""
         logits, stages = model.trace(images)
         self.seen += len(labels)
         self.right += (logits.argmax(1) == labels.to(logits.device)).sum().item()
         kept = stages[-1].counts if stages else [self.patches + self.prefix] * len(labels)
         self.counts += torch.bincount(torch.tensor(kept), minlength=len(self.counts))
+        return kept
 
     def values(self) -> dict[str, float | Stats]:
-        """top1, a share; kept_tokens, mean with 20 % and 80 % quantiles, CLS included."""
+        """top1, a share; images, how many it is a share of; kept_tokens, mean with 20 % and 80 % quantiles, CLS
+        included."""
         rows, total = torch.arange(len(self.counts)), max(1, int(self.counts.sum()))
         below = self.counts.cumsum(0)
         q20, q80 = (int((below < share * total).sum()) for share in (0.2, 0.8))
         mean = (rows * self.counts).sum().item() / total
-        return {"top1": self.right / max(1, self.seen), "kept_tokens": Stats(mean, q20, q80)}
+        top1 = self.right / max(1, self.seen)
+        return {"top1": top1, "images": self.seen, "kept_tokens": Stats(mean, q20, q80)}
 
     def keep(self) -> float:
         """The mean share of patches that stayed, two decimals."""

@@ -17,19 +17,22 @@ import torch
 from ..loading import WEIGHTS, full_name
 from . import commandline
 from .accuracy import Folder
+from .networks import weights_of
+from .runner import Options
 
 # What a suite stands on beside PyTorch: (the module, the name under which pip installs it).
 _VIT, _TABLES, _DIGITS = ("timm", "timm"), ("pandas", "pandas"), ("sklearn", "scikit-learn")
 NEEDS = {
     "model": (_VIT,), "sparsity": (_VIT,), "resolution": (_VIT,), "memory": (_VIT,), "equivalence": (_VIT,),
-    "accuracy": (_VIT, _DIGITS), "report": (_TABLES,),
+    "accuracy": (_VIT, _DIGITS), "seeds": (_VIT, _DIGITS), "fidelity": (_VIT, ("torchvision", "torchvision")),
+    "report": (_TABLES,),
 }  # fmt: skip
 FOR_IMAGENET = ("weights", "sha256", "predictors", "predictors_sha256", "class_map", "workers")
 FOR_REPORT = ("markdown", "readme")
-FOR_MEASURING = ("model", "batch", "redo", "budget", "repeats")  # and not for the report alone
-NOT_FOR_IMAGENET = ("quick", "repeats", "budget")  # one pass, counted and not timed, and it goes on by itself
-USE_MODEL = ("model", "sparsity", "resolution", "memory", "equivalence", "accuracy")  # suites that take --model
-USE_BATCH = (*USE_MODEL[:4], "attention", "pack", "accuracy", "speculation")
+FOR_MEASURING = ("model", "batch", "redo", "budget", "repeats", "counts")  # and not for the report alone
+NOT_FOR_IMAGENET = ("quick", "repeats", "budget", "counts")  # one pass, counted and not timed, and it goes on by itself
+USE_MODEL = ("model", "sparsity", "resolution", "memory", "equivalence", "accuracy", "fidelity")  # that take --model
+USE_BATCH = (*USE_MODEL[:4], "attention", "pack", "accuracy", "fidelity", "speculation")
 
 EXIT_CODES = """exit codes: 0 everything was measured, or has a row that says why it cannot be here (also when --budget
 ended the run); 1 the reader of the output went away; 2 nothing was measured: a wrong option, a missing package, a file
@@ -53,9 +56,16 @@ def parser(suites: Sequence[str], description: str) -> argparse.ArgumentParser:
                    help="start nothing new after this time; run again to go on")  # fmt: skip
     p.add_argument("--repeats", type=commandline.positive, help="rounds of measuring (default 5, with --quick 3)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu")
+    p.add_argument("--counts", action="store_true", help="with `accuracy`: only what needs no clock, for a GPU that is "
+                   "not idle")  # fmt: skip
+    p.add_argument("--networks", metavar="DIR", nargs="+", default=(), help="with `seeds`: folders of trained "
+                   "networks, as python -m ragged.train --out DIR leaves them")  # fmt: skip
+    p.add_argument("--images", metavar="DIR", help="with `fidelity`: a folder of pictures (default: the bundled "
+                   "photographs and scikit-image's)")  # fmt: skip
     images = p.add_argument_group("accuracy on ImageNet", "with the suite `accuracy`; --model names one timm model")
     images.add_argument("--imagenet", metavar="DIR", help="validation folder: one folder of images per class")
-    images.add_argument("--weights", help="imagenet (timm's, the default), or a checkpoint file, EViT's too")
+    images.add_argument("--weights", help="imagenet (timm's, the default), or a checkpoint file, EViT's too; with "
+                        "`fidelity` as well")  # fmt: skip
     images.add_argument("--sha256", help="expected hash of the checkpoint file")
     images.add_argument("--predictors", metavar="FILE", help="DynamicViT's checkpoint or its score_predictor.* alone")
     images.add_argument("--predictors-sha256", metavar="SHA256", help="expected hash of that file")
@@ -78,7 +88,7 @@ def check(asked: argparse.Namespace) -> None:
     if asked.budget is not None and not math.isfinite(asked.budget):
         raise ValueError(f"--budget: expected seconds, got {asked.budget}")
     for name in asked.model:
-        full_name(name.removesuffix("_digits"), 224)
+        full_name(weights_of(name)[0], 224)
     if asked.readme and not Path(asked.readme).is_file():
         raise ValueError(f"--readme: there is no file {asked.readme}; its table goes between two marks in it")
     if asked.markdown and Path(asked.markdown).is_dir():
@@ -106,8 +116,16 @@ def effects(asked: argparse.Namespace) -> None:
         refuse(("model",), f"has no effect here; the suites that take it are {', '.join(USE_MODEL)}")
     if not suites & {*USE_BATCH}:
         refuse(("batch",), f"has no effect here; the suites that take it are {', '.join(USE_BATCH)}")
+    for name, suite in (("counts", "accuracy"), ("networks", "seeds"), ("images", "fidelity")):
+        if suite not in suites:
+            refuse((name,), f"is for the suite {suite}, which is not asked for")
+    if "seeds" in suites and not asked.networks:
+        raise ValueError("--networks: the suite seeds counts networks that were trained here; name their folders")
     if asked.imagenet is None:
-        refuse(FOR_IMAGENET, "is for --imagenet DIR, which is not given")
+        also = ("weights",) if "fidelity" in suites else ()
+        refuse([name for name in FOR_IMAGENET if name not in also], "is for --imagenet DIR, which is not given")
+        if asked.weights is not None and len(asked.model) != 1:
+            raise ValueError("--weights: name the one network they are of with --model")
         return
     if suites <= {"accuracy", "report"}:
         refuse(NOT_FOR_IMAGENET, "has no effect with --imagenet, which counts every image once")
@@ -133,6 +151,14 @@ def packages(asked: argparse.Namespace) -> None:
     if missing:
         each = [f"{' and '.join(dict.fromkeys(suites))} needs the package {name!r}" for name, suites in missing.items()]
         raise ImportError(f"{'; '.join(each)}, not installed here: pip install {' '.join(missing)}")
+
+
+def wanted(asked: argparse.Namespace) -> Options:
+    """What the suites are told."""
+    return Options(
+        asked.device, asked.quick, tuple(asked.model), tuple(asked.batch), asked.counts,
+        tuple(map(Path, asked.networks)), Path(asked.images) if asked.images else None, asked.weights,
+    )  # fmt: skip
 
 
 def folder(asked: argparse.Namespace) -> Folder:

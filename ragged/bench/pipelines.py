@@ -7,18 +7,17 @@ selections (root mean square over the logits): another attention kernel may roun
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..loading import load_deit
 from ..model import RaggedViT
 from ..packing import Selection
 from ..pruners import Pruner
 from .flops import forward_flops
+from .networks import network
 from .rounds import Subject
 from .runner import Skip, Wrong
 
@@ -97,15 +96,6 @@ class Workbench:
             error = rms(logits - exact)
             if not error <= allowed:
                 raise Wrong(f"root mean square error of the logits {error:.2g}, allowed {allowed:.2g}")
-
-
-@functools.lru_cache(4)
-def network(name: str, img_size: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A DeiT kept between cases: with random weights, or trained where the name ends in _digits."""
-    if dtype == torch.float32:
-        weights = "digits" if name.endswith("_digits") else "random"
-        return load_deit(name.removesuffix("_digits"), weights=weights, img_size=img_size).to(device)
-    return copy.deepcopy(network(name, img_size, torch.float32, device)).to(dtype)
 
 
 def need(vit: nn.Module, backend: str) -> None:

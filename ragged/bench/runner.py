@@ -24,7 +24,8 @@ from .timing import Stats, stats, wait
 UNITS = {
     "syncs": "1", "images_per_s": "images/s", "peak_mb": "MB", "kept_tokens": "tokens", "capacity_waste": "1",
     "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "top1": "1",
-    "flops_ratio": "1",
+    "flops_ratio": "1", "images": "images", "size_correlation": "1", "size_correlation_low": "1",
+    "size_correlation_high": "1", "feature_cosine": "1",
 }  # fmt: skip
 _IDENTITY = ("model", "pruner", "backend", "mode", "batch", "tokens", "dtype")
 
@@ -43,12 +44,17 @@ MENDABLE = (ImportError, OSError, Wrong)
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for. models, batches: only these; empty means what the suite calls for."""
+    """What the command line asked for. models, batches: only these; empty means what the suite calls for.  counts: only
+    what needs no clock.  networks: folders of trained networks, for `seeds`.  images, weights: for `fidelity`."""
 
     device: str = "cuda"
     quick: bool = False
     models: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
+    counts: bool = False
+    networks: tuple[Path, ...] = ()
+    images: Path | None = None
+    weights: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,9 +214,9 @@ def worth_another_try(status: str) -> bool:
 
 
 def identity(suite: str) -> tuple[str, ...]:
-    """The columns that tell candidates apart. keep may be a measurement (ats), but accuracy tells places of a curve
-    apart by it; an adaptive pruner is measured again there."""
-    return (*_IDENTITY, "keep") if suite == "accuracy" else _IDENTITY
+    """The columns that tell candidates apart. keep may be a measurement (ats), but suites of accuracy tell places of a
+    curve apart by it; an adaptive pruner is measured again there."""
+    return (*_IDENTITY, "keep") if suite in ("accuracy", "seeds", "fidelity") else _IDENTITY
 
 
 def _plain(cell) -> str:

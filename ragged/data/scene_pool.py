@@ -18,7 +18,8 @@ SIZE = 224
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Scene i of a split as uint8 (3, 224, 224) and its label, drawn when asked for."""
+    """Scene i of a split as uint8 (3, 224, 224), its label, and the longer side of its digit in pixels, drawn when
+    asked for."""
 
     def __init__(self, count: int, split: str, seed: int):
         self.count, self.split, self.seed = count, split, seed
@@ -26,9 +27,10 @@ class Scenes(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         scene = digit_scenes(1, self.split, self.seed, SIZE, i)
-        return (scene.images[0] * 255).round().byte(), scene.labels[0]
+        side = (scene.boxes[0, 2:] - scene.boxes[0, :2]).amax()
+        return (scene.images[0] * 255).round().byte(), scene.labels[0], side
 
 
 class Backgrounds(torch.utils.data.Dataset):

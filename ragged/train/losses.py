@@ -4,10 +4,12 @@ The task is small but not easy for a Vision Transformer that starts from nothing
 attention has found the digit the class label alone teaches little. So every patch is taught too (token labelling,
 arXiv 2104.10858): a patch says which share of it lies under the digit's box, and of which class. That second head is
 thrown away after training. CLS is told where to look, and patches whether their vectors should be long: see
-`taught_loss`.
+`taught_loss`. A network that is taught nothing of this, so that nobody prepared it for pruning, has `label_loss`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,7 @@ def taught_loss(taught: tuple[Tensor, Tensor, Tensor, Tensor], labels: Tensor, b
     network that learned from labels alone need not be so kind.
     """
     logits, patch_logits, looks, norms = taught
-    target = patch_targets(labels, boxes)
+    target = patch_targets(labels, boxes, math.isqrt(patch_logits.shape[1]))
     share = 1 - target[..., CLASSES]
     weight = 1 + 4 * share  # patches without ink are many, so the others count more
 
@@ -79,8 +81,12 @@ def taught_loss(taught: tuple[Tensor, Tensor, Tensor, Tensor], labels: Tensor, b
     under = share / share.sum(1, keepdim=True)
     of_looks = -(under[:, None] * looks).sum(-1).mean()
     of_norms = F.binary_cross_entropy_with_logits(6 * (norms - 1.15), share, reduction="none")
-    of_image = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
-    return of_image + weighted(of_patches) + 0.1 * of_looks + 0.2 * weighted(of_norms)
+    return label_loss(logits, labels) + weighted(of_patches) + 0.1 * of_looks + 0.2 * weighted(of_norms)
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the image, logits (n, 10) and labels (n,), smoothed by 0.05."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
 
 
 # ---- DynamicViT: the decision of every predictor is a mask, so that gradients can pass ----

@@ -14,12 +14,12 @@ from ... import data
 from ...model import RaggedViT
 from ...packing import Selection
 from ...pruners import PRUNERS, GivenLengths, Pruner
-from ..pipelines import Noted, Replay, Workbench, need, network
+from ..networks import NETWORKS, network, predictors_of
+from ..pipelines import Noted, Replay, Workbench, need
 from ..rounds import Subject
 from ..runner import Candidate, Case, Options, Skip, settle
 from .model import CONTESTANTS, SINGLE_CUT, equal_counts
 
-CLASSES = 10  # of the networks trained on digits
 DIFFERENCES = ("max_abs_logit_diff", "mean_abs_logit_diff", "top1_agreement")
 
 
@@ -75,7 +75,7 @@ def equivalence(options: Options) -> list[Case]:
     dtypes = (torch.float16, torch.bfloat16, torch.float32) if cuda else (torch.float32,)
     images = functools.cache(functools.partial(pictures, 8 if quick else 2000))
     cases = []
-    for name in options.models_or(("deit_tiny",) if quick else ("deit_small", "deit_tiny_digits")):
+    for name in options.models_or(("deit_tiny",) if quick else ("deit_small", *NETWORKS)):
         for dtype in dtypes:
             columns = {"suite": "equivalence", "model": name, "batch": 8 if quick else 127, "mode": "eager",
                        "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
@@ -83,7 +83,7 @@ def equivalence(options: Options) -> list[Case]:
             others = ("triton", "flash_attn", "torch_varlen", "paper_triton", "triton:fp64", "sdpa_padded:fp64")
             found = []
             for pruner in PRUNERS:
-                padded = PaddedPasses(vit, pruner, images, columns["batch"], dtype)
+                padded = PaddedPasses(vit, functools.partial(_pruner, pruner, name), images, columns["batch"], dtype)
                 same = {"pruner": pruner, "tokens": "ragged" if pruner == "ats" else "", "keep": 0.5}
                 found += [_difference(padded, same | {"backend": backend}) for backend in others]
             cases.append(Case(columns, found))
@@ -100,13 +100,13 @@ class PaddedPasses:
     """The padded network over all images with one pruner: its selections and logits, computed once for every backend
     that is held against it."""
 
-    def __init__(self, vit: Callable[[], nn.Module], pruner: str, images: Callable[[], Tensor], batch: int, dtype):
-        self.vit, self.images, self.batch, self.dtype = vit, images, batch, dtype
-        self._name = pruner
+    def __init__(self, vit: Callable[[], nn.Module], make: Callable[[], Pruner], images: Callable[[], Tensor],
+                 batch: int, dtype: torch.dtype):  # fmt: skip
+        self.vit, self.images, self.batch, self.dtype, self._make = vit, images, batch, dtype, make
 
     @functools.cached_property
     def pruner(self) -> Pruner:
-        return _pruner(self._name, self.vit().num_classes == CLASSES)
+        return self._make()
 
     def batches(self) -> Iterator[Tensor]:
         device = self.vit().patch_embed.proj.weight.device
@@ -150,9 +150,9 @@ def _difference(padded: PaddedPasses, columns: dict) -> Candidate:
     return Candidate(columns, build, DIFFERENCES)
 
 
-def _pruner(name: str, digits: bool):
+def _pruner(name: str, model: str) -> Pruner:
     """A pruner at about half the tokens, in the paper's single cut; its predictor trained where the network is."""
     knobs: dict = {"samples": 98} if name == "ats" else {"keep": 0.5}
-    if name == "dynamicvit" and digits:
-        knobs["predictors"] = data.checkpoint_path("deit_tiny_digits_dynamicvit")
+    if name == "dynamicvit":
+        knobs["predictors"] = predictors_of(model)
     return PRUNERS[name](**knobs, **SINGLE_CUT)
