@@ -9,7 +9,7 @@ import torch
 from ragged import data, loading
 from ragged.backends import BACKENDS
 from ragged.bench import __main__ as bench
-from ragged.bench import flops, pipelines, runner
+from ragged.bench import flops, networks, pipelines, runner
 from ragged.bench.rounds import Subject, measure
 from ragged.bench.suites.attention import Inputs
 from ragged.packing import Selection
@@ -103,12 +103,12 @@ def small_bench(monkeypatch, dtype=torch.float32):
         shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 1, "num_classes": 10}
         return timm.models.vision_transformer.VisionTransformer(**shape).eval()
 
-    monkeypatch.setattr(pipelines, "load_deit", load)
-    pipelines.network.cache_clear()
+    monkeypatch.setattr(networks, "load_deit", load)
+    networks.network.cache_clear()
     try:
         return pipelines.Workbench("small", 3, dtype, "cpu", 32)
     finally:
-        pipelines.network.cache_clear()
+        networks.network.cache_clear()
 
 
 def test_a_pipeline_is_checked_timed_and_described(monkeypatch):
