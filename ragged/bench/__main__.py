@@ -1,8 +1,8 @@
 """Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
 
-Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, and `report`, which
-prints what the paper states, what was recorded on an H200 and what this machine measured, side by side. A recording
-may be stopped and resumed: rows that this version has written already are not measured again.
+Suites: dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy, and `report`,
+which prints what the paper states, what was recorded on an H200 and what this machine measured, side by side. A
+recording may be stopped and resumed: rows that this version has written already are not measured again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .suites.accuracy import accuracy, imagenet
 from .suites.attention import attention
 from .suites.checks import equivalence, memory
 from .suites.dispatch import dispatch, write_traces
+from .suites.mixed import mixed
 from .suites.model import model, resolution, sparsity
 from .suites.pack import pack
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite
-    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy)
+    for suite in (dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy)
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ class CapturedList(Recorded):
         return to_the_end(result, rows, self._cuts_of[size], after_block)
 
     def _state(self, size: int, rows: int) -> Packed:
-        longest = min(size, self.longest)
+        longest = size if self.padded else self.longest
         tokens, ids = self._tokens(rows, longest)
         cu = self.table[:, START].int()
         lengths = Counts(cu.diff(), self._lengths(size))
@@ -290,7 +290,8 @@ def capture_list(
 
     tokens: the most tokens a list has in all, prefix tokens included; or the least and the most, which saves recordings
     (a shorter list then takes the smallest).  longest: the largest image, as pixels (height, width) or as tokens;
-    None: the size that the model was made for.  embedded: for packed tokens, as `RaggedViT.forward_tokens` takes them.
+    None: the size that the model was made for.  between: under a padded backend, the least and most tokens of the
+    largest image.  embedded: for packed tokens, as `RaggedViT.forward_tokens` takes them.
     TypeError, ValueError or NotImplementedError, saying what cannot be recorded.
     """
     patch, backend = model.vit.patch_embed, BACKENDS[model.picked]
@@ -323,6 +324,8 @@ def capture_list(
     wait = not backend.pads and most > FEW_ROWS if wait is None else wait
     if backend.pads:
         sizes = sorted({*range(2 * WIDTH_STEP, rows, 2 * WIDTH_STEP), rows})
+        sizes = sizes[bisect_left(sizes, least // batch) :]  # the longest image has at least the mean
+        sizes = sizes if between is None else needed("between", sizes, *between)
     else:
         sizes = needed("tokens", bucket_sizes(most), least, most)
     kind = CapturedTokens if embedded else CapturedList
