@@ -165,11 +165,15 @@ class CapturedList(Recorded):
                 recorder.try_out(work)
             self.fronts[size] = recorder.record(work)
             if not self.padded:
-                needs = [self._after(n) for n in self._lengths(size)]
-                self._room[size] = [size, *map(sum, zip(*(after[1:] for after in needs), strict=True))]
+                self.plan(size)
         if self._handed is not None:
             sizes = rest_sizes(self._handed, False, between, self.capacities[-1])
             self.rest = Rest(recorder, self._handed, sizes, False)
+
+    def plan(self, size: int) -> None:
+        """Note how many rows capacity `size` has room for, before and after every cut."""
+        needs = [self._after(n) for n in self._lengths(size)]
+        self._room[size] = [size, *map(sum, zip(*(after[1:] for after in needs), strict=True))]
 
     # ---- a call
 
@@ -247,7 +251,7 @@ class CapturedTokens(CapturedList):
         return self.model.vit.embed_dim
 
     def _tokens(self, rows: int, longest: int) -> tuple[Tensor, Tensor]:
-        row, cu = torch.arange(rows, device=self.table.device), self.table[:, START]
+        row, cu = torch.arange(rows, device=self.table.device), self.table[:, START].contiguous()
         image = torch.searchsorted(cu[1:], row, right=True).clamp_(max=self.batch - 1)
         return self.buffer[:rows], row - cu[image]
 
