@@ -43,7 +43,11 @@ class Captured(Recorded):
         return (self.front.result if self.rest is None else self.rest()).clone()
 
 
-def capture_batch(model, images: Tensor, warmup: int, between: tuple[int, int] | None, wait: bool) -> Captured:
+def capture_batch(
+    model: nn.Module, images: Tensor, warmup: int, between: tuple[int, int] | None, wait: bool
+) -> Captured:
+    """Record `model` for batches like images (batch, channels, height, width); warmup, between, wait: as in `capture`.
+    """
     recorder, captured = Recorder(model), Captured(model, images)
     pending: list[Pending] = []
 

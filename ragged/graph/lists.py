@@ -111,7 +111,8 @@ class CapturedList(Recorded):
     # ---- what is recorded
 
     def work(self, size: int, wait: bool, after_block: Callable[[], None] | None = None) -> Tensor | None:
-        """The pass with capacity `size`: logits, or with `wait` None where it hands over to the rest."""
+        """The pass with capacity `size`: logits, or with `wait` None where it hands over to the rest. after_block: as in
+        `Pass`."""
         model, rows = self.model, self._capacity(size)
         run = Pass(BACKENDS[model.picked], after_block=after_block)
         result = model._blocks(blocks.laid_out(self._state(size, rows), run.backend, True), -1, run)
@@ -157,7 +158,7 @@ class CapturedList(Recorded):
             mine[: theirs.shape[0]].copy_(theirs)
 
     def record(self, warmup: int, between: tuple[int, int] | None, wait: bool) -> None:
-        """Record every capacity. All lines of the table are empty by then."""
+        """Record every capacity; all lines of the table are empty by then. warmup, between, wait: as in `capture`."""
         recorder = Recorder(self.model)
         for size in reversed(self.capacities):
             work = functools.partial(self.work, size, wait)
@@ -261,6 +262,7 @@ class CapturedTokens(CapturedList):
         return self._in_turn(lambda: self._replay(self.fill(tokens, lengths), len(lengths)))
 
     def fill(self, tokens: Tensor, lengths: Sequence[int]) -> int:
+        """Copy tokens (total, dim) of images of `lengths` rows, and answer the capacity that they need."""
         size = self._choose(lengths)
         self.buffer[: tokens.shape[0]].copy_(tokens, non_blocking=True)
         starts = itertools.accumulate(lengths, initial=0)

@@ -94,6 +94,7 @@ class Recorder:
         return result
 
     def record(self, work: Work) -> Chain:
+        """`work` as graphs."""
         return Chain(work, self.stream, self.pool)
 
 
