@@ -111,7 +111,7 @@ class CapturedList(Recorded):
     # ---- what is recorded
 
     def work(self, size: int, wait: bool, after_block: Callable[[], None] | None = None) -> Tensor | None:
-        """The pass with capacity `size`: logits, or with `wait` None where it hands over to the rest. after_block: as in
+        """The pass with capacity `size`: logits, or with `wait` None, where it hands over to the rest. after_block: see
         `Pass`."""
         model, rows = self.model, self._capacity(size)
         run = Pass(BACKENDS[model.picked], after_block=after_block)
