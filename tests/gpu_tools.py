@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ragged.graph.parts import to_the_end
+
 CONSTANT = re.compile(r"\('constexpr', (.*?)\)")
 
 
@@ -46,11 +48,29 @@ def compiled_kernels():
 @torch.no_grad()
 def eager(model, captured, images):
     """The same kernels as the graph's, on the same sizes, started one by one."""
-    result = model.begin(images)
-    while not (isinstance(result, torch.Tensor) or captured.waits):
-        result = result.resume(images.shape[0] * result.width, result.width)
-    if isinstance(result, torch.Tensor):
-        return result
-    rows = int(result.counts.max() if captured.padded else result.counts.sum())
-    size = next(size for size in captured.sizes if size >= rows)
-    return result.resume(*((images.shape[0] * size, size) if captured.padded else (size, result.width)))
+    result, cuts = model.begin(images), []
+    if isinstance(result, torch.Tensor) or not captured.waits:
+        return to_the_end(result, None, cuts)
+    return the_rest(captured.rest, result)
+
+
+@torch.no_grad()
+def eager_list(captured, *given):
+    """The same for what was captured for lists, of images or of packed tokens with their lengths."""
+    size = captured.fill(*given)
+    images = len(given[-1])
+    if captured.rest is None:
+        return captured.work(size, False)[:images]
+    captured.work(size, True)
+    return the_rest(captured.rest, captured._handed)[:images]
+
+
+def the_rest(rest, pending):
+    """What follows the first adaptive cut, with the capacity that the rows there need."""
+    rows = int(pending.counts.max() if rest.padded else pending.counts.sum())
+    size = next(size for size in rest.sizes if size >= rows)
+    cuts = rest.cuts[size]
+    try:
+        return rest.work(pending, size, None)
+    finally:
+        rest.cuts[size] = cuts  # the graph's own

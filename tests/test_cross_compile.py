@@ -17,6 +17,7 @@ import ragged
 from ragged import launch
 from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
+from ragged.kernels import patches
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")
@@ -105,6 +106,9 @@ def record_the_others(recorder, dims, dtypes):
         row_ops.kept_rows(keep, cu, 16, prefix=1)
         row_ops.grid_rows(x, cu, 16, 0.0)
         row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
+        table = torch.zeros(3, patches.COLUMNS, dtype=torch.int64)
+        patches.pixel_rows(table, x, 16, 1, (16, 16))
+        patches.place_rows(table, x, x[:1], 16, True)
         for n in (17, 197, 577, 1025):
             row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)

@@ -9,8 +9,8 @@ from pruner_cases import DIM, MODELS, SIDE, STAGES, build, small_vit, with_varia
 from torch import nn
 
 import ragged
+from ragged.bench.quadtree import quadtree_tokens
 from ragged.blocks import embed
-from ragged.course.quadtree import quadtree_tokens
 from ragged.data import normalise, photographs
 
 SIZES = ((112, 112), (64, 96), (16, 16), (160, 48), (128, 176), (64, 96))

@@ -141,7 +141,7 @@ def test_how_often_the_host_waits(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa_padded", "flash_attn", "torch_varlen"])
-@pytest.mark.parametrize("name, single", [(n, s) for n, s in SCHEDULES if s or n not in ("ats", "random_adaptive")])
+@pytest.mark.parametrize("name, single", SCHEDULES)
 def test_a_graph_equals_eager(name, single, backend):
     if ragged.BACKENDS[backend].why_not("cuda", torch.float16, 64):
         pytest.skip("not here")
@@ -153,7 +153,8 @@ def test_a_graph_equals_eager(name, single, backend):
         images = pictures(seed, 8)
         results.append(captured(images))
         assert torch.equal(results[-1], eager(model, captured, images))
-        assert (results[-1] - model(images)).abs().max() < LIMIT
+        if single or name != "ats":  # nine decisions in float16: some fall the other way in buffers of another size
+            assert (results[-1] - model(images)).abs().max() < LIMIT
         assert 0 <= captured.capacity_waste
     assert torch.equal(results[0], results[3]) and not torch.equal(results[0], results[1]), "results are copies"
 
@@ -231,7 +232,7 @@ def test_what_a_graph_refuses():
     for bad in (pictures(batch=4), pictures(batch=8).float(), pictures(batch=8).cpu()):
         with pytest.raises(ValueError, match="images"):
             captured(bad)
-    for pruner, backend in (("ats", "triton"), ("evit", "paper_padded"), ("evit", "reference"), ("evit", "nested")):
+    for pruner, backend in (("evit", "paper_padded"), ("evit", "reference"), ("evit", "nested")):
         with pytest.raises(NotImplementedError, match="capture"):
             ragged.RaggedViT(vit("deit_tiny"), build(pruner), backend=backend).capture(8)
     with pytest.raises(ValueError, match="batch_size"):

@@ -19,8 +19,8 @@ OF_PROGRAMS = ("bench.flops", "bench.timing", "course.lesson")
 LIBRARY = [n for n in MODULES if n in OF_PROGRAMS or n.split(".")[0] not in PROGRAMS and not n.endswith("__init__")]
 # What lessons and users call by name; the rest is documented where its file begins.
 DOCUMENTED = (
-    "attention packing pruners graph loading model data.files data.images data.checkpoints data.tables data.scenes "
-    "bench.flops bench.timing course.lesson"
+    "attention packing pruners graph.batch graph.lists loading model data.files data.images data.checkpoints "
+    "data.tables data.scenes bench.flops bench.timing course.lesson"
 ).split()
 TRIVIAL = {"self", "cls"}
 

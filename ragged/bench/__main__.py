@@ -1,6 +1,6 @@
 """Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
 
-Suites: dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, fidelity, seeds,
+Suites: dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy, fidelity, seeds,
 speculation, and `report`, which prints what the paper states, what was recorded on an H200 and what this machine
 measured, side by side. A recording may be stopped and resumed: rows that this version has written already are not
 measured again.
@@ -27,6 +27,7 @@ from .suites.attention import attention
 from .suites.checks import equivalence, memory
 from .suites.dispatch import dispatch, write_traces
 from .suites.fidelity import fidelity
+from .suites.mixed import mixed
 from .suites.model import model, resolution, sparsity
 from .suites.pack import pack
 from .suites.seeds import seeds
@@ -34,8 +35,8 @@ from .suites.speculation import speculation
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite
-    for suite in (dispatch, attention, pack, model, sparsity, resolution, memory, equivalence, accuracy, fidelity,
-                  seeds, speculation)
+    for suite in (dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy,
+                  fidelity, seeds, speculation)
 }  # fmt: skip
 
 
