@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragged.graph import SMALLEST, STEP, _needed, bucket_sizes
+from ragged.graph.parts import SMALLEST, STEP, bucket_sizes, needed
 
 
 @given(rows=st.integers(1, 300_000))
@@ -21,13 +21,13 @@ def test_a_call_within_the_announced_range_finds_the_same_capacity(data, rows):
     sizes = bucket_sizes(rows)
     least = data.draw(st.integers(0, rows))
     most = data.draw(st.integers(least, 2 * rows))
-    needed = _needed(sizes, least, most)
+    found = needed("between", sizes, least, most)
     for call in {least, min(most, rows), (least + min(most, rows)) // 2}:
-        assert next(size for size in needed if size >= call) == next(size for size in sizes if size >= call)
-    assert len(needed) == 1 or needed[-2] < most
+        assert next(size for size in found if size >= call) == next(size for size in sizes if size >= call)
+    assert len(found) == 1 or found[-2] < most
 
 
 @pytest.mark.parametrize("between", [(5, 3), (-1, 3), (198, 300)])
 def test_a_range_without_a_capacity_is_refused(between):
     with pytest.raises(ValueError, match="between: expected 0 <= least <= most, and least <= 197"):
-        _needed(bucket_sizes(197), *between)
+        needed("between", bucket_sizes(197), *between)

@@ -24,8 +24,8 @@ from .runner import Options
 _VIT, _TABLES, _DIGITS = ("timm", "timm"), ("pandas", "pandas"), ("sklearn", "scikit-learn")
 NEEDS = {
     "model": (_VIT,), "sparsity": (_VIT,), "resolution": (_VIT,), "mixed": (_VIT,), "memory": (_VIT,),
-    "equivalence": (_VIT,), "accuracy": (_VIT, _DIGITS), "seeds": (_VIT, _DIGITS), "fidelity": (_VIT, ("torchvision", "torchvision")),
-    "report": (_TABLES,),
+    "equivalence": (_VIT,), "accuracy": (_VIT, _DIGITS), "seeds": (_VIT, _DIGITS),
+    "fidelity": (_VIT, ("torchvision", "torchvision")), "report": (_TABLES,),
 }  # fmt: skip
 FOR_IMAGENET = ("weights", "sha256", "predictors", "predictors_sha256", "class_map", "workers")
 FOR_REPORT = ("markdown", "readme")

@@ -24,7 +24,7 @@ from ..backends import BACKENDS
 from ..blocks import Pass, Pending
 from ..checks import check_image_list, check_packed
 from ..packing import Counts, Packed
-from ..pruners import View
+from ..rules import View
 from .parts import FEW_ROWS, WIDTH_STEP, Recorded, Recorder, Rest, bucket_sizes, needed, rest_sizes, to_the_end
 
 START = 6  # the table's column with the first row of an image
