@@ -204,13 +204,13 @@ def _identity(job: Folder, vit: nn.Module, listing: Listing, every_setting: list
     """What the first and the second half of an interrupted count must have in common, under the name of each part."""
     predictors = None if job.predictors is None else hashlib.sha256(Path(job.predictors).read_bytes()).hexdigest()
     return {
-        "model": job.model, "weights": _hash(vit), "predictors": predictors, "images": listing.fingerprint(),
+        "model": job.model, "weights": weights_hash(vit), "predictors": predictors, "images": listing.fingerprint(),
         "number of images": len(listing.samples), "settings": [setting.name for setting in every_setting],
         "batch size": job.batch, "device": job.device, "version of ragged": machine()["version"],
     }  # fmt: skip
 
 
-def _hash(vit: nn.Module) -> str:
+def weights_hash(vit: nn.Module) -> str:
     """SHA-256 of all weights: it sees a changed file, and a changed download too."""
     found = hashlib.sha256()
     for name, x in sorted(vit.state_dict().items()):
