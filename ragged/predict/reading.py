@@ -113,14 +113,14 @@ class Files(torch.utils.data.Dataset):
 
 
 def together(rows: list[tuple[str, Tensor, str]]) -> Batch:
-    """Rows of `Files` as one batch."""
+    """Rows of `Files` as one batch. rows: a (path, image, status) for each."""
     paths, images, status = zip(*rows)
     return Batch(list(paths), torch.stack(images), list(status))
 
 
 def ahead(paths: Sequence[str], read: Read, batch: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches of `paths`, made by `workers` processes ahead of whoever asks; 0 reads here. pin: in pinned memory, for
-    copies to a GPU. OSError if one of the processes is ended from outside."""
+    """Batches of `batch` of the `paths`, made with `read` by `workers` processes ahead of whoever asks; 0 reads here.
+    pin: in pinned memory, for copies to a GPU. OSError if one of the processes is ended from outside."""
     loader = torch.utils.data.DataLoader(
         Files(paths, read), batch, num_workers=workers, collate_fn=together, pin_memory=pin
     )
