@@ -199,8 +199,8 @@ def _sum(tallies: list[Tally], sizes: tuple[int, int], group: Group) -> list[Tal
 def _same_folder(job: Folder, vit: nn.Module, identity: dict) -> None:
     """ValueError if the folder is not any more what was counted."""
     if find(job.folder, vit.num_classes, job.class_map).fingerprint() != identity["images"]:
-        raise ValueError(f"--imagenet: {job.folder} changed while it was counted, and nobody can say of which images the "
-                         "result is; count again when it is left alone, with --redo")  # fmt: skip
+        raise ValueError(f"--imagenet: {job.folder} changed while it was counted, and nobody can say of which images "
+                         "the result is; count again when it is left alone, with --redo")  # fmt: skip
 
 
 def _from(loader: torch.utils.data.DataLoader, numbers: list[int]) -> Iterator:

@@ -125,7 +125,7 @@ def spread(asked: argparse.Namespace) -> None:
     """ValueError for what several processes, started by torchrun, would only do several times."""
     if processes.asked() > 1 and (asked.suites != ["accuracy"] or asked.imagenet is None):
         raise ValueError(f"{' '.join(asked.suites)}: torchrun started {processes.asked()} processes, and only "
-                         "accuracy --imagenet DIR is shared among them; start the others, and the report, without it")  # fmt: skip
+                         "accuracy --imagenet DIR is shared among them; start the rest without it")  # fmt: skip
 
 
 def packages(asked: argparse.Namespace) -> None:
