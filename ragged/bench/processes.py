@@ -41,6 +41,12 @@ class Group:
         self._collect(lambda: dist.all_reduce(whole))
         return whole.cpu()
 
+    def wait(self) -> None:
+        """Until all processes are here, and their GPUs idle."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.total(torch.zeros(1))
+
     def of_first(self, value: object) -> object:
         """What the first process has for `value`."""
         held = [value]

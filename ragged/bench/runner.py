@@ -24,7 +24,8 @@ from .timing import Stats, stats, wait
 UNITS = {
     "syncs": "1", "images_per_s": "images/s", "peak_mb": "MB", "kept_tokens": "tokens", "capacity_waste": "1",
     "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "top1": "1",
-    "flops_ratio": "1",
+    "flops_ratio": "1", "decode_images_per_s": "images/s", "gpu_images_per_s": "images/s",
+    "end_to_end_images_per_s": "images/s",
 }  # fmt: skip
 _IDENTITY = ("model", "pruner", "backend", "mode", "batch", "tokens", "dtype")
 
