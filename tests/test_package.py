@@ -23,11 +23,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = (
     "checks data tiles launch kernels backends attention rows packing support loading rules pruners blocks graph model"
 ).split()
-WINGS = ("data", "bench", "plots", "course", "train")
+WINGS = ("data", "bench", "plots", "course", "train", "predict")
 FOLDERS = ("kernels", "support", "graph")  # of the core
 # What a wing may import beside itself and the core. `data` stands under the core: of it it takes the checks alone.
 MAY_USE = {"data": (), "plots": ("data",), "bench": ("data",), "course": ("data", "plots", "bench"),
-           "train": ("data", "bench")}  # fmt: skip
+           "train": ("data", "bench"), "predict": ("data", "bench")}  # fmt: skip
 
 MAX_CORE_FILES = 13
 MAX_FILE_LINES = 400

@@ -20,7 +20,7 @@ LIBRARY = [n for n in MODULES if n in OF_PROGRAMS or n.split(".")[0] not in PROG
 # What lessons and users call by name; the rest is documented where its file begins.
 DOCUMENTED = (
     "attention packing pruners graph.batch graph.lists loading model data.files data.images data.checkpoints "
-    "data.tables data.scenes bench.flops bench.timing course.lesson"
+    "data.tables data.scenes bench.flops bench.timing course.lesson predict.reading predict.classify"
 ).split()
 TRIVIAL = {"self", "cls"}
 

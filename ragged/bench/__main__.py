@@ -18,7 +18,7 @@ import torch
 
 from .. import data
 from ..backends import BACKENDS
-from . import commandline, options
+from . import commandline, options, processes
 from .report import report, write_summary
 from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
@@ -45,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when cases failed for reasons that can be put right (`options.EXIT_CODES`)."""
     asked = parser().parse_args(arguments)
     options.check(asked)
+    processes.take_gpu(asked.device)
     out = Path(asked.out or ("quick_results" if asked.quick else data.data_dir() / "results"))
     repeats = asked.repeats or (3 if asked.quick else 5)
     suites = [suite for suite in asked.suites if suite != "report"]
     if suites:
         commandline.check_writable(out)
+    if suites and processes.asked() == 1:
         say_what_is_missing(asked.device)
     wanted = options.wanted(asked)
     recorder = Recorder(out, repeats, 1000 if asked.quick else 4000, asked.redo, asked.budget)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,7 +23,8 @@ from ..data.tables import only_one
 from ..loading import load_deit
 from ..model import RaggedViT
 from ..pruners import PRUNERS, Pruner
-from .folder import Listing, image_folder
+from .folder import Listing, find, image_folder
+from .processes import ALONE, Group
 from .runner import machine
 from .suites.model import SINGLE_CUT
 from .timing import Stats
@@ -146,38 +148,74 @@ class Folder:
 
 
 def count(job: Folder, state: Path, every: int = 20, show: Callable[[Iterable, int], Iterable] | None = None,
-          chosen: list[Setting] | None = None, anew: bool = False) -> list[tuple[Setting, Tally]]:  # fmt: skip
+          chosen: list[Setting] | None = None, anew: bool = False,
+          group: Group = ALONE) -> list[tuple[Setting, Tally]]:  # fmt: skip
     """One pass over the folder for all settings. state: a file to go on from, written every so many batches and
     removed at the end.  show: wraps the batches, for a progress bar.  chosen: instead of all settings.  anew: forget
-    the state. ValueError if the state is of other weights, other images or another version, OSError if another process
-    counts with the same state. What the classes are is printed on stderr."""
-    with only_one(state.with_name(f".{state.stem}.lock"), 0):
-        if anew:
+    the state.  group: processes that share the work, batch by batch, so that a batch holds what it holds for one
+    process; the first writes, and the others may be more or fewer when a count goes on. ValueError if the state is of
+    other weights, other images or another version, if the folder changes meanwhile, and if processes see different
+    things; OSError if another run counts with the same state. What the classes are is printed on stderr."""
+    from timm.data.distributed_sampler import OrderedDistributedSampler
+
+    with only_one(state.with_name(f".{state.stem}.lock"), 0) if group.first else contextlib.nullcontext():
+        if anew and group.first:
             state.unlink(missing_ok=True)
         vit = job.network()
         every_setting = job.settings() if chosen is None else chosen
         loader = image_folder(job.folder, vit, job.batch, job.workers, job.class_map)
-        print(loader.dataset.listing.summary(), file=sys.stderr)
-        identity = _identity(job, vit, loader.dataset.listing, every_setting)
+        listing = loader.dataset.listing
+        if group.first:
+            print(listing.summary(), file=sys.stderr)
+        identity = _identity(job, vit, listing, every_setting)
         dtype, sizes = vit.patch_embed.proj.weight.dtype, (vit.patch_embed.num_patches, vit.num_prefix_tokens)
         models = [RaggedViT(vit, setting.make()).to(job.device, dtype) for setting in every_setting]
-        done, tallies = _resume(state, identity, every_setting, sizes)
-        batches: Iterable = _from(loader, done)
-        for number, (images, labels) in enumerate(show(batches, len(loader) - done) if show else batches, done + 1):
+        group.agree(identity | {"GPU": machine()["gpu"], "version of PyTorch": torch.__version__})
+        if len(listing.samples) < group.size:
+            raise ValueError(f"--imagenet: {job.folder} holds {len(listing.samples)} images, fewer than the "
+                             f"{group.size} processes; start fewer")  # fmt: skip
+        done, tallies = _resume(state, identity, every_setting, sizes) if group.first else (0, [])
+        done = group.of_first(done)
+        tallies = tallies or [Tally(*sizes) for _ in every_setting]
+        mine = OrderedDistributedSampler(range(done, len(loader)), group.size, group.rank)
+        valid = len(range(done + group.rank, len(loader), group.size))  # the rest repeats batches, to make ranks even
+        batches: Iterable = _from(loader, [done + i for i in mine])
+        for number, (images, labels) in enumerate(show(batches, len(mine)) if show and group.first else batches, 1):
             images = images.to(job.device, dtype)
-            for model, tally in zip(models, tallies):
+            for model, tally in zip(models, tallies) if number <= valid else ():
                 tally.add(model, images, labels)
-            if number % every == 0 and number < len(loader):
-                _note(state, identity, number, every_setting, tallies)
-        state.unlink(missing_ok=True)
-    return list(zip(every_setting, tallies))
+            if number % every == 0 and number < len(mine):
+                found = _sum(tallies, sizes, group)
+                if group.first:
+                    _note(state, identity, done + number * group.size, every_setting, found)
+        found = _sum(tallies, sizes, group)
+        if group.first:
+            _same_folder(job, vit, identity)
+            state.unlink(missing_ok=True)
+    return list(zip(every_setting, found))
 
 
-def _from(loader: torch.utils.data.DataLoader, done: int) -> Iterator:
-    """The batches after the first `done`, without reading those again."""
-    rest = torch.utils.data.Subset(loader.dataset, range(done * loader.batch_size, len(loader.dataset)))
+def _sum(tallies: list[Tally], sizes: tuple[int, int], group: Group) -> list[Tally]:
+    """The tallies of all processes as one each."""
+    if group.size == 1:
+        return tallies
+    whole = group.total(torch.stack([torch.cat((torch.tensor([t.seen, t.right]), t.counts)) for t in tallies]))
+    return [Tally(*sizes, int(row[0]), int(row[1]), row[2:].tolist()) for row in whole]
+
+
+def _same_folder(job: Folder, vit: nn.Module, identity: dict) -> None:
+    """ValueError if the folder is not any more what was counted."""
+    if find(job.folder, vit.num_classes, job.class_map).fingerprint() != identity["images"]:
+        raise ValueError(f"--imagenet: {job.folder} changed while it was counted, and nobody can say of which images "
+                         "the result is; count again when it is left alone, with --redo")  # fmt: skip
+
+
+def _from(loader: torch.utils.data.DataLoader, numbers: list[int]) -> Iterator:
+    """The batches with these numbers, without reading others."""
+    size, images = loader.batch_size, len(loader.dataset)
+    which = [list(range(number * size, min(images, (number + 1) * size))) for number in numbers]
     try:
-        yield from torch.utils.data.DataLoader(rest, loader.batch_size, num_workers=loader.num_workers)
+        yield from torch.utils.data.DataLoader(loader.dataset, batch_sampler=which, num_workers=loader.num_workers)
     except (OSError, ValueError) as error:  # from another process it comes wrapped in that process's traceback
         why = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
         raise type(error)(why) from None
@@ -211,13 +249,13 @@ def _identity(job: Folder, vit: nn.Module, listing: Listing, every_setting: list
     """What the first and the second half of an interrupted count must have in common, under the name of each part."""
     predictors = None if job.predictors is None else hashlib.sha256(Path(job.predictors).read_bytes()).hexdigest()
     return {
-        "model": job.model, "weights": _hash(vit), "predictors": predictors, "images": listing.fingerprint(),
+        "model": job.model, "weights": weights_hash(vit), "predictors": predictors, "images": listing.fingerprint(),
         "number of images": len(listing.samples), "settings": [setting.name for setting in every_setting],
         "batch size": job.batch, "device": job.device, "version of ragged": machine()["version"],
     }  # fmt: skip
 
 
-def _hash(vit: nn.Module) -> str:
+def weights_hash(vit: nn.Module) -> str:
     """SHA-256 of all weights: it sees a changed file, and a changed download too."""
     found = hashlib.sha256()
     for name, x in sorted(vit.state_dict().items()):

@@ -180,11 +180,19 @@ def image_folder(folder: Path, vit: nn.Module, batch: int, workers: int,
 
     Raises what `find` raises; a broken image raises ValueError, naming it, when its turn comes.
     """
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import create_transform
+
+    transform = create_transform(**picture_config(vit), is_training=False)
+    pictures = Pictures(find(folder, vit.num_classes, class_map), transform)
+    return torch.utils.data.DataLoader(pictures, batch, num_workers=workers)
+
+
+def picture_config(vit: nn.Module) -> dict:
+    """How the network `vit` wants its pictures: size, crop, interpolation, mean and deviation, under timm's names."""
+    from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(vit)
     size = getattr(vit.patch_embed, "img_size", None)
     if size is not None:  # what the network was made for, which may be another size than its weights were trained at
         config["input_size"] = (3, *size)
-    pictures = Pictures(find(folder, vit.num_classes, class_map), create_transform(**config, is_training=False))
-    return torch.utils.data.DataLoader(pictures, batch, num_workers=workers)
+    return config

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..loading import WEIGHTS, full_name
-from . import commandline
+from . import commandline, processes
 from .accuracy import Folder
 from .networks import weights_of
 from .runner import Options
@@ -82,6 +82,7 @@ def check(asked: argparse.Namespace) -> None:
     """What the parser cannot know; fills in the device. ValueError, ImportError or OSError before anything is
     measured, not after."""
     effects(asked)
+    spread(asked)
     packages(asked)
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to measure on the CPU")
@@ -137,6 +138,13 @@ def effects(asked: argparse.Namespace) -> None:
         refuse(("sha256",), "is the hash of a checkpoint file; give the file with --weights FILE")
     if asked.predictors is None:
         refuse(("predictors_sha256",), "is the hash of --predictors FILE, which is not given")
+
+
+def spread(asked: argparse.Namespace) -> None:
+    """ValueError for what several processes, started by torchrun, would only do several times."""
+    if processes.asked() > 1 and (asked.suites != ["accuracy"] or asked.imagenet is None):
+        raise ValueError(f"{' '.join(asked.suites)}: torchrun started {processes.asked()} processes, and only "
+                         "accuracy --imagenet DIR is shared among them; start the rest without it")  # fmt: skip
 
 
 def packages(asked: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ UNITS = {
     "max_abs_logit_diff": "logit", "mean_abs_logit_diff": "logit", "top1_agreement": "1", "top1": "1",
     "flops_ratio": "1", "images": "images", "size_correlation": "1", "size_correlation_low": "1",
     "size_correlation_high": "1", "feature_cosine": "1",
+    "decode_images_per_s": "images/s", "gpu_images_per_s": "images/s",
+    "end_to_end_images_per_s": "images/s",
 }  # fmt: skip
 _IDENTITY = ("model", "pruner", "backend", "mode", "batch", "tokens", "dtype")
 

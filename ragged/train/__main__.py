@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data
-from ..bench import commandline
+from ..bench import commandline, processes
 from ..bench.runner import machine
 from ..bench.suites.accuracy import HELD_OUT, held_out
 from ..data import sidecar
@@ -37,7 +37,7 @@ from ..data.scene_pool import Pool
 from ..loading import DEITS, load_deit
 from ..model import RaggedViT
 from ..pruners import PRUNERS, Pruner
-from . import memory
+from . import memory, several
 from .losses import CLASSES, Masked, Taught, dynamicvit_loss, label_loss, taught_loss
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
@@ -51,10 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         fill_in(asked)
         out = data.data_dir() / "checkpoints" if asked.bundle else Path(asked.out or "trained")
-        run = Run(asked, out / f"{asked.model}{TEACH[asked.teach]}{STAGES[asked.stage]}.safetensors")
-        torch.manual_seed(asked.seed)
-        torch.set_float32_matmul_precision("high")
-        (dense if asked.stage == "dense" else dynamicvit)(run)
+        processes.take_gpu(asked.device)
+        with processes.joined(asked.device) as group:
+            run = Run(asked, out / f"{asked.model}{TEACH[asked.teach]}{STAGES[asked.stage]}.safetensors", group)
+            torch.manual_seed(asked.seed)
+            torch.set_float32_matmul_precision("high")
+            (dense if asked.stage == "dense" else dynamicvit)(run)
     except KeyboardInterrupt:
         kept = run is not None and run.state.is_file()
         left = f"the state is in {run.state}; to go on: {run.command()}" if kept else "nothing is kept"
@@ -128,9 +130,11 @@ def fill_in(asked: argparse.Namespace) -> None:
 class Run:
     """The loop that both stages share: steps, learning rate, progress bar, log, and a state to go on from."""
 
-    def __init__(self, asked: argparse.Namespace, path: Path):
+    def __init__(self, asked: argparse.Namespace, path: Path, group: processes.Group = processes.ALONE):
         """Looks at the place first: ValueError for a finished network that may stay, OSError where nothing can be
-        written."""
+        written. group: the processes that share the work."""
+        self.group = group
+        several.check(asked, group)
         self.asked, self.path, self.settings = asked, path, settings_of(asked)
         self.state, self.log, self.logged = path.with_suffix(".state.pt"), path.with_suffix(".csv"), False
         if path.exists() and not asked.replace:
@@ -145,17 +149,23 @@ class Run:
         groups = [{"params": decay}, {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=asked.lr, weight_decay=0.05, fused=asked.device == "cuda")
         done = self.resume(module, optimizer)
+        self.group.agree({"step to go on from": done})
         if done >= asked.steps:
             return
-        if asked.device == "cpu":
+        if asked.device == "cpu" and self.group.first:
             memory.check(asked, parameters, loss_of)
-        pool = Pool(asked.device, asked.pool, asked.fresh, asked.steps, asked.seed, done)
+        rank, n = self.group.rank, self.group.size
+        if n > 1:
+            self.network.share(self.group)
+        pool = Pool(asked.device, asked.pool // n, asked.fresh // n, asked.steps,
+                    asked.seed + several.SEEDS_APART * rank, done)  # fmt: skip
         with Interrupt() as interrupt:  # from the next line on, Ctrl-C finishes a step and keeps the state
-            print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
+            if self.group.first:
+                print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
             for step in self.steps(done, start):
                 for group in optimizer.param_groups:
                     group["lr"] = asked.lr * schedule(step, asked.steps)
-                images, labels, boxes = pool.step(asked.batch)
+                images, labels, boxes = pool.step(asked.batch // n)
                 if step < asked.coarse * asked.steps:
                     images = F.avg_pool2d(images, 2)
                 with torch.autocast(asked.device, torch.bfloat16):
@@ -165,9 +175,10 @@ class Run:
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 self.losses.append(loss.detach())
-                if (step + 1) % STATE_EVERY == 0 or step + 1 == asked.steps or interrupt.asked:
+                stop = several.interrupted(interrupt.asked, step + 1, self.group)
+                if (step + 1) % STATE_EVERY == 0 or step + 1 == asked.steps or stop:
                     self.keep_state(module, optimizer, step + 1)
-                if interrupt.asked:
+                if stop:
                     print(f"stopped after step {step + 1} of {asked.steps}", file=sys.stderr)
                     raise KeyboardInterrupt
 
@@ -176,14 +187,15 @@ class Run:
         `start` would not do."""
         asked, clock, self.losses = self.asked, time.monotonic(), []
         settled = 200 if asked.compile else 10  # steps until the speed is the one to reckon with
-        every = range(done, asked.steps)
-        for step in commandline.bar(every, desc=self.path.stem, initial=done, total=asked.steps, mininterval=5.0):
+        every, group = range(done, asked.steps), self.group
+        for step in commandline.bar(every, desc=self.path.stem, initial=done, total=asked.steps, mininterval=5.0,
+                                    disable=not group.first):  # fmt: skip
             if step >= asked.steps:
                 return
             yield step
             if (step + 1) % 100 and step + 1 != asked.steps and step + 1 - done != settled:
                 continue
-            mean = torch.stack(self.losses).mean().item()  # the only time the loop waits for the GPU
+            mean = group.total(torch.stack(self.losses).mean()).item() / group.size  # here the loop waits for the GPU
             rate = len(self.losses) * asked.batch / (time.monotonic() - clock)
             if not math.isfinite(mean):
                 raise ValueError(f"the loss is {mean} at step {step + 1}: try a smaller --lr")
@@ -195,10 +207,12 @@ class Run:
                 if fit < asked.steps:
                     print(f"{asked.steps} steps would take longer than {asked.minutes:g} minutes: {fit} will be done "
                           "(--minutes)", flush=True)  # fmt: skip
-                asked.steps = min(asked.steps, fit)
+                asked.steps = group.of_first(min(asked.steps, fit))
             clock, self.losses = time.monotonic(), []
 
     def note(self, step: int, loss: float, rate: float) -> None:
+        if not self.group.first:
+            return
         new = not self.logged or not self.log.exists()
         self.logged = True
         with self.log.open("w" if new else "a", newline="", encoding="utf-8") as file:
@@ -209,6 +223,8 @@ class Run:
             table.writerow((step, f"{loss:.5f}", f"{rate:.0f}", f"{lr:.3g}"))
 
     def keep_state(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if not self.group.first:
+            return
         draft = self.state.with_suffix(".draft")
         tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({"step": step, "steps": self.asked.steps, "settings": self.settings} | tensors, draft)
@@ -229,7 +245,8 @@ class Run:
         if then != self.settings:
             other = ", ".join(_changed(then, self.settings))
             raise ValueError(f"{self.state} is of another run ({other}); repeat that to go on, or remove it")
-        print(f"going on after step {step} of {self.state}")
+        if self.group.first:
+            print(f"going on after step {step} of {self.state}")
         self.asked.steps, self.logged = steps, True
         return step
 
@@ -247,7 +264,6 @@ class Run:
         self.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         self.state.unlink(missing_ok=True)
         print(f"{self.path}: {facts}")
-
 
     def command(self) -> str:
         """The command line that goes on with this run."""
@@ -270,8 +286,10 @@ class Interrupt:
 
     def note(self, *_: object) -> None:
         self.asked = True
-        print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, self.before)
+        again = "Ctrl-C again stops at once" if processes.asked() == 1 else "torchrun hands Ctrl-C to all processes"
+        print(f"\nfinishing this step; {again}", file=sys.stderr, flush=True)
+        # torchrun sends another one of its own, which must not stop a process before its state is kept
+        signal.signal(signal.SIGINT, self.before if processes.asked() == 1 else signal.SIG_IGN)
 
     def __exit__(self, *_: object) -> None:
         if self.before is not None:
@@ -307,13 +325,15 @@ def dense(run: Run) -> None:
     module: nn.Module = vit.to(asked.device).train()
     if asked.teach == "boxes":
         module = Taught(vit).to(asked.device)
-    network = torch.compile(module, dynamic=False) if asked.compile else module
+    network = run.network = several.Network(module, {"dynamic": False} if asked.compile else None)
 
     def loss_of(images: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         found = network(images)
         return label_loss(found, labels) if asked.teach == "labels" else taught_loss(found, labels, boxes)
 
     run.train(module, list(module.parameters()), loss_of)
+    if not run.group.first:
+        return
     vit.eval()
     run.save(vit.state_dict(), {"top1": top1(vit, None, asked.held_out, asked.device), "held_out": asked.held_out})
     old = run.path.with_name(f"{run.path.stem}{STAGES['dynamicvit']}.safetensors")
@@ -330,7 +350,7 @@ def dynamicvit(run: Run) -> None:
     data.verify_sha256(source)
     vit = load_deit(asked.model, weights=source).to(asked.device).requires_grad_(False)
     module = Masked(vit).to(asked.device)
-    network = torch.compile(module) if asked.compile else module
+    network = run.network = several.Network(module, {} if asked.compile else None)
 
     @torch.no_grad()
     def teach(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,6 +361,8 @@ def dynamicvit(run: Run) -> None:
         return dynamicvit_loss(network(images), teach(images), labels, asked.keep)
 
     run.train(module, list(module.score_predictor.parameters()), loss_of)
+    if not run.group.first:
+        return
     prefix = "score_predictor."
     tensors = {prefix + name: x for name, x in module.score_predictor.state_dict().items()}
     digest = hashlib.sha256(source.read_bytes()).hexdigest()

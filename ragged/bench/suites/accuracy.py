@@ -27,7 +27,7 @@ from ...data.intervals import rank_correlation
 from ...data.scene_pool import Scenes, batches
 from ...model import RaggedViT
 from ...pruners import PRUNERS
-from .. import commandline
+from .. import commandline, processes
 from ..accuracy import KEEPS, SCHEDULES, UNPRUNED, Folder, Setting, Tally, count, settings
 from ..networks import NETWORKS, network, predictors_of
 from ..pipelines import Pipeline, Workbench, need
@@ -184,11 +184,19 @@ class Study:
 
 
 def imagenet(job: Folder, recorder: Recorder) -> list[dict]:
-    """Count everything over a folder of images and write the rows. Goes on where an interrupted count stopped."""
+    """Count everything over a folder of images and write the rows. Goes on where an interrupted count stopped. Under
+    torchrun all processes count, and the first writes."""
+    with processes.joined(job.device) as group:
+        return _imagenet(job, recorder, group)
+
+
+def _imagenet(job: Folder, recorder: Recorder, group: processes.Group) -> list[dict]:
     state = recorder.folder() / f"accuracy_imagenet_{slug(job.model)}.state.json"
     options = {"desc": "imagenet", "unit": "batch", "mininterval": 1.0}
     show = lambda batches, total: commandline.bar(batches, total=total, **options)  # noqa: E731
-    found = count(job, state, show=show, anew=recorder.redo)
+    found = count(job, state, show=show, anew=recorder.redo, group=group)
+    if not group.first:
+        return []
     shared = {"suite": "accuracy", "model": f"{job.model}_imagenet", "mode": "eager", "batch": job.batch,
               "dtype": "float16" if job.device == "cuda" else "float32"}  # fmt: skip
     rows = []
