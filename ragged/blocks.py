@@ -3,7 +3,7 @@
 Row-wise pieces do not care whether they get (batch, n, dim) or (total, dim); only attention does. Every piece is a
 plain function of a block and tensors, so that `torch.compile` compiles it once and uses it for all blocks. One more
 comes before the first block: `embed`. They take the place of timm's `forward` methods where a block is plain;
-support.py decides that.
+support/ decides that.
 
 Then the records of a pass through the blocks: where it stands, and what it leaves behind.
 """

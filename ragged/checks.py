@@ -1,6 +1,6 @@
 """Argument checks. Every error names the argument, what was expected and what came.
 
-Here too: the dictionary behind `BACKENDS` and `PRUNERS`. Which models are handled stands in support.py.
+Here too: the dictionary behind `BACKENDS` and `PRUNERS`. Which models are handled stands in support/.
 """
 
 from __future__ import annotations
