@@ -29,7 +29,8 @@ def at_once(*jobs):
     def run(job):
         try:
             gate.wait()
-            job()
+            with torch.no_grad():  # every thread begins with gradients
+                job()
         except BaseException as error:
             errors.append(error)
 
