@@ -8,6 +8,7 @@ None.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,6 +196,42 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     return out, _minus_inf(lse)
 
 
+def _efficient_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    if 0 in (q.shape[0], k.shape[0]):  # the operator takes no empty tensors
+        lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
+        return q.new_zeros(q.shape), lse if want_lse else None
+    q, k, v = (x[None] for x in _sixteen(q, k, v))
+    sizes = (None, cu_q, cu_k, max_q, max_k, 0.0, 0, want_lse)  # no bias, no dropout, no mask
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward(q, k, v, *sizes, scale=scale)
+    if not want_lse:
+        return out[0], None
+    rows = lse.masked_fill((cu_k.diff() == 0)[:, None, None], -math.inf)  # (batch, nheads, at least max_q)
+    return out[0], unpad_rows(rows.transpose(1, 2), cu_q, q.shape[1]).T.contiguous()
+
+
+FLASH_3 = {"flash_attn_interface": "flash_attn_config", "fa3_fwd_interface": "fa3_fwd_config"}
+
+
+@functools.cache
+def _flash_3() -> tuple[Callable | None, dict, str]:
+    """FlashAttention-3's function, what its build leaves out, and why there is none."""
+    for name, config in FLASH_3.items():
+        if launch.installed(name):
+            try:
+                function = importlib.import_module(name).flash_attn_varlen_func
+                return function, importlib.import_module(config).CONFIG["build_flags"], ""
+            except Exception as error:  # a build for another PyTorch fails in its own way
+                return None, {}, f"{name} cannot be imported: {error}"
+    return None, {}, "FlashAttention-3 is not installed (pip install --no-deps fa3-fwd, bfloat16 only)"
+
+
+def _flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    function = _flash_3()[0]
+    sizes = (cu_q, cu_k, max_q, max_k)
+    out = function(*_sixteen(q, k, v), *sizes, softmax_scale=scale, return_attn_probs=want_lse)
+    return (out[0], _minus_inf(out[1])) if want_lse else (out, None)
+
+
 def _paper_triton(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
     if cu_q is not cu_k and not (cu_q.shape == cu_k.shape and torch.equal(cu_q, cu_k)):
         raise ValueError("backend 'paper_triton': Algorithm 1 has one cu_seqlens, queries and keys must agree")
@@ -286,6 +323,27 @@ def _why_not_torch_varlen(device, dtype, headdim) -> str | None:
     return _why_not_flash(device, dtype, headdim)
 
 
+def _why_not_flash_3(device, dtype, headdim) -> str | None:
+    if reason := _flash_3()[2] or _why_not_flash(device, dtype, headdim):
+        return reason
+    if _capability(torch.device(device)) != (9, 0):
+        return "needs compute capability 9.0"
+    without_half = _flash_3()[1].get("FLASHATTENTION_DISABLE_FP16")
+    return "this build of FlashAttention-3 has no float16" if dtype == torch.float16 and without_half else None
+
+
+def _why_not_efficient(device, dtype, headdim) -> str | None:
+    if reason := _no_cuda(device):
+        return reason
+    if dtype not in (*HALF, torch.float32):
+        return f"dtype {dtype} is not one of float16, bfloat16, float32"
+    needed = (8, 0) if dtype == torch.bfloat16 else (5, 0)
+    if _capability(torch.device(device)) < needed:
+        return f"needs compute capability {needed[0]}.{needed[1]} for {dtype}"
+    grain = 16 // dtype.itemsize
+    return f"head dimension {headdim} is not a multiple of {grain}" if headdim % grain else None
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -295,6 +353,9 @@ _ALL = (  # in the order in which "auto" tries them
     Backend("triton", _triton, _why_not_triton, "this collection's kernel", packs_first=True, has_lse=True, auto=True),
     Backend("flash_attn", _flash_attn, _why_not_flash_package, "FlashAttention-2", has_lse=True, auto=True),
     Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True),
+    Backend("efficient_varlen", _efficient_varlen, _why_not_efficient, "PyTorch's memory-efficient kernel, ragged",
+            has_lse=True, auto=True),
+    Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True),
     Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False),
     Backend("sdpa_padded", _padded, _anywhere, "fused SDPA, padded to the longest, vectorised", layout="padded",
             has_lse=True, auto=True),

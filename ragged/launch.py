@@ -4,7 +4,9 @@
 multiple of 16, whether a pointer is aligned. From that it makes a key, looks the compiled kernel up, and starts it:
 tens of microseconds of host time, at short sequences more than the GPU then computes. But a model calls the same
 kernel with the same answers again and again. `start` below asks the questions once per key, which the caller
-provides, and keeps the compiled kernel. What is left per call is a dictionary look-up and the driver's own launch.
+provides, and keeps the compiled kernel. What is left per call is a dictionary look-up and the driver's own launch:
+function, grid, threads, shared memory, stream and arguments, which stay the same from one version of Triton to the
+next.
 `quick` goes one step further for attention: it recognises a whole kind of call and skips its checks.
 
 Nothing here depends on lengths or batch: those travel in the grid and in ordinary arguments.
@@ -14,8 +16,9 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import os
+import re
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -30,6 +33,10 @@ LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is what the h
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # device -> stream as an integer
 
+try:  # cuLaunchKernel, as torch.compile calls it: packs the arguments on C's stack, so threads share nothing
+    cu_launch_kernel = torch._C._StaticCudaLauncher._launch_kernel
+except AttributeError:  # a PyTorch without CUDA, or of another time
+    cu_launch_kernel = None
 try:  # the allocator's own entry, without the argument parsing of torch.empty: half the time
     _empty_cuda = torch._C._dynamo.guards._empty_strided_cuda
 except AttributeError:
@@ -74,6 +81,7 @@ def head_of(heads: int, dim: int) -> dict:
 # ---- one launch ----
 
 _launchers: dict[tuple, Callable] = {}
+HIGHEST_INT = 2**31 - 1  # of the integers that our kernels take
 
 
 def start(kernel: Any, key: tuple, grid: tuple[int, int], tensors: tuple, numbers: tuple, constants: dict,
@@ -83,8 +91,9 @@ def start(kernel: Any, key: tuple, grid: tuple[int, int], tensors: tuple, number
     key: whatever decides `constants` and `options` for the caller; together with the kernel, the device and the
     pointers' alignment it must determine the compiled kernel. tensors, numbers: the leading arguments in order; the
     kernel must not specialise on the numbers. The first call of a key goes through the JIT, which compiles or finds
-    the kernel; later calls start it directly. Interpreter runs and unaligned pointers always take the JIT.
-    Returns the kept launcher, (grid x, grid y, stream, *pointers, *numbers), or None where there is none.
+    the kernel; later calls start it directly. Interpreter runs, unaligned pointers and integers of more than 32 bits
+    always take the JIT. Returns the kept launcher, (grid x, grid y, stream, *pointers, *numbers), or None where there
+    is none.
     """
     if 0 in grid:
         return None
@@ -95,47 +104,94 @@ def start(kernel: Any, key: tuple, grid: tuple[int, int], tensors: tuple, number
     if device != current_device():
         with torch.cuda.device(device):
             return start(kernel, key, grid, tensors, numbers, constants, options)
-    pointers = [t.data_ptr() for t in tensors]
-    if functools.reduce(operator.or_, pointers) & 15:  # compiled kernels assume multiples of 16 bytes
+    pointers, bits = [t.data_ptr() for t in tensors], 0
+    for pointer in pointers:
+        bits |= pointer
+    if bits & 15 or max(numbers) > HIGHEST_INT:  # compiled kernels assume multiples of 16 bytes, and int32
         kernel[grid](*tensors, *numbers, **constants, **options)
         return None
-    launch = _launchers.get((kernel, device, key))
+    place = (id(kernel), device, key)  # its hash is that of its source; the launcher keeps it alive
+    launch = _launchers.get(place)
     if launch is None:
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
-        launch = _launchers[kernel, device, key] = direct(compiled, tuple(constants.values()))
+        launch = _launchers[place] = direct(compiled, tuple(constants.values()), kernel)
     else:
         launch(*grid, current_stream(device), *pointers, *numbers)
     return launch
 
 
-def direct(compiled: Any, constants: tuple) -> Callable:
+def direct(compiled: Any, constants: tuple, *keep: Any) -> Callable:
     """A function (grid x, grid y, stream, *pointers, *numbers) that starts an already compiled kernel.
 
-    `CompiledKernel.run` is what `kernel[grid]` calls in the end. Pointers go in as plain integers, so Triton does not
-    ask the driver about each of them. The constants are compiled in, but keep their places in the argument list.
-    Where the C function behind `run` is laid out as we know it (Triton 3.5 and 3.6), it is called without the wrapper
-    around it.
+    compiled: what `kernel[grid](...)` returned.  constants: those it was compiled with, in order.  keep: what must live
+    as long as the function does. A kernel whose parameters are not as expected is started by Triton's own `run`, with
+    one warning.
     """
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
-    if _triton_version() in ((3, 5), (3, 6)) and not scratch:
-        call, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None)
+    try:
+        kinds, unused = parameters(compiled)
+    except NotImplementedError as reason:
+        return _wrapped(compiled, constants, str(reason))
+    call, function = cu_launch_kernel, compiled.function
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
 
-        def launch(x: int, y: int, stream: int, *arguments) -> None:
-            call(x, y, 1, stream, function, *flags, packed, None, None, None, *arguments, *constants)
-    else:
+    def launch(x: int, y: int, stream: int, *arguments) -> None:
+        call(function, x, y, 1, warps, shared, kinds, arguments + unused, stream)
 
-        def launch(x: int, y: int, stream: int, *arguments) -> None:
-            run(x, y, 1, stream, function, packed, None, None, None, *arguments, *constants)
-
+    launch.keep = (compiled, *keep)  # a compiled kernel that nobody holds is unloaded
     return launch
 
 
-def _triton_version() -> tuple[int, int]:
-    import triton
+# Triton's name of a type -> how `cu_launch_kernel` calls it, and its bits
+KINDS = {"*": ("O", "64"), "i32": ("i", "32"), "i64": ("l", "64"), "fp32": ("f", "32")}
 
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+
+def parameters(compiled: Any) -> tuple[str, tuple]:
+    """How a compiled kernel takes its arguments: a letter for each parameter, as `cu_launch_kernel` reads them, and the
+    values of those at the end that are no arguments of ours.
+
+    compiled: a kernel of Triton. What Triton says about it (`src.signature`) is compared with what the assembler was
+    told (the `.param` lines of its PTX). Behind the arguments stand pointers to scratch memory, whether there is any or
+    not. Raises NotImplementedError, saying why, where that is not so or a bare cuLaunchKernel would not do.
+    """
+    if cu_launch_kernel is None:
+        raise NotImplementedError(f"PyTorch {torch.__version__} has no _StaticCudaLauncher")
+    try:
+        facts = {name: getattr(compiled.metadata, name) for name in compiled.metadata._fields}
+        types = [kind for kind in compiled.src.signature.values() if kind != "constexpr"]
+        entry = re.search(r"\.entry\s+\w+\s*\(([^)]*)\)", compiled.asm["ptx"])[1]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise NotImplementedError(f"a compiled kernel lacks {error}") from error
+    special = ("launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
+    asked = [name for name in special if facts.get(name)]
+    asked += ["num_ctas"] if facts.get("num_ctas", 1) != 1 else []
+    scratch = {name: size for name, size in facts.items() if name.endswith("scratch_size")}
+    asked += [name for name, size in scratch.items() if size]
+    if asked:
+        raise NotImplementedError(f"a compiled kernel asks for {', '.join(asked)}")
+    kinds = [KINDS.get(kind[:1] if kind[:1] == "*" else kind) for kind in types] + [KINDS["*"]] * len(scratch)
+    found = re.findall(r"\.param\s+\.[a-z]+(\d+)\s", entry)
+    if None in kinds or [bits for _, bits in kinds] != found:
+        raise NotImplementedError(f"a compiled kernel has parameters of {found} bits for {types} and {[*scratch]}")
+    return "".join(letter for letter, _ in kinds), (0,) * len(scratch)
+
+
+fallbacks: list[str] = []  # why kernels were started through Triton's wrapper, each reason once
+
+
+def _wrapped(compiled: Any, constants: tuple, reason: str) -> Callable:
+    """`direct` by Triton's own `run`, which is what `kernel[grid]` calls in the end: right with any version, and
+    dearer. The constants are compiled in, but keep their places in its argument list."""
+    if reason not in fallbacks:
+        fallbacks.append(reason)
+        warnings.warn(f"ragged starts its kernels through Triton's wrapper, which costs microseconds a call: {reason}",
+                      RuntimeWarning, stacklevel=2)  # fmt: skip
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+
+    def launch(x: int, y: int, stream: int, *arguments) -> None:
+        run(x, y, 1, stream, function, packed, None, None, None, *arguments, *constants)
+
+    launch.keep = compiled
+    return launch
 
 
 # ---- attention: a kind of call that is known already ----
@@ -143,15 +199,39 @@ def _triton_version() -> tuple[int, int]:
 
 class Plan(NamedTuple):
     """A kind of call that went through every check: `same(q, k, v, cu_q[, cu_k])` says whether a later call is of that
-    kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch), tiles -> launcher."""
+    kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch).
+
+    device, dtype, heads, dim: of that kind.  strides: of its output.  scale: the default one, times LOG2_E.  launchers:
+    tiles -> launcher.  ways: (longest query, longest key, images, whether they can be equal) -> (launcher, grid x, grid
+    y), looked up among the launchers once.
+    """
 
     same: Callable[..., bool]
+    device: int
+    dtype: torch.dtype
+    heads: int
+    dim: int
+    strides: tuple[int, int, int]
+    scale: float
     launchers: dict[Tiles, Callable]
+    ways: dict[tuple, tuple[Callable, int, int]]
+
+    def way(self, max_q: int, max_k: int, images: int, equal: bool) -> tuple[Callable, int, int] | None:
+        """What `ways` holds, or will, or None: then these lengths have not been through the checks."""
+        if not (0 < max_q <= HIGHEST_INT and 0 < max_k <= HIGHEST_INT and images > 0):
+            return None
+        tiles = choose_tiles(max_q, max_k, self.dim, images * self.heads, equal, self.dtype.itemsize)
+        if (launcher := self.launchers.get(tiles)) is None:
+            return None
+        if len(self.ways) >= MOST_WAYS:
+            self.ways.clear()
+        found = self.ways[max_q, max_k, images, equal] = (launcher, *grid_of(tiles, max_q, self.heads, images))
+        return found
 
 
 # A model needs one or two. The guard takes every tensor once, so calls whose cu_k is cu_q have plans of their own.
 _plans: dict[bool, list[Plan]] = {True: [], False: []}
-MOST_PLANS = 16
+MOST_PLANS, MOST_WAYS = 16, 4096
 
 
 def plan_of(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Plan | None:
@@ -170,9 +250,11 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
         tensors = (q, k, v, cu_q) if cu_k is cu_q else (q, k, v, cu_q, cu_k)
         sizes = [[None, *x.shape[1:]] for x in tensors]
         strides = [list(x.stride()) for x in tensors]
-        plan = Plan(TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check, {})
-        if not plan.same(*tensors):  # q, k and v are not three tensors, say
+        same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        if not same(*tensors):  # q, k and v are not three tensors, say
             return
+        heads, dim = q.shape[1:]
+        plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), dim**-0.5 * LOG2_E, {}, {})
         plans = _plans[cu_k is cu_q]
         plans.insert(0, plan)
         del plans[MOST_PLANS:]
@@ -188,37 +270,38 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
     """
     shared = cu_k is cu_q
     for plan in _plans[shared]:
-        if plan.same(q, k, v, cu_q) if shared else plan.same(q, k, v, cu_q, cu_k):
+        same, device, dtype, heads, dim, strides, factor, _, ways = plan
+        if same(q, k, v, cu_q) if shared else same(q, k, v, cu_q, cu_k):
             break
     else:
         return None
-    if not (max_q.__class__ is int and max_q > 0 and max_k.__class__ is int and max_k > 0):
+    if max_q.__class__ is not int or max_k.__class__ is not int or device != current_device():
         return None
-    total, heads, dim = q.shape
-    total_k, images, device = k.shape[0], cu_q.shape[0] - 1, q.get_device()
+    total, total_k, images = q.shape[0], k.shape[0], cu_q.shape[0] - 1
     equal = total == images * max_q and total_k == images * max_k
-    tiles = choose_tiles(max_q, max_k, dim, images * heads, equal, q.element_size())
-    launcher = plan.launchers.get(tiles)
-    if launcher is None or device != current_device() or total == 0 or images < 1:
+    found = ways.get((max_q, max_k, images, equal)) or plan.way(max_q, max_k, images, equal)
+    if found is None or total_k != v.shape[0] or not (shared or cu_k.shape[0] == images + 1):
         return None
-    if total_k != v.shape[0] or not (shared or cu_k.shape[0] == images + 1):
+    if scale is not None:
+        if scale.__class__ is not float or not 0.0 < scale < math.inf:
+            return None
+        factor = scale * LOG2_E
+    if _empty_cuda is not None and device >= 0:
+        out = _empty_cuda((total, heads, dim), strides, dtype)
+    else:
+        out = q.new_empty((total, heads, dim))
+    a, b, c, d, e = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), cu_q.data_ptr()
+    f = e if shared else cu_k.data_ptr()
+    if (a | b | c | d | e | f) & 15 or not 0 < total <= HIGHEST_INT:  # as in `start`
         return None
-    if scale is None:
-        scale = dim**-0.5
-    elif scale.__class__ is not float or not 0.0 < scale < math.inf:
-        return None
-    out = new_output(q, total, heads, dim)
-    a, b, c, d, e, f = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
-    if (a | b | c | d | e | f) & 15:  # compiled kernels assume multiples of 16 bytes
-        return None
-    stream = current_stream(device)
-    grid = grid_of(tiles, max_q, heads, images)
-    launcher(*grid, stream, a, b, c, d, d, e, f, scale * LOG2_E, total, max_q, max_k)
+    launcher, x, y = found
+    launcher(x, y, current_stream(device), a, b, c, d, d, e, f, factor, total, max_q, max_k)
     return out
 
 
 def forget() -> None:
     """Drop every kept launcher and plan, so that the next call is a first call (for tests and measurements)."""
     _launchers.clear()
+    fallbacks.clear()
     for plans in _plans.values():
         plans.clear()

@@ -6,11 +6,11 @@ import copy
 import functools
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_cases import assert_in_budget, inputs, offsets
+from launch_cases import Driver, compiled
 
 import ragged
 from ragged import launch
@@ -112,19 +112,6 @@ def test_threads_share_the_remembered_calls(cpu_as_device, restless):
     assert len({*used}) == 6, "every kind was started the short way at some time"
 
 
-class Compiled:
-    """What Triton's JIT returns, as far as `launch.direct` looks: `run` notes its pointers."""
-
-    function, packed_metadata = 1, ()
-
-    def __init__(self, log):
-        self.run = functools.partial(self._note, log)
-
-    @staticmethod
-    def _note(log, x, y, z, stream, function, packed, *rest):
-        log.append(rest[3:])
-
-
 class Kernel:
     """Stands for a JIT function: compiles for whoever asks, and counts."""
 
@@ -135,16 +122,16 @@ class Kernel:
         def start(*arguments, **constants):
             self.compilations += 1
             pointers = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
-            self.log.append((*pointers, *constants.values()))
-            return Compiled(self.log)
+            self.log.append((*constants.values(), *pointers))
+            return compiled(["*fp32", "i32", "i32", "constexpr"], function=constants["N"])
 
         return start
 
 
 def test_threads_share_the_launchers(cpu_as_device, restless, monkeypatch):
     """Two threads may both compile a kernel that neither has found yet; every launch still gets its own arguments."""
-    monkeypatch.setattr(launch, "_triton_version", lambda: (0, 0))
-    log, kernels = [], []
+    log, kernels, driver = [], [], Driver()
+    monkeypatch.setattr(launch, "cu_launch_kernel", driver)
     kernels += [Kernel(log) for _ in range(3)]
     calls = 300
 
@@ -160,8 +147,9 @@ def test_threads_share_the_launchers(cpu_as_device, restless, monkeypatch):
             launch.forget()
 
     at_once(*[functools.partial(worker, n) for n in range(4)], forgetter)
-    assert sorted((row[1], row[2]) for row in log) == sorted((n, i) for n in range(4) for i in range(calls))
-    assert all(row[3] == row[2] % 3 for row in log), "the constants of another kernel"
+    log += [(started.function, *started.read[:3]) for started in driver.log]
+    assert sorted(row[2:] for row in log) == sorted((n, i) for n in range(4) for i in range(calls))
+    assert all(row[0] == row[3] % 3 for row in log), "the constants of another kernel"
     assert sum(kernel.compilations for kernel in kernels) < 4 * calls / 2, "most launches went the short way"
 
 
@@ -310,11 +298,3 @@ def test_out_of_memory_is_said_and_survived():
             assert torch.equal(model(small), want[0]) and torch.equal(recorded(small), want[1])
             assert torch.equal(ragged.varlen_attention(*call), before)
     assert torch.equal(model.capture(8)(small), want[1]), "and it can be recorded again"
-
-
-def test_the_stand_ins_are_like_the_real_thing():
-    """`launch.direct` asks a compiled kernel for `run`, `function` and `packed_metadata`, and for nothing else."""
-    seen = []
-    compiled = SimpleNamespace(run=lambda *a: seen.append(a), function=7, packed_metadata=(1,))
-    launch.direct(compiled, (64,))(2, 3, 4, 100, 200)
-    assert seen and seen[0][:3] == (2, 3, 1) and seen[0][-3:] == (100, 200, 64)

@@ -28,6 +28,8 @@ LOOKS = {
     "paper_padded": Look("paper's padded", "#009e73", "dot", "diamond-open"),
     "flash_attn": Look("FlashAttention-2", "#0072b2", "solid", "triangle-up"),
     "torch_varlen": Look("torch varlen_attn", "#56b4e9", "solid", "triangle-down"),
+    "flash_attn_3": Look("FlashAttention-3", "#0072b2", "dash", "triangle-up-open"),
+    "efficient_varlen": Look("memory-efficient, ragged", "#7f3c8d", "solid", "star"),
     "nested": Look("NestedTensor", "#cc79a7", "solid", "pentagon"),
     "paper_nested": Look("paper's NestedTensor", "#cc79a7", "dot", "pentagon-open"),
     "flex": Look("flex_attention", "#8c6d1f", "solid", "hexagram"),

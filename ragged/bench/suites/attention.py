@@ -26,7 +26,8 @@ from ..timing import as_graph, syncs
 HEADS, HEADDIM = 12, 64  # DeiT-B
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}  # ‖out - ref‖ / ‖ref‖
 DENSE = {"dense_flash": "FLASH_ATTENTION", "dense_cudnn": "CUDNN_ATTENTION", "dense_efficient": "EFFICIENT_ATTENTION"}
-VARLEN = ("triton", "flash_attn", "torch_varlen", "sdpa_padded", "paper_triton", "paper_padded")
+VARLEN = ("triton", "flash_attn", "torch_varlen", "flash_attn_3", "efficient_varlen", "sdpa_padded", "paper_triton",
+          "paper_padded")  # fmt: skip
 
 
 class Inputs:
