@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from .. import data
+from .. import data, launch
 from ..attention import pick_backend
 from ..backends import BACKENDS
 from .output import figure_bundle, saving, use_small_pictures
@@ -86,7 +86,8 @@ def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
     for name, backend in BACKENDS.items():
         reason = backend.why_not(here.device, here.dtype, head_dim)
         sign = "->" if name == picked else "ok" if reason is None else "no"
-        lines.append(f"{sign}  {name:<13} {backend.about if reason is None else reason}")
+        lines.append(f"{sign}  {name:<16} {backend.about if reason is None else reason}")
+    lines += [f"!!  launches go through Triton's wrapper, which is dearer: {why}" for why in launch.fallbacks]
     return "\n".join([*lines, f"\n->  is what backend='auto' takes here ({here.device}, {here.dtype})"])
 
 
