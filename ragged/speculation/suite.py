@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import data
-from ...backends import BACKENDS
-from ...speculation.trees import Plan, Tree, attend_trees
-from ..rounds import CALL_CLOCKS, Subject
-from ..runner import Candidate, Case, Options, Skip, Wrong
-from ..timing import as_graph, syncs
-from .attention import TOLERANCE
+from .. import data
+from ..backends import BACKENDS
+from ..bench.rounds import CALL_CLOCKS, Subject
+from ..bench.runner import Candidate, Case, Options, Skip, Wrong
+from ..bench.suites.attention import TOLERANCE
+from ..bench.timing import as_graph, syncs
+from .trees import Plan, Tree, attend_trees
 
 HEADS = {"smollm2_135m": (9, 3, 64), "llama_2_7b": (32, 32, 128)}  # query heads, key heads, headdim
 PAST, SHAPES = "U(64,1024)", ((2, 2, 2), (3, 2, 1, 1), (4, 2), (1, 1, 1, 1, 1))  # 14, 21, 12 and 5 guesses
