@@ -213,7 +213,8 @@ def all_claims() -> list[Claim]:
                        lambda s: _explained(s, "accepted", s.where(reached=1))))  # fmt: skip
     for name, kind, end in (("entropy lowers acceptance", "bound", "high"), ("... but weakly", "least", "low")):
         found.append(Claim(name, kind, said["entropy_rho", end],
-                           lambda s: s.correlation("target_entropy", "paper", s.where()), _real_correlation))  # fmt: skip
+                           lambda s: s.correlation("target_entropy", "paper", s.where()),
+                           _real_correlation))  # fmt: skip
     return found
 
 
