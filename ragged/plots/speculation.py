@@ -150,6 +150,7 @@ def acceptance_by_entropy(frame, *, title="Where the two part", below=""):
         figure.add_scatter(x=line["entropy"], y=line["value"], mode="lines+markers", name=f"rank {rank}: {label}",
                            line=dict(color=colour, width=2, dash="solid" if rank == 1 else "dot"),
                            marker=dict(symbol=symbol, size=8))  # fmt: skip
+    figure.update_layout(legend=dict(orientation="h", y=-0.22, yanchor="top", x=0))
     figure.update_xaxes(title_text="entropy of the target, nats")
     return figure.update_yaxes(title_text="share", range=[0, 1.02])
 
