@@ -23,11 +23,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = (
     "checks data tiles launch kernels backends attention rows packing support loading rules pruners blocks graph model"
 ).split()
-WINGS = ("data", "bench", "plots", "course", "train", "predict")
+WINGS = ("data", "bench", "plots", "course", "train", "predict", "speculation")
 FOLDERS = ("kernels", "support", "graph")  # of the core
 # What a wing may import beside itself and the core. `data` stands under the core: of it it takes the checks alone.
 MAY_USE = {"data": (), "plots": ("data",), "bench": ("data",), "course": ("data", "plots", "bench"),
-           "train": ("data", "bench"), "predict": ("data", "bench")}  # fmt: skip
+           "train": ("data", "bench"), "predict": ("data", "bench"), "speculation": ("data", "bench")}  # fmt: skip
+# A program that nothing imports may name what stands above its wing: here a suite, which the wing that it times brings.
+PROGRAMS = {"bench/__main__.py": ("speculation",)}
 
 MAX_CORE_FILES = 13
 MAX_FILE_LINES = 400
@@ -96,13 +98,18 @@ def test_imports_flow_one_way(path):
     if path == PACKAGE / "__init__.py":
         pytest.skip("it gathers the public names from everywhere")
     if room in WINGS:
-        may = {room, *MAY_USE[room], *(CORE if room != "data" else ["checks"])}
+        may = {room, *MAY_USE[room], *(CORE if room != "data" else ["checks"]), *PROGRAMS.get(name_of(path), ())}
     else:
         may = set(CORE[: CORE.index(room) + (room in FOLDERS)])
     for line, name in imported_modules(path):
         assert name != "ragged", f"{name_of(path)}:{line} imports the whole package; import the file it needs"
         if name.startswith("ragged."):
             assert name.split(".")[1] in may, f"{name_of(path)}:{line} imports {name}; it may use {sorted(may)}"
+
+
+def test_nothing_imports_a_program():
+    programs = {f"ragged.{name.removesuffix('.py').replace('/', '.')}" for name in PROGRAMS}
+    assert not {name for path in FILES for _, name in imported_modules(path)} & programs
 
 
 def test_the_check_of_imports_sees_every_file():

@@ -18,6 +18,7 @@ import torch
 
 from .. import data
 from ..backends import BACKENDS
+from ..speculation.suite import speculation
 from . import commandline, options, processes
 from .report import report, write_summary
 from .rounds import Broken
@@ -31,7 +32,6 @@ from .suites.mixed import mixed
 from .suites.model import model, resolution, sparsity
 from .suites.pack import pack
 from .suites.seeds import seeds
-from .suites.speculation import speculation
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite

@@ -1,6 +1,7 @@
 """Record how trees of guesses fare on a real language model, or make the distilled draft.
 
     python -m ragged.speculation record             what is missing of the bundled recordings
+    python -m ragged.speculation examples           one tree of each kind, in words, for readers without the model
     python -m ragged.speculation distil --out FILE  self-written text, then training: minutes on one large GPU
 """
 
@@ -17,8 +18,10 @@ import torch
 from ..bench import commandline
 from ..bench.runner import machine
 from ..data import data_dir, slug
+from . import analysis
 from . import distil as making
 from .drafts import DRAFTS, load_draft, make_draft, save_draft
+from .examples import TEMPERATURES, grow, write
 from .llama import Llama, chat, check_chat, model_file, read_tokenizer
 from .record import MODES, Recording, costs, read_prompt_file, record
 from .trees import Tree
@@ -52,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--batch", type=count, help="texts a step (default 64, on a CPU 4)")
     d.add_argument("--lr", type=float, default=1e-3)
     d.add_argument("--out", type=Path, default=Path("trained/draft.npz"), help="default trained/draft.npz")
-    for command in (r, d):
+    e = commands.add_parser("examples", help="trees of the first prompt of each kind, by the distilled draft")
+    e.add_argument("--out", type=Path, help="CSV file (default: the bundled one)")
+    for command in (r, d, e):
         command.add_argument("--model", type=Path, help="GGUF file of the target (default: the installed one)")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu")
@@ -68,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave --device out to work on the CPU")
     asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        (run_record if asked.command == "record" else run_distil)(asked)
+        {"record": run_record, "distil": run_distil, "examples": run_examples}[asked.command](asked)
     return 0
 
 
@@ -96,6 +101,17 @@ def run_record(asked: argparse.Namespace) -> None:
                 found = costs(target, draft, tree, ids[:: len(ids) // n][:n], asked.backend)
                 recording.note({f"costs_{n}": found})
                 print(f"{label}, {n} prompts: {found}", flush=True)
+
+
+def run_examples(asked: argparse.Namespace) -> None:
+    """Grow a tree for the first prompt of each kind at some temperatures, and write them down."""
+    out = asked.out or data_dir() / "speculation" / "examples.csv"
+    commandline.check_writable(out.parent)
+    target = Llama(asked.model or model_file(), asked.device)
+    check_chat(target)
+    draft, first = make_draft("distilled", target), dict(reversed(read_prompt_file()))
+    prompts = [(domain, first[domain]) for domain in analysis.DOMAINS]
+    write(out, [row for t in TEMPERATURES for row in grow(target, draft, prompts, t, seed=asked.seed)])
 
 
 def run_distil(asked: argparse.Namespace) -> None:

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import data
-from ...backends import BACKENDS
-from ...speculation.trees import Plan, Tree, attend_trees
-from ..rounds import CALL_CLOCKS, Subject
-from ..runner import Candidate, Case, Options, Skip, Wrong
-from ..timing import as_graph, syncs
-from .attention import TOLERANCE
+from .. import data
+from ..backends import BACKENDS
+from ..bench.rounds import CALL_CLOCKS, Subject
+from ..bench.runner import Candidate, Case, Options, Skip, Wrong
+from ..bench.suites.attention import TOLERANCE
+from ..bench.timing import as_graph, syncs
+from .trees import Plan, Tree, attend_trees
 
 HEADS = {"smollm2_135m": (9, 3, 64), "llama_2_7b": (32, 32, 128)}  # query heads, key heads, headdim
 PAST, SHAPES = "U(64,1024)", ((2, 2, 2), (3, 2, 1, 1), (4, 2), (1, 1, 1, 1, 1))  # 14, 21, 12 and 5 guesses
@@ -62,6 +62,7 @@ class Inputs:
         return mask.to(self.device)
 
     def plan(self, piece: int | None) -> Plan:
+        """Who sees whom; piece: as of `Plan`."""
         return Plan(self.past, self.capacity, self.sees, self.group, self.device, piece)
 
     def check(self, out: Tensor) -> None:
@@ -81,10 +82,11 @@ class Inputs:
                 raise Wrong(f"prompt {b}: relative error {error:.2g}, allowed {TOLERANCE[out.dtype]:.0e}")
 
 
-Make = Callable[[Inputs], Callable[[tuple], Callable[[], Tensor]]]  # inputs -> a set -> a call
+Build = Callable[[tuple], Callable[[], Tensor]]  # a set -> a call
+Make = Callable[[Inputs], Build]
 
 
-def ragged(backend: str, piece: int | None, x: Inputs):
+def ragged(backend: str, piece: int | None, x: Inputs) -> Build:
     """Two calls of `varlen_attention` and a merge; piece: cut the past."""
     if backend not in BACKENDS:
         raise Skip(f"this version has no backend {backend!r}")
@@ -109,7 +111,7 @@ def _unpadded(x: Inputs, out: Tensor) -> Tensor:
     return out.unflatten(2, (x.nodes, x.group)).transpose(1, 2).flatten(0, 1)[x.place].flatten(1, 2)
 
 
-def padded(x: Inputs):
+def padded(x: Inputs) -> Build:
     """SDPA with the mask of a pass as numbers to add, so that no call has to convert it."""
     numbers = torch.zeros(x.batch, x.nodes, x.capacity, device=x.device, dtype=x.sets[0][0].dtype)
     numbers = numbers.masked_fill(~x.mask(), float("-inf")).repeat_interleave(x.group, 1)[:, None]
@@ -122,7 +124,7 @@ def padded(x: Inputs):
     return make
 
 
-def flex(x: Inputs):
+def flex(x: Inputs) -> Build:
     """flex_attention, compiled; a block mask leaves out what nobody sees."""
     if x.device != "cuda":
         raise Skip("flex: compiled for CUDA only here")
