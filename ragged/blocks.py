@@ -41,7 +41,7 @@ def embed(vit: nn.Module, images: Tensor, as_product: bool) -> Tensor:
     as_product: the patch embedding is one matrix product (see `Survey`)."""
     x = _patch_rows(vit.patch_embed, images) if as_product else vit.patch_embed(images)
     x = vit._pos_embed(x)
-    return vit.norm_pre(vit.patch_drop(x) if hasattr(vit, "patch_drop") else x)
+    return vit.norm_pre(vit.patch_drop(x))
 
 
 def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
@@ -122,13 +122,13 @@ PIECES = (
 STEADY = {"triton.autotune_pointwise": False}
 
 
-def compiled_pieces(**options: object) -> dict[str, Callable]:
+def compiled_pieces(foreign: bool = False, **options: object) -> dict[str, Callable]:
     """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
-    or a backend of their own."""
+    or a backend of their own. foreign: modules of unknown types are in there, which may break a graph."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if not {"mode", "options", "backend"} & options.keys():
         options["options"] = STEADY
-    return {piece.__name__: torch.compile(piece, fullgraph=True, **options) for piece in PIECES}
+    return {piece.__name__: torch.compile(piece, fullgraph=not foreign, **options) for piece in PIECES}
 
 
 # ---- the front: images of any sizes, packed from the first token on ----
@@ -143,7 +143,7 @@ class Positions:
     MOST = 64  # sizes kept
 
     def __init__(self):
-        self._kept: dict[tuple[int, int], tuple[Tensor, tuple, Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, int], tuple[tuple, torch.UntypedStorage, Tensor]] = {}
 
     def __call__(self, vit: nn.Module, grid: tuple[int, int]) -> Tensor:
         """Positions (n, dim) for the prefix tokens and the patches of grid (rows, columns); zero for prefix tokens
@@ -151,13 +151,14 @@ class Positions:
         own = vit.pos_embed
         if own.is_inference() or (own.requires_grad and torch.is_grad_enabled()):  # no version, or a graph behind it
             return self._resampled(vit, grid)
-        state = (own._version, own.data_ptr(), own.dtype, own.device, vit.no_embed_class, vit.patch_embed.grid_size)
-        source, then, _, table = self._kept.get(grid, (None, None, None, None))
-        if source is not own or then != state:
-            table = self._resampled(vit, grid)
+        state = (id(own), own._version, own.data_ptr(), own.dtype, own.device, vit.no_embed_class,
+                 vit.patch_embed.grid_size)  # fmt: skip
+        then, _, table = self._kept.get(grid, (None, None, None))
+        if then != state:
+            table = self._resampled(vit, grid).clone()  # for its own grid it is the network's parameter itself
             if len(self._kept) >= self.MOST:
                 self._kept = {}
-            self._kept[grid] = (own, state, own.detach(), table)  # held, so that no other tensor gets its address
+            self._kept[grid] = (state, own.untyped_storage(), table)  # held, so that nothing else gets this memory
         return table
 
     @staticmethod
@@ -201,7 +202,8 @@ def _pixel_rows(patch: nn.Module, image: Tensor, grid: tuple[int, int]) -> Tenso
 
 def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Offsets of images of `lengths` rows, int32 (batch + 1,), on `device`."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    on_host = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
+    return on_host.to(device, non_blocking=True)
 
 
 # ---- what a pass leaves behind ----
@@ -375,9 +377,10 @@ def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
     return take_packed(cut.state, cut.selection, lambda counts: sizes)
 
 
-def runs_unfused(state: Padded, backend: Backend) -> bool:
-    """The paper's padded baseline leaves the fused kernels once there is padding; before the first cut it is dense."""
-    return backend.paper_padding and state.lengths is not None
+def runs_unfused(state: Padded, backend: Backend, block: nn.Module) -> bool:
+    """Whether attention is plain products and a softmax: where timm's own is, and in the paper's padded baseline, which
+    leaves the fused kernels once there is padding; before the first cut it is dense."""
+    return not block.attn.fused_attn or (backend.paper_padding and state.lengths is not None)
 
 
 def stage_of(state: State, block: int, where: str) -> Stage:

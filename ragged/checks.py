@@ -170,7 +170,7 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
     """Images as `vit` takes them: (batch, channels, height, width), its size unless it has dynamic_img_size, its dtype
     unless autocast is on, its device. ValueError otherwise."""
     patch, dynamic = vit.patch_embed, vit.dynamic_img_size
-    weight, channels = patch.proj.weight, patch.proj.in_channels
+    channels = getattr(patch.proj, "in_channels", 3)
     sides = ("height", "width") if dynamic else patch.img_size
     if isinstance(images, Tensor) and images.is_nested:
         raise TypeError("images: expected a dense tensor or a list, got a nested one; images.unbind() makes a list")
@@ -182,14 +182,16 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
         raise ValueError("images: expected at least one image, got an empty batch")
     if any(side < least for side, least in zip(images.shape[2:], patch.patch_size)) and not patch.dynamic_img_pad:
         raise ValueError(f"images: expected sides of at least one patch, {patch.patch_size}, got {tuple(images.shape)}")
-    _check_like_model("images", images, weight)
+    _check_like_model("images", images, weight_of(vit))
 
 
 def _check_like_model(name: str, x: Tensor, weight: Tensor) -> None:
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
-    if torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_batchedtensor(weight):
+    if torch._C._functorch.peek_interpreter_stack() is not None and any(
+        level.key() == torch._C._functorch.TransformType.Vmap for level in torch._C._functorch.get_interpreter_stack()
+    ):
         raise NotImplementedError(f"{name}: torch.vmap is not supported; give the whole batch in one call")
     mixed = torch.is_autocast_enabled(weight.device.type) and x.dtype in FLOATS[:3]  # float64 is left alone by it
     if (x.dtype != weight.dtype and not mixed) or x.device != weight.device:
@@ -202,7 +204,9 @@ def check_image_list(images: Sequence[Tensor], vit: nn.Module, as_product: bool)
     timm takes, dtype and device as in `check_images`. as_product: whether the patch embedding itself is not called.
     TypeError or ValueError otherwise."""
     patch = vit.patch_embed
-    weight, channels, (down, across) = patch.proj.weight, patch.proj.in_channels, patch.patch_size
+    weight, channels, (down, across) = weight_of(vit), getattr(patch.proj, "in_channels", 3), patch.patch_size
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError("images: lists are not supported under transforms of torch.func; give a batch")
     if len(images) == 0:
         raise ValueError("images: expected at least one image, got an empty list")
     for i, image in enumerate(images):
@@ -234,7 +238,7 @@ def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths
     check_tensor("tokens", tokens, 2, FLOATS)
     if tokens.shape[1] != vit.embed_dim or tokens.shape[0] == 0:
         raise ValueError(f"tokens: expected (total >= 1, {vit.embed_dim}), got {tuple(tokens.shape)}")
-    _check_like_model("tokens", tokens, vit.patch_embed.proj.weight)
+    _check_like_model("tokens", tokens, weight_of(vit))
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}")
     _check_offsets(cu_seqlens, "cu_seqlens", tokens)
@@ -273,8 +277,7 @@ def check_intermediates(x: object, indices: int | Iterable[int] | None, output_f
     from timm.models._features import feature_take_indices
 
     if isinstance(x, list | tuple):
-        raise TypeError("images: expected a batch, (batch, channels, height, width): features are laid out on one "
-                        "grid; of a list of images there are logits and `trace`")  # fmt: skip
+        raise TypeError("images: expected a batch: features are laid out on one grid; a list has logits and `trace`")
     if fill not in fills:
         raise ValueError(f"fill: expected one of {', '.join(fills)}, got {fill!r}")
     if output_fmt not in ("NCHW", "NLC"):
@@ -290,18 +293,10 @@ def check_intermediates(x: object, indices: int | Iterable[int] | None, output_f
     return feature_take_indices(depth, given) if given else ([], depth - 1)
 
 
-def refuse_fixed_programs(pruner: Any) -> None:
-    """RuntimeError or NotImplementedError while a program is traced or exported that cannot hold what `pruner` does."""
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
-            "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
-        )
-    if pruner.adaptive and torch.compiler.is_exporting():
-        raise NotImplementedError(
-            f"torch.export: {pruner.name} decides on the data how many tokens stay, and an exported program "
-            "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
-        )
+def weight_of(vit: nn.Module) -> Tensor:
+    """The weight whose dtype and device stand for those of the model: the patch embedding's, or its first."""
+    weight = getattr(vit.patch_embed.proj, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(vit.patch_embed.parameters())
 
 
 def dtype_of_products(weight: Tensor) -> torch.dtype:
@@ -316,9 +311,8 @@ def wants_gradients(model: nn.Module, images: Tensor | Sequence[Tensor]) -> bool
     """Whether anybody wants gradients of a call of `model` on images."""
     if not torch.is_grad_enabled():
         return False
-    given = images if isinstance(images, list | tuple) else [images]
-    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in given)
-    return wanted or any(parameter.requires_grad for parameter in model.parameters())
+    given = [*(images if isinstance(images, list | tuple) else [images]), *model.parameters()]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 def check_selection(selection: object, name: str, state: Any, prefix: int, adaptive: bool) -> None:

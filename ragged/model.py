@@ -23,15 +23,15 @@ from .checks import (
     check_packed,
     check_selection,
     dtype_of_products,
-    refuse_fixed_programs,
     wants_gradients,
+    weight_of,
 )
 from .graph import Captured, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner
 from .rows import cls_attention
 from .rules import View, row_norms
-from .support import Survey, check_supported
+from .support import Survey, check_supported, convolves_as_usual, refuse_fixed_programs
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
 OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
@@ -72,7 +72,7 @@ class RaggedViT(nn.Module):
         if pruner is not None:
             fresh = next(pruner.parameters(), None) is None  # bound for the first time: its weights are made now
             pruner.bind(vit.embed_dim, len(vit.blocks))
-            self.pruner = pruner = _like_weights(pruner, vit.patch_embed.proj.weight, in_place=fresh)
+            self.pruner = pruner = _like_weights(pruner, weight_of(vit), in_place=fresh)
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
@@ -92,11 +92,9 @@ class RaggedViT(nn.Module):
             if self.training or self.survey.training():
                 raise RuntimeError("RaggedViT: training mode is not supported, dropout would differ; call model.eval()")
             if self.pruner is not None:
-                weight, own = self.vit.patch_embed.proj.weight, next(self.pruner.parameters(), None)
+                weight, own = weight_of(self.vit), next(self.pruner.parameters(), None)
                 if own is not None and (own.dtype != weight.dtype or own.device != weight.device):
                     self.prepare()
-        if self.pruner is not None:
-            refuse_fixed_programs(self.pruner)
 
     def _look_again(self) -> None:
         """After something foreign ran: it may have changed what comes next."""
@@ -106,7 +104,7 @@ class RaggedViT(nn.Module):
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
         they change. Returns self. options go to `torch.compile`."""
-        self._compiled, self._run = options, compiled_pieces(**options)
+        self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 
     def with_pruner(self, pruner: Pruner | None) -> RaggedViT:
@@ -121,9 +119,9 @@ class RaggedViT(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if self._compiled is not None:
-            self._run = compiled_pieces(**self._compiled)
         self.prepare()
+        if self._compiled is not None:
+            self.compile(**self._compiled)
 
     def forward(self, images: Images) -> Tensor:
         """Logits (batch, classes) of images (batch, channels, height, width), or of a list or tuple of images
@@ -135,8 +133,7 @@ class RaggedViT(nn.Module):
         dynamic_img_pad fills them up. Hooks on the patch embedding then see one image at a time.
         ValueError or TypeError, naming the image, for what does not fit.
         """
-        with torch.set_grad_enabled(wants_gradients(self, images)):
-            return self._finish(self.begin(images))
+        return self._finish(self.begin(images))
 
     def forward_tokens(self, tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None = None, *,
                        lengths: Sequence[int] | None = None) -> Tensor:  # fmt: skip
@@ -148,19 +145,16 @@ class RaggedViT(nn.Module):
         where the host knows them; without them, on a GPU, the offsets are read, which is one wait. Pruners take shares
         of the tokens given here. TypeError or ValueError, naming the argument, for what does not fit.
         """
-        with torch.set_grad_enabled(wants_gradients(self, tokens)):
-            self._look()
-            lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
-            run = Pass(BACKENDS[self._picked(tokens)])
-            state = packed_state(tokens, cu_seqlens, lengths, ids)
-            state = blocks.laid_out(state, run.backend, self.pruner is not None)
-            return self._finish(self._blocks(state, -1, run))
+        backend = BACKENDS[self._picked(tokens)]
+        lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
+        state = packed_state(tokens, cu_seqlens, lengths, ids)
+        state = blocks.laid_out(state, backend, self.pruner is not None)
+        return self._finish(self._blocks(state, -1, Pass(backend)))
 
     def trace(self, images: Images) -> Trace:
         """`forward` of images, a batch or a list, and what every cut left."""
         stages: list[Stage] = []
-        with torch.set_grad_enabled(wants_gradients(self, images)):
-            logits = self._finish(self.begin(images, stages))
+        logits = self._finish(self.begin(images, stages))
         trace = Trace(logits, stages)
         size = self.vit.patch_embed.dynamic_feat_size
         lengths = [self.prefix + math.prod(size(tuple(image.shape[-2:]))) for image in images]
@@ -195,16 +189,15 @@ class RaggedViT(nn.Module):
         """
         wanted, last = check_intermediates(x, indices, output_fmt, fill, FILLS, len(self.vit.blocks))
         taken: list[Canvas] = []
-        with torch.set_grad_enabled(wants_gradients(self, x)):
-            run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken,
-                       blocks=last + 1 if stop_early else None)  # fmt: skip
-            last = self._finish(self._begin(x, run, features=True))
-            grid = tuple(self.vit.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
+        run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken,
+                   blocks=last + 1 if stop_early else None)  # fmt: skip
+        last = self._finish(self._begin(x, run, features=True))
+        grid = tuple(self.vit.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
 
-            def shown(canvas: Canvas, norm: bool) -> Tensor:
-                return canvas.fill(self.vit.norm(canvas.tokens) if norm else canvas.tokens, fill, self.prefix, grid)
+        def shown(canvas: Canvas, norm: bool) -> Tensor:
+            return canvas.fill(self.vit.norm(canvas.tokens) if norm else canvas.tokens, fill, self.prefix, grid)
 
-            features, parts = shown(last, True), [shown(canvas, norm) for canvas in taken]
+        features, parts = shown(last, True), [shown(canvas, norm) for canvas in taken]
         patches, prefix = ([y[:, rows] for y in parts] for rows in (slice(self.prefix, None), slice(self.prefix)))
         if output_fmt == "NCHW":
             patches = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in patches]
@@ -236,15 +229,16 @@ class RaggedViT(nn.Module):
         return self._begin(images, Pass(BACKENDS[self._picked(images)], stages, after_block))
 
     def _begin(self, images: Images, run: Pass, features: bool = False) -> Tensor | Canvas | Pending:
-        self._look()
+        as_usual = convolves_as_usual()
         if isinstance(images, list | tuple):
-            check_image_list(images, self.vit, self.survey.each_product)
+            product = self.survey.each_product and as_usual
+            check_image_list(images, self.vit, product)
             if self.survey.no_list is not None:
                 raise ValueError(f"vit: {self.survey.no_list}, so that a list of images cannot be packed")
-            state = blocks.embed_each(self.vit, images, self.survey.each_product, self._positions)
+            state = blocks.embed_each(self.vit, images, product, self._positions)
             return self._blocks(blocks.laid_out(state, run.backend, self.pruner is not None), -1, run)
         check_images(images, self.vit)
-        x = self._run["embed"](self.vit, images, self.survey.as_product)  # (batch, n, dim)
+        x = self._run["embed"](self.vit, images, self.survey.as_product and as_usual)  # (batch, n, dim)
         if self.survey.hooked:
             self._look_again()
         batch, n, _ = x.shape
@@ -288,7 +282,7 @@ class RaggedViT(nn.Module):
             sizes = (state.cu_seqlens, state.max_seqlen)
             x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), backend.name)
         else:
-            unfused = blocks.runs_unfused(state, backend)
+            unfused = blocks.runs_unfused(state, backend, block)
             x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused)
         return replace(state, tokens=x)
 
@@ -334,7 +328,7 @@ class RaggedViT(nn.Module):
                 run: Pass) -> Tensor:  # fmt: skip
         scale = scale_of(block)
         if isinstance(state_q, Padded):
-            unfused = blocks.runs_unfused(state_k, run.backend)
+            unfused = blocks.runs_unfused(state_k, run.backend, block)
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
         k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
@@ -365,11 +359,13 @@ class RaggedViT(nn.Module):
     @property
     def picked(self) -> str:
         """The backend that runs, with "auto" decided for the model's present device and dtype."""
-        weight, head_dim = self.vit.patch_embed.proj.weight, self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
+        weight, head_dim = weight_of(self.vit), self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
         return resolve_backend(self.backend, weight.device, dtype_of_products(weight), head_dim)
 
     def _picked(self, images: Images) -> str:
         """`picked`, or what has gradients where they are wanted."""
+        refuse_fixed_programs(self.pruner, images)
+        self._look()
         name = self.picked
         if not torch.is_grad_enabled() or BACKENDS[name].pads or not wants_gradients(self, images):
             return name

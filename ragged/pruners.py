@@ -188,9 +188,10 @@ class EViT(Pruner):
         count = view.share("evit", self.setting("keep", view.stage), up=True)
         if count is None:
             return None
-        scores = view.cls_attention[:, : view.columns].mean(-1)
+        scores = view.cls_attention[:, : view.columns]  # (batch, n, nheads)
         if isinstance(count, int):
             return top_k(scores, view.prefix, count, fuse=self.fuse)
+        scores = scores.mean(-1)
         chosen, rows = top_k(scores, view.prefix, count, real=view.real()), view.state.rows
         if not self.fuse:
             return chosen

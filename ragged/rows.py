@@ -11,6 +11,7 @@ from torch import Tensor
 from . import launch
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
+FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
 CHUNK = 128  # counts that a program of `take_rows` adds up at a time
 MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
 # Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
@@ -81,12 +82,14 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     """Row numbers, int64 (batch, prefix + count), of the first `prefix` rows and the `count` best others of every
     image; and, if `rest` is wanted, float32 (batch, n), the scores of the patches that are not among them, else zero.
 
-    scores: (batch, n), the first `prefix` columns ignored, or (patches_only) not there. Best first, or (in_place) in
+    scores: (batch, n), or (batch, n, nheads), and the mean over the last counts; the first `prefix` columns ignored, or
+    (patches_only) not there. Best first, or (in_place) in
     the order in which they stand. Of equal scores the earlier is better, and NaN is better than any number.
     """
     skip = 0 if patches_only else prefix
     batch, patches = scores.shape[0], scores.shape[1] - skip
     if not launch.usable(scores.device) or scores.dtype == torch.float64 or not 0 < patches <= MOST_RANKED:
+        scores = scores.mean(-1) if scores.dim() == 3 else scores
         best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
         index = with_prefix(best.sort(1).values if in_place else best, prefix)
         return index, _without(scores, index, prefix, skip) if rest else None
@@ -100,15 +103,20 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
     # every keep rate leaves another number of patches: those of an ordinary image share one kernel
     width = max(256, next_power_of_2(max(patches, prefix)))
-    constants = {"PREFIX": prefix, "SKIP": skip, "IN_PLACE": in_place, "REST": rest, "N": width, "CHUNK": 32}
+    constants = {"PREFIX": prefix, "SKIP": skip, "HEADS": 1, "IN_PLACE": in_place, "REST": rest, "N": width,
+                 "CHUNK": 32}  # fmt: skip
+    if scores.dim() == 3:
+        scores = scores if scores.stride(2) == 1 else scores.contiguous()
+        constants["HEADS"] = scores.shape[2]
     key = (scores.dtype, *constants.values())
-    numbers, options = (*scores.stride(), patches, count), {"num_warps": 8 if width == 256 else 16}
+    numbers, options = (*scores.stride()[:2], patches, count), {"num_warps": 8 if width == 256 else 16}
     tensors = (scores, index, left if rest else index)
     launch.start(rank_kernel, key, (batch, 1), tensors, numbers, constants, options)
     return index, _without(scores, index, prefix, skip) if differentiable else left
 
 
 def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
+    scores = scores.mean(-1) if scores.dim() == 3 else scores
     return torch.nn.functional.pad(scores[:, skip:].float(), (prefix, 0)).scatter(1, index, 0.0)
 
 
@@ -209,12 +217,13 @@ def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
     x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
     blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
     out, out_ids, cu = x.new_empty(batch * rows, dim), ids.new_empty(batch * rows), starts.new_empty(batch + 1)
-    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused), "CHUNK": 64}
+    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)} | FUSE
     key = (x.dtype, blend.dtype if fused else None, dim, fused)
     tensors = (x, ids, starts, index, blend if fused else x, out, out_ids, cu)
     width = blend.shape[1] if fused else 0
     numbers = (count, index.stride(0), width, blend.stride(0) if fused else 0, batch)
-    grid = (batch * (-(-count // ROWS) + fused) * constants["BLOCKS"], 1)
+    programs = -(-count // ROWS) * constants["BLOCKS"] + fused * -(-dim // FUSE["NARROW"])
+    grid = (batch * programs, 1)
     launch.start(move_kernel, key, grid, tensors, numbers, constants, {})
     return out, out_ids, cu
 

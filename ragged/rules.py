@@ -89,10 +89,11 @@ def row_norms(x: Tensor) -> Tensor:
 
 def top_k(scores: Tensor, prefix: int, count: int | Counts, *, in_place: bool = False, patches_only: bool = False,
           fuse: bool = False, real: Tensor | None = None) -> Selection:  # fmt: skip
-    """The `count` best patches of every image by scores (batch, n), best first, or (in_place) in the order in which
-    they stood. The first `prefix` rows are no patches, and stay; patches_only: scores (batch, patches) leave them out.
-    fuse: the others, weighted by their scores, become one token. real, bool (batch, n), is False in padding; needed
-    where every image has a count of its own; then the first rows have scores, and nothing is fused here."""
+    """The `count` best patches of every image by scores (batch, n), or by the mean of (batch, n, nheads), best first,
+    or (in_place) in the order in which they stood. The first `prefix` rows are no patches, and stay; patches_only:
+    scores (batch, patches) leave them out. fuse: the others, weighted by their scores, become one token. real, bool
+    (batch, n), is False in padding; needed where every image has a count of its own; then scores are (batch, n), the
+    first rows have some, and nothing is fused here."""
     if isinstance(count, int):
         index, rest = best_rows(scores, prefix, count, in_place=in_place, patches_only=patches_only, rest=fuse)
         return Selection(index, prefix + count, rest)

@@ -291,6 +291,17 @@ def test_ranking(n, prefix, count, dtype, monkeypatch):
     assert row_ops.best_rows(scores, prefix, count)[1] is None
 
 
+def test_ranking_by_the_mean_of_heads(monkeypatch):
+    scores = torch.randn(3, 60, 6, generator=torch.Generator().manual_seed(0))[:, :50]
+    want = row_ops.best_rows(scores.mean(-1), 1, 20, rest=True)
+    for given in (scores, scores.transpose(0, 2).contiguous().transpose(0, 2)):
+        got = row_ops.best_rows(given, 1, 20, rest=True)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1])
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    assert torch.equal(row_ops.best_rows(scores, 1, 20, rest=True)[0], want[0])
+
+
 def test_pack_repack_unpack():
     g = torch.Generator().manual_seed(0)
     x, keep = torch.randn(3, 11, 6, generator=g), torch.rand(3, 11, generator=g) < 0.6

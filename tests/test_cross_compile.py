@@ -110,6 +110,7 @@ def record_the_others(recorder, dims, dtypes):
         patches.pixel_rows(table, x, 16, 1, (16, 16))
         patches.place_rows(table, x, x[:1], 16, True)
         for n in (17, 197, 577, 1025):
+            row_ops.best_rows(torch.empty(1, n, 6), 1, n // 2, rest=True)
             row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
         for dim in dims:

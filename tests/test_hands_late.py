@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import ragged
-from ragged.support import Survey, as_written
+from ragged.support import Survey
+from ragged.support.trial import as_written
 
 EVERY = pytest.mark.parametrize("pruner", KEEP_ALL)
 LATE = pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -352,3 +353,278 @@ def test_a_shared_pruner_is_not_rounded():
 def test_a_pruner_of_its_own_stays_the_caller_s_object():
     pruner = ragged.PRUNERS["dynamicvit"](keep=0.7, at=(1,))
     assert ragged.RaggedViT(vit().to(torch.bfloat16), pruner).pruner is pruner
+
+
+# ---- a second round of hostile hands
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_the_cache_of_parametrized_weights_holds_none_of_a_trial(late):
+    network = vit()
+    model = ragged.RaggedViT(network) if late else None
+    for name in ("norm", "blocks.1.norm1", "blocks.1.attn.qkv"):
+        parametrizations_of = nn.utils.parametrize.register_parametrization
+        parametrizations_of(network.get_submodule(name), "weight", Doubled())
+    network.eval()
+    want = network(pictures())
+    with nn.utils.parametrize.cached():
+        assert_logits((model or ragged.RaggedViT(network))(pictures()), want)
+        assert_logits(network(pictures()), want)
+
+
+def grad_cam(network):
+    network.blocks[1].register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+
+
+def plain_bias(network):
+    bias = network.blocks[1].attn.qkv.bias.detach().clone().requires_grad_()
+    del network.blocks[1].attn.qkv.bias
+    network.blocks[1].attn.qkv.bias = bias
+
+
+@pytest.mark.parametrize("do", [grad_cam, plain_bias])
+@LATE
+@EVERY
+def test_gradients_of_a_frozen_network_reach_what_asks_for_them(do, late, pruner):
+    mine, theirs = (vit().requires_grad_(False) for _ in range(2))
+    with torch.enable_grad():
+        try:
+            if late:
+                model = ragged.RaggedViT(mine, KEEP_ALL[pruner](), "sdpa_padded")
+            do(mine)
+            do(theirs)
+            if not late:
+                model = ragged.RaggedViT(mine, KEEP_ALL[pruner](), "sdpa_padded")
+            got = model(pictures())
+        except ValueError as refusal:  # EViT and DynamicViT cut where the hook hangs
+            assert "block 1" in str(refusal)
+        else:
+            want = theirs(pictures())
+            assert got.requires_grad and want.requires_grad
+            assert_logits(got, want)
+
+
+def test_packed_attention_refuses_gradients_it_did_not_foresee():
+    network = vit().requires_grad_(False)
+    plain_bias(network)
+    with torch.enable_grad(), pytest.raises(ValueError, match="backward"):
+        ragged.RaggedViT(network, ragged.PRUNERS["threshold_l2"](keep=0.5, at=(0,)), "reference")(pictures())
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x + x.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleDict])
+def test_a_part_that_comes_late_into_an_empty_container_counts(container):
+    class Holding(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.parts = base, container()
+
+        def forward(self, x):
+            x = self.base(x)
+            for part in self.parts.values() if container is nn.ModuleDict else self.parts:
+                x = part(x)
+            return x
+
+    mine, theirs = vit(), vit()
+    for network in (mine, theirs):
+        network.norm = Holding(network.norm).eval()
+    model = ragged.RaggedViT(mine)
+    model(pictures())
+    for network in (mine, theirs):
+        parts = network.norm.parts
+        parts.append(Mixing()) if container is nn.Sequential else parts.update({"late": Mixing()})
+    theirs.eval(), mine.eval()
+    assert_logits(model(pictures()), theirs(pictures()))
+
+
+class Deep(nn.Module):
+    class Config:
+        on = False
+
+    def __init__(self, base, how):
+        super().__init__()
+        self.base, self.how, self.config, self.nest = base, how, Deep.Config(), {"a": {"on": False}}
+        self.items, self.tensor, self.gate = [[False]], torch.tensor(False), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        out = self.base(x)
+        on = {"config": self.config.on, "nest": self.nest["a"]["on"], "list": self.items[0][0],
+              "tensor": bool(self.tensor), "weight": float(self.gate) > 3}[self.how]  # fmt: skip
+        return out + out.mean(-2, keepdim=True) if on else out
+
+    def switch(self):
+        self.config.on = self.nest["a"]["on"] = self.items[0][0] = True
+        self.tensor.fill_(True)
+        self.gate.data = torch.tensor(5.0)
+
+
+@pytest.mark.parametrize("how", ["config", "nest", "list", "tensor", "weight"])
+@pytest.mark.parametrize("name", ["norm", "blocks.2.mlp"])
+@LATE
+def test_a_switch_that_lies_deep_counts(how, name, late):
+    def switched(network):
+        network.get_submodule(name).switch()
+
+    mine, theirs = vit(), vit()
+    for network in (mine, theirs):
+        network.set_submodule(name, Deep(network.get_submodule(name), how).eval())
+    if not late:
+        switched(mine)
+    model = ragged.RaggedViT(mine, KEEP_ALL["threshold_l2"]())
+    if late:
+        model(pictures())
+        switched(mine)
+    switched(theirs)
+    assert_logits(model(pictures()), theirs(pictures()))
+
+
+CALLED = [(kind, name) for kind in (tv.Block, tv.Attention, tv.PatchEmbed, nn.Conv2d, tv.VisionTransformer)
+          for name in ("__call__", "_call_impl")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", CALLED, ids=lambda x: getattr(x, "__name__", x))
+@LATE
+def test_a_call_that_was_replaced_counts_or_is_refused(monkeypatch, kind, name, late):
+    original = getattr(kind, name)
+
+    def replaced(self, *arguments, **words):
+        return original(self, *arguments, **words) * 1.1
+
+    as_timm_or_refused(lambda network: monkeypatch.setattr(kind, name, replaced, raising=False), "evit", late,
+                       undo=monkeypatch.undo)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["", "blocks.1", "blocks.1.attn", "blocks.1.mlp", "patch_embed", "patch_embed.proj"])
+@LATE
+def test_a_call_replaced_on_an_object_counts_or_is_refused(place, late):
+    def replace(network):
+        module = network.get_submodule(place)
+        original = module._call_impl
+        module._call_impl = lambda *arguments, **words: original(*arguments, **words) * 1.1
+
+    as_timm_or_refused(replace, "threshold_l2", late)
+
+
+def test_a_network_s_own_intermediates_are_refused():
+    network = vit()
+    network.forward_intermediates = lambda *arguments, **words: (torch.ones(1), [])
+    with pytest.raises(ValueError, match="forward_intermediates of its own"):
+        ragged.RaggedViT(network)
+
+
+def test_patched_functions_and_modes_reach_the_patch_embedding(monkeypatch):
+    for name in ("conv2d", "linear"):
+        original = getattr(nn.functional, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.functional, name, lambda *a, original=original, **k: original(*a, **k) * 1.1)
+            assert not as_timm_or_refused(lambda network: None, "evit", True)
+
+    class Scaled(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), words=None):
+            out = function(*arguments, **(words or {}))
+            return out * 1.1 if function is nn.functional.conv2d else out
+
+    with Scaled():
+        assert not as_timm_or_refused(lambda network: None, "evit", True)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x) * 1.1
+
+
+@pytest.mark.parametrize("make", [Wrapped, lambda conv: nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))])
+@LATE
+@EVERY
+def test_a_patch_embedding_without_a_weight_of_its_own(make, late, pruner):
+    def replace(network):
+        network.patch_embed.proj = make(network.patch_embed.proj).eval()
+
+    assert not as_timm_or_refused(replace, pruner, late)
+
+
+def test_parts_that_are_missing_fail_as_in_timm():
+    for name in ("drop_path1", "attn.proj_drop"):
+        network = vit()
+        owner, _, leaf = f"blocks.1.{name}".rpartition(".")
+        setattr(network.get_submodule(owner), leaf, None)
+        with pytest.raises(TypeError):
+            network(pictures())
+        with pytest.raises(TypeError):
+            ragged.RaggedViT(network)(pictures())
+
+
+def test_lists_under_a_device_context_and_without_blocks():
+    model = ragged.RaggedViT(vit())
+    want = model(list(pictures()))
+    with torch.device("meta"):
+        assert torch.equal(model(list(pictures())), want)
+    model.vit.pos_embed.data.mul_(1.0)
+    torch.utils.swap_tensors(model.vit.pos_embed, nn.Parameter(3 * model.vit.pos_embed.detach()))
+    assert_logits(model(list(pictures())), model.vit(pictures()))
+    while len(model.vit.blocks):
+        model.vit.blocks.pop(0)
+    with pytest.raises(ValueError, match="no blocks"):
+        model(pictures())
+
+
+def test_transforms_are_refused_in_words():
+    model = ragged.RaggedViT(vit(), KEEP_ALL["evit"]())
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(torch.func.grad(lambda x: model(x[None]).sum()))(pictures())
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.jvp(lambda x: model(list(x)), (pictures(),), (pictures(),))
+    with pytest.raises(NotImplementedError, match="symbolic_trace"):
+        torch.fx.symbolic_trace(model)
+
+
+def test_unfused_attention_has_the_derivatives_timm_s_has():
+    mine, theirs = vit(), vit()
+    for network in (mine, theirs):
+        for block in network.blocks:
+            block.attn.fused_attn = False
+    model, x = ragged.RaggedViT(mine, None, "sdpa_padded"), pictures()[:1]
+    got, want = (torch.func.jvp(run, (x,), (torch.ones_like(x),))[1] for run in (model, theirs))
+    assert_logits(got, want)
+
+
+@pytest.mark.parametrize("breaks", [lambda x: torch._dynamo.graph_break(), lambda x: float(x.abs().max())])
+def test_an_adapter_that_breaks_a_graph_compiles_all_the_same(breaks):
+    class Breaking(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            breaks(x)
+            return self.base(x)
+
+    network = vit()
+    network.blocks[1].mlp = Breaking(network.blocks[1].mlp).eval()
+    model = ragged.RaggedViT(network).compile(backend="eager")
+    assert_logits(model(pictures()), network(pictures()))
+
+
+def test_a_network_whose_parts_are_no_modules_is_refused():
+    class Odd(tv.VisionTransformer):
+        def __getattr__(self, name):
+            return (lambda x: x) if name == "norm" else super().__getattr__(name)
+
+    network = vit()
+    del network.norm
+    network.__class__ = Odd
+    with pytest.raises(ValueError, match="norm is no module"):
+        ragged.RaggedViT(network)

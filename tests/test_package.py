@@ -24,7 +24,7 @@ CORE = (
     "checks data tiles launch kernels backends attention rows packing support loading rules pruners blocks graph model"
 ).split()
 WINGS = ("data", "bench", "plots", "course", "train")
-FOLDERS = ("kernels", "graph")  # of the core
+FOLDERS = ("kernels", "support", "graph")  # of the core
 # What a wing may import beside itself and the core. `data` stands under the core: of it it takes the checks alone.
 MAY_USE = {"data": (), "plots": ("data",), "bench": ("data",), "course": ("data", "plots", "bench"),
            "train": ("data", "bench")}  # fmt: skip

@@ -194,7 +194,7 @@ def test_an_image_alone_and_in_company(device, backend, data):
             torch.testing.assert_close(got, alone, rtol=0, atol=8e-3 if device == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [n for n in ALL if not n.startswith("random")])  # which goes by an image's place
 @settings(max_examples=10)
 @given(order=st.permutations(range(4)), data=st.data())
 def test_permuting_images_permutes_a_model_s_results(name, order, data):

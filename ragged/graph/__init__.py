@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..backends import BACKENDS
+from ..checks import weight_of
 from .batch import Captured, capture_batch
 from .lists import CapturedList, CapturedTokens, capture_list
 from .parts import FEW_ROWS, SMALLEST, STEP, WIDTH_STEP, bucket_sizes
@@ -47,7 +48,7 @@ def capture(
     Raises ValueError or TypeError naming the argument, and NotImplementedError for what cannot be recorded, with the
     reason.
     """
-    weight = model.vit.patch_embed.proj.weight
+    weight = weight_of(model.vit)
     if not weight.is_cuda:
         raise ValueError(f"capture: CUDA graphs need a model on a GPU, this one is on {weight.device}")
     if type(batch_size) is not int or batch_size < 1:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import blocks, launch
 from ..backends import BACKENDS
 from ..blocks import Pass, Pending
-from ..checks import check_image_list, check_packed
+from ..checks import check_image_list, check_packed, weight_of
 from ..packing import Counts, Packed
 from ..rules import View
 from .parts import FEW_ROWS, WIDTH_STEP, Recorded, Recorder, Rest, bucket_sizes, needed, rest_sizes, to_the_end
@@ -48,7 +48,7 @@ def stand_ins(size: int, batch: int, longest: int, least: int) -> tuple[int, ...
 def rows_after(model: nn.Module, length: int) -> tuple[int, ...]:
     """Rows of an image of `length` rows, then after every cut of the model's pruner up to the first adaptive one: the
     pruner is asked about one image of zeros, since fixed counts do not depend on what is in it."""
-    pruner, weight, found = model.pruner, model.vit.patch_embed.proj.weight, [length]
+    pruner, weight, found = model.pruner, weight_of(model.vit), [length]
     heads, zeros = model.vit.blocks[0].attn.num_heads, functools.partial(torch.zeros, device=weight.device)
     for stage in range(0 if pruner is None else len(pruner.at)):
         rows = found[-1]
@@ -91,7 +91,7 @@ class CapturedList(Recorded):
         self._cuts_of: dict[int, list[Tensor]] = {}
         self._handed: Pending | None = None  # where fronts leave what the rest begins with
         self._total, self._alive = 0, ()
-        weight = model.vit.patch_embed.proj.weight
+        weight = weight_of(model.vit)
         from ..kernels.patches import COLUMNS  # imported here: Triton is optional
 
         self.table = torch.zeros(batch + 1, COLUMNS, dtype=torch.int64, device=weight.device)

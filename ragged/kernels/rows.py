@@ -56,19 +56,21 @@ def cls_kernel(
 @triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
 def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
                 DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                FUSED: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                FUSED: tl.constexpr, NARROW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """A cut that leaves `count` rows in every image, in one launch: the rows of X that Index (images, count) names,
     behind them (FUSED) the sum of the image's first `width` rows weighted by Blend (images, width), the ids of all, and
     the offsets Cu (images + 1,).
 
-    Grid (images * tiles * BLOCKS,): a program moves ROWS rows by BLOCK columns, or makes so many of the fused row.
+    Grid (images * programs,): a program moves ROWS rows by BLOCK columns, or makes NARROW columns of the fused row: of
+    CHUNK rows at a time, for nobody else is there to hide the waiting.
     """
-    part, mine = tl.num_programs(0) // images, tl.program_id(0)  # programs an image has
-    image, tile, block = (mine // part).to(tl.int64), (mine % part) // BLOCKS, mine % BLOCKS
+    part = tl.num_programs(0) // images  # programs an image has
+    image, mine = (tl.program_id(0) // part).to(tl.int64), tl.program_id(0) % part
+    tile, block = mine // BLOCKS, mine % BLOCKS
     rows = count + FUSED  # of every image, after the cut
     start, target = tl.load(Starts + image).to(tl.int64), image * rows
-    lane, column = tl.arange(0, ROWS), block * BLOCK + tl.arange(0, BLOCK)
     if tile * ROWS < count:
+        lane, column = tl.arange(0, ROWS), block * BLOCK + tl.arange(0, BLOCK)
         row = tile * ROWS + lane
         real = row < count
         place = start + tl.load(Index + image * index_stride + row, mask=real, other=0)
@@ -78,18 +80,20 @@ def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stri
         if block == 0:
             tl.store(OutIds + target + row, tl.load(Ids + place, mask=real), mask=real)
     elif FUSED:
-        total = tl.zeros([BLOCK], tl.float32)
-        for j in range(0, number(width), CHUNK):  # many rows at a time: nobody else is here to hide the waiting
-            row = j + tl.arange(0, CHUNK)
-            weight = tl.load(Blend + image * blend_stride + row, mask=row < width, other=0.0)
+        slice = mine - tl.cdiv(count, ROWS) * BLOCKS
+        narrow = slice * NARROW + tl.arange(0, NARROW)
+        total = tl.zeros([NARROW], tl.float32)
+        for j in range(0, number(width), CHUNK):
+            old = j + tl.arange(0, CHUNK)
+            weight = tl.load(Blend + image * blend_stride + old, mask=old < width, other=0.0)
             weight = weight.to(X.dtype.element_ty).to(tl.float32)
-            mask = (weight != 0.0)[:, None] & (column[None, :] < DIM)  # 0 times NaN is NaN
-            x = tl.load(X + (start + row)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
-            total += tl.sum(weight[:, None] * x.to(tl.float32), 0)
-        tl.store(Out + (target + count) * DIM + column, total.to(X.dtype.element_ty), mask=column < DIM)
-        if block == 0:
+            weighs = (weight != 0.0)[:, None] & (narrow[None, :] < DIM)  # 0 times NaN is NaN
+            these = tl.load(X + (start + old)[:, None] * DIM + narrow[None, :], mask=weighs, other=0.0)
+            total += tl.sum(weight[:, None] * these.to(tl.float32), 0)
+        tl.store(Out + (target + count) * DIM + narrow, total.to(X.dtype.element_ty), mask=narrow < DIM)
+        if slice == 0:
             tl.store(OutIds + target + count, tl.full((), -1, tl.int64))
-    if mine % part == 0:
+    if mine == 0:
         tl.store(Cu + image, target.to(tl.int32))
         if image == images - 1:
             tl.store(Cu + image + 1, (target + rows).to(tl.int32))
@@ -136,27 +140,38 @@ def _sortable(scores):
     return tl.where(scores != scores, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
+@triton.jit
+def _mean(scores, mask, HEADS: tl.constexpr):
+    """The mean of HEADS numbers that stand side by side, float32; 0 where mask is not set."""
+    total = tl.load(scores, mask=mask, other=0.0).to(tl.float32)
+    for head in tl.static_range(1, HEADS):
+        total += tl.load(scores + head, mask=mask, other=0.0).to(tl.float32)
+    return total / HEADS if HEADS > 1 else total
+
+
 @triton.jit(do_not_specialize=["stride", "step", "patches", "count"])
 def rank_kernel(Scores, Index, Rest, stride, step, patches, count, PREFIX: tl.constexpr, SKIP: tl.constexpr,
-                IN_PLACE: tl.constexpr, REST: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr):
+                HEADS: tl.constexpr, IN_PLACE: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
     """The `count` patches of highest score of every image, best first, or (IN_PLACE) in the order in which they stood.
 
     A patch's rank is the number of patches ahead of it: higher scores, and equal ones that come earlier. Comparing all
     with all is more arithmetic than sorting, but no step has to wait for another, and a few hundred patches fit into
-    one program. Scores (images, stride), a score every `step` numbers, the first SKIP no patches; Index (images,
-    PREFIX + count). Rest (images, PREFIX + patches), if REST: the scores of those that are not among them, and zeros.
+    one program. Scores (images, stride), a score every `step` numbers, the mean of the HEADS that stand there, the
+    first SKIP no patches; Index (images, PREFIX + count). Rest (images, PREFIX + patches), if REST: the scores of those
+    that are not among them, and zeros.
     Grid (images,).
     """
     image = tl.program_id(0).to(tl.int64)
     scores = Scores + image * stride + SKIP * step
     out = Index + image * (PREFIX + count)
     i = tl.arange(0, N)
-    score = tl.load(scores + i * step, mask=i < patches, other=0.0).to(tl.float32)
+    score = _mean(scores + i * step, i < patches, HEADS)
     mine = _sortable(score)
     rank = tl.zeros([N], tl.int32)
     for j in range(0, number(patches), CHUNK):
         other = j + tl.arange(0, CHUNK)
-        theirs = _sortable(tl.load(scores + other * step, mask=other < patches, other=0.0).to(tl.float32))
+        theirs = _sortable(_mean(scores + other * step, other < patches, HEADS))
         earlier = other[None, :] < i[:, None]
         ahead = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & earlier)
         rank += tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)

@@ -7,19 +7,20 @@ is looked for here: a part is run as the module that it is, or refused with the 
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
-import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
+from .trial import OWN_CALL, known, replaced, row_wise, structure, switches
+
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
-OWN_PASS = ("forward", "forward_features", "forward_head", "pool")
+OWN_PASS = (*OWN_CALL, "forward_features", "forward_head", "forward_intermediates", "pool")
 NOTHING_IN_EVAL = ("Identity", "Dropout", "DropPath")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What decides whether the patch embedding is one matrix product, besides modules and hooks.
@@ -44,7 +45,8 @@ class Survey:
         self.modules = list(vit.modules())
         self._dicts = [module.__dict__ for module in self.modules]
         self._children = [m._modules for m in self.modules if m._modules]
-        self._tried = [m for m in self.modules if type(m) not in _known() and type(m) not in _structure()]
+        self._childless = [m._modules for m in self.modules if not m._modules]
+        self.tried = [m for m in self.modules if type(m) not in known() and type(m) not in structure()]
         self._kinds = list(dict.fromkeys(map(type, self.modules)))
         self._settings, self._seen, self._hooks = _settings(vit), self._look(), self._hook_numbers()
         self._last_hook = RemovableHandle.next_id
@@ -77,9 +79,9 @@ class Survey:
     def _look(self) -> tuple:
         children = list(map(tuple, map(dict.values, self._children)))
         # a method replaced on the instance is one entry more in its dictionary
-        switches = [_switches(module) for module in self._tried]
-        return (list(map(type, self.modules)), children, list(map(len, self._dicts)),
-                list(map(operator.attrgetter("forward"), self._kinds)), switches)  # fmt: skip
+        inner = list(map(switches, self.tried))
+        return (list(map(type, self.modules)), children, any(self._childless), list(map(len, self._dicts)),
+                list(map(operator.attrgetter(*OWN_CALL), self._kinds)), inner)  # fmt: skip
 
     def _hook_numbers(self) -> list[tuple]:
         return [tuple(d[kind]) for d in self._dicts for kind in HOOKS if d[kind]]
@@ -87,44 +89,11 @@ class Survey:
 
 def _settings(vit: nn.Module) -> tuple:
     kind, patch, conv = type(vit), vit.patch_embed.__dict__, vit.patch_embed.proj.__dict__
-    methods = kind.forward_features, kind.forward_head, kind.pool, kind._pos_embed, nn.Conv2d._conv_forward
+    methods = (kind.forward_features, kind.forward_head, kind.forward_intermediates, kind.pool, kind._pos_embed,
+               nn.Conv2d._conv_forward)  # fmt: skip
     own = [name in vit.__dict__ for name in OWN_PASS]
     return (vit.global_pool, vit.num_prefix_tokens, vit.attn_pool is None, vit.cls_token is None, methods, own,
             list(map(patch.get, PATCH_SETTINGS)), list(map(conv.get, CONV_SETTINGS)))  # fmt: skip
-
-
-MODULE_PARTS = frozenset(nn.Module().__dict__)
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def _switches(module: nn.Module) -> list:
-    """What an unknown module might decide by: its own attributes, by value where they are plain, and how often its
-    buffers were written."""
-
-    def said(value: object, deep: bool = True) -> object:
-        if isinstance(value, PLAIN):
-            return value
-        if deep and isinstance(value, dict):
-            return [(str(k), said(v, False)) for k, v in value.items()]
-        if deep and isinstance(value, list | tuple | set | frozenset):
-            return [said(v, False) for v in value]
-        return id(value)
-
-    own = [(name, said(value)) for name, value in module.__dict__.items() if name not in MODULE_PARTS]
-    return own + [(id(b), None if b.is_inference() else b._version) for b in module._buffers.values() if b is not None]
-
-
-def _replaced(module: nn.Module, *names: str) -> bool:
-    """Whether any of these methods is another than the one in the file of the class that defines it: replaced on this
-    object, or on the class."""
-    return any(name in module.__dict__ or not as_written(type(module), name) for name in names)
-
-
-def as_written(kind: type, name: str) -> bool:
-    """Whether the method `name` of `kind` is the one that stands in the file of its class."""
-    owner = next(k for k in kind.__mro__ if name in k.__dict__)
-    code = getattr(owner.__dict__[name], "__code__", None)
-    return code is not None and code.co_filename == sys.modules[owner.__module__].__file__
 
 
 def check_supported(vit: nn.Module) -> nn.Module:
@@ -147,7 +116,7 @@ def _problems(vit: nn.Module) -> Iterable[str]:
         raise ValueError(f"vit: expected timm's VisionTransformer, got {type(vit).__name__}{hint}")
     for name in OWN_PASS:
         of_timm = [getattr(kind, name) for kind in (VisionTransformer, VisionTransformerDistilled)]
-        if _replaced(vit, name) or getattr(type(vit), name) not in of_timm:
+        if replaced(vit, name) or getattr(type(vit), name) not in of_timm:
             yield f"{type(vit).__name__} has a {name} of its own"
             break
     yield from _fixed_parts(vit)
@@ -161,7 +130,7 @@ def _problems(vit: nn.Module) -> Iterable[str]:
         elif any(_hooks_of(part)):
             yield (f"a mask or norm on weights of {name} itself (pos_embed, cls_token) hangs on a hook that would not "
                    "fire: make it permanent (torch.nn.utils.prune.remove), or use a parametrization")  # fmt: skip
-    if type(vit.blocks) is not nn.Sequential or _replaced(vit.blocks, "forward"):
+    if type(vit.blocks) is not nn.Sequential or replaced(vit.blocks, *OWN_CALL):
         yield f"its blocks are a {type(vit.blocks).__name__} with a forward of its own"
     for i, block in enumerate(vit.blocks):
         if problem := _block_problem(block):
@@ -180,6 +149,9 @@ def _fixed_parts(vit: nn.Module) -> Iterable[str]:
             break
     if len(vit.blocks) == 0:
         yield "it has no blocks"
+    for name in ("norm", "norm_pre", "fc_norm", "head", "pos_drop"):
+        if not isinstance(getattr(vit, name, None), nn.Module):
+            yield f"its {name} is no module"
     own = sum(t.shape[1] for n in ("cls_token", "dist_token", "reg_token") if (t := getattr(vit, n, None)) is not None)
     if vit.num_prefix_tokens != own:
         yield f"its num_prefix_tokens is {vit.num_prefix_tokens}, and it has {own} such tokens"
@@ -206,10 +178,10 @@ def whole_reason(block: nn.Module, rows: int) -> str | None:
     for name, module in block.named_modules():
         if reason := _hook_reason(module):
             return f"{name or 'it'} {reason}"
-    if type(block) is not Block or _replaced(block, "forward"):
+    if type(block) is not Block or replaced(block, *OWN_CALL):
         return f"type {type(block).__name__} has a forward of its own"
     attn = block.attn
-    if type(attn) is not Attention or _replaced(attn, "forward"):
+    if type(attn) is not Attention or replaced(attn, *OWN_CALL):
         return f"its attention, {type(attn).__name__}, has a forward of its own"
     if getattr(attn, "gate", None) is not None:
         return "its attention is gated"
@@ -218,7 +190,9 @@ def whole_reason(block: nn.Module, rows: int) -> str | None:
             return f"attn.{name}, {type(getattr(attn, name)).__name__}, does not treat every row by itself"
     for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # nothing in eval mode, so left out
         part = _part(block, name)
-        if part is not None and (type(part).__name__ not in NOTHING_IN_EVAL or _replaced(part, "forward")):
+        if part is None:
+            return f"{name} is missing"
+        if (type(part).__name__ not in NOTHING_IN_EVAL or replaced(part, *OWN_CALL)):
             return f"{name}, {type(part).__name__}, is not timm's own"
     inner, outer = attn.num_heads * attn.head_dim, getattr(attn.qkv, "in_features", attn.num_heads * attn.head_dim)
     for name in ("norm1", "attn.qkv", "attn.norm", "attn.proj", "ls1", "norm2", "mlp", "ls2"):
@@ -266,87 +240,37 @@ def refuse_hooks_on_everything() -> None:
                 )
 
 
-# ---- parts that treat every row by itself ----
+def refuse_fixed_programs(pruner: Any, images: object) -> None:
+    """RuntimeError or NotImplementedError while a program is traced or exported that cannot hold what `pruner`, or the
+    pass itself, does with images."""
+    if isinstance(images, torch.fx.Proxy):
+        raise NotImplementedError(
+            "torch.fx.symbolic_trace: a trace cannot hold what is decided in Python while the model runs; use "
+            "model.compile(), or torch.export"
+        )
+    if pruner is not None and torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
+            "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
+        )
+    if pruner is not None and pruner.adaptive and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"torch.export: {pruner.name} decides on the data how many tokens stay, and an exported program "
+            "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
+        )
 
 
-@functools.cache
-def _known() -> frozenset[type]:
-    from timm import layers
-    from timm.models import vision_transformer
-
-    names = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "Mlp", "GluMlp",
-             "SwiGLU", "DropPath", "GELU", "GELUTanh", "QuickGELU")  # fmt: skip
-    torch_names = ("Linear", "LayerNorm", "RMSNorm", "Identity", "GELU", "ReLU", "SiLU", "Tanh", "Sigmoid", "Dropout")
-    found = [getattr(layers, n, None) for n in names] + [getattr(nn, n, None) for n in torch_names]
-    return frozenset(filter(None, [*found, getattr(vision_transformer, "LayerScale", None)]))
+# ---- what stands before the blocks ----
 
 
-@functools.cache
-def _structure() -> frozenset[type]:
-    """Types that hold parts, and are looked at by themselves."""
-    from timm.layers import PatchDropout, PatchEmbed
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer
-
-    return frozenset((PatchDropout, PatchEmbed, Attention, Block, VisionTransformer, VisionTransformerDistilled,
-                      nn.Sequential, nn.ModuleList, nn.Conv2d))  # fmt: skip
-
-
-def row_wise(module: nn.Module, dim: int, rows: int) -> bool:
-    """Whether `module`, on rows of `dim` numbers, treats every row by itself: known from its type, or else tried out on
-    images of `rows` rows.
-
-    Adapters come in all kinds, so a copy of an unknown module is run on random rows with random weights (its present
-    ones may be the zeros that adapters begin with): all rows at once, some of them, in another order, and in another
-    shape; switched on and off, where it has buffers. One that changes itself meanwhile is refused. What it decides by
-    something outside itself, a global variable, say, cannot be seen.
-    """
-    known = _known()
-    if all(type(m) in known and not _replaced(m, "forward") and _one_dim(m) for m in module.modules()):
+def convolves_as_usual() -> bool:
+    """Whether convolutions and products are PyTorch's own, and nobody looks at every function that is called."""
+    if torch.compiler.is_compiling():
         return True
-    try:
-        twin = copy.deepcopy(module)
-        tries = [_weights(twin, on) for on in ((True, False, None) if any(True for _ in twin.buffers()) else (True,))]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return all(_treats_rows_alike(twin, weights, dim, rows) for weights in tries)
-    except Exception:  # whatever somebody's module raises for rows: it does not take them
+    if nn.functional.conv2d is not torch.conv2d or nn.functional.linear is not torch._C._nn.linear:
         return False
-
-
-def _one_dim(module: nn.Module) -> bool:
-    return len(getattr(module, "normalized_shape", (0,))) == 1
-
-
-def _weights(module: nn.Module, on: bool | None) -> dict[str, Tensor]:
-    """Weights and buffers to try `module` with: random, Booleans as `on` says; None: the present ones."""
-    generator = torch.Generator().manual_seed(0)
-
-    def like(x: Tensor) -> Tensor:
-        if on is None or not (x.is_floating_point() or x.dtype == torch.bool):
-            return x.detach().clone()
-        if x.dtype == torch.bool:
-            return torch.full_like(x, on)
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-
-    return {name: like(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _treats_rows_alike(module: nn.Module, weights: dict[str, Tensor], dim: int, rows: int) -> bool:
-    first = next(iter(module.parameters()), torch.empty(0))
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, rows, dim, generator=generator, dtype=torch.float32).to(first.device, first.dtype)
-    order = torch.randperm(rows, generator=generator).to(x.device)
-    before, kept = list(map(_switches, module.modules())), {name: w.clone() for name, w in weights.items()}
-    some = (slice(1), slice(rows // 2 + 1))
-    whole, flat, fewer, other = (
-        torch.func.functional_call(module, weights, (given,))
-        for given in (x, x.flatten(0, 1), x[some], x.flip(0)[:, order])
-    )
-    if before != list(map(_switches, module.modules())) or not all(torch.equal(kept[n], weights[n]) for n in kept):
-        return False
-    pairs = ((flat, whole.flatten(0, 1)), (fewer, whole[some]), (other, whole.flip(0)[:, order]))
-    size = whole.float().abs().max().item()
-    return all(a.shape == b.shape and (a - b).float().abs().max().item() <= 1e-3 * size for a, b in pairs)
+    modes = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return all(type(mode).__module__.startswith("torch.") for mode in modes)
 
 
 def _no_list(vit: nn.Module, rows: int) -> str | None:
@@ -357,7 +281,7 @@ def _no_list(vit: nn.Module, rows: int) -> str | None:
     from timm.models.vision_transformer import VisionTransformer
 
     known = [kind._pos_embed for kind in (VisionTransformer, VisionTransformerDistilled)]
-    if _replaced(vit, "_pos_embed") or type(vit)._pos_embed not in known:
+    if replaced(vit, "_pos_embed") or type(vit)._pos_embed not in known:
         return f"{type(vit).__name__} has a _pos_embed of its own"
     for name in ("pos_drop", "patch_drop", "norm_pre"):
         part = getattr(vit, name, None)
@@ -367,7 +291,7 @@ def _no_list(vit: nn.Module, rows: int) -> str | None:
             if reason := _hook_reason(module):
                 return f"{name} {reason}"
         if name == "patch_drop":  # nothing in eval mode, so left out
-            if type(part) not in (PatchDropout, nn.Identity) or _replaced(part, "forward"):
+            if type(part) not in (PatchDropout, nn.Identity) or replaced(part, *OWN_CALL):
                 return f"{name}, {type(part).__name__}, is not timm's own"
         elif not row_wise(part, vit.embed_dim, rows):
             return f"{name}, {type(part).__name__}, does not treat every row by itself"
@@ -379,9 +303,9 @@ def _is_product(patch: nn.Module) -> bool:
     from timm.layers import PatchEmbed
 
     conv = patch.proj
-    if type(patch) is not PatchEmbed or type(conv) is not nn.Conv2d or _replaced(conv, "_conv_forward"):
+    if type(patch) is not PatchEmbed or type(conv) is not nn.Conv2d or replaced(conv, "_conv_forward"):
         return False
-    if any(_replaced(m, "forward") or any(_hooks_of(m)) for m in patch.modules()):
+    if any(replaced(m, *OWN_CALL) or any(_hooks_of(m)) for m in patch.modules()):
         return False
     plain = conv.stride == conv.kernel_size and set(conv.padding) == {0} and set(conv.dilation) == {1}
     return plain and conv.groups == 1 and conv.kernel_size == tuple(patch.patch_size)
