@@ -43,6 +43,6 @@ def mixed_sizes(frame, *, model="deit_small", pruner="none", mode="compile+graph
             draw_line(figure, line["spread"], line, backend, hover=line["tokens"], legend=backend not in shown,
                       label="packed, ours" if backend == "triton" else None, row=1, col=column)  # fmt: skip
             shown.add(backend)
-    figure.update_xaxes(title_text="spread of the sides, px", tickvals=sorted(set(rows["spread"])))
+    figure.update_xaxes(title_text="spread, px", tickvals=sorted(set(rows["spread"])))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="images/s", col=1)
