@@ -86,7 +86,8 @@ def dispatch_frame():
 
 
 def mixed_frame():
-    shared = dict(suite="mixed", model="deit_small", pruner="none", mode="compile+graph", metric="images_per_s", keep=1.0)
+    shared = dict(suite="mixed", model="deit_small", pruner="none", mode="compile+graph", keep=1.0)
+    shared |= dict(metric="images_per_s", unit="images/s")
     records = [shared | dict(backend="triton", tokens="quadtree 16/32 px", batch=64.0, value=2e4)]
     for batch in (1, 16, 64):
         for low, high in ((224, 224), (192, 256), (160, 320), (112, 448)):

@@ -41,8 +41,8 @@ def test_what_names_no_spread_of_sizes_is_left_out():
 
 
 def test_the_recorded_rows_keep_what_is_said_of_them():
-    """From batch 16 on, sizes mixed and all captured: 1.5 times padding with a mask, and never behind grouping; ATS with
-    nine cuts 1.5 times its eager speed, and not behind padding captured alike."""
+    """From batch 16 on, sizes mixed and all captured: 1.5 times padding with a mask, and never behind grouping; nine
+    cuts of ATS 1.5 times their eager speed, and not behind padding captured alike."""
     rows = data.results("mixed", "NVIDIA H100")
     speed = rows[(rows["metric"] == "images_per_s") & (rows["status"] == "ok")]
     lists = speed[speed["tokens"].isin([SPREAD, *SPREADS[1:]]) & (speed["batch"] >= 16) & (speed["mode"] != "eager")]
