@@ -83,3 +83,18 @@ def dispatch_frame():
         for layer, value in (text.split() for text in below):
             records.append(shared | dict(backend=f"{provider}:{layer}", value=float(value)))
     return rows(records)
+
+
+def mixed_frame():
+    shared = dict(suite="mixed", model="deit_small", pruner="none", mode="compile+graph", keep=1.0)
+    shared |= dict(metric="images_per_s", unit="images/s")
+    records = [shared | dict(backend="triton", tokens="quadtree 16/32 px", batch=64.0, value=2e4)]
+    for batch in (1, 16, 64):
+        for low, high in ((224, 224), (192, 256), (160, 320), (112, 448)):
+            if batch == 1 and low != 112:
+                continue
+            for k, backend in enumerate(("triton", "sdpa_padded", "grouped", "resized", "one_by_one"), 1):
+                value = 400 * batch / k * (1 - (high - low) / 400 * (k > 1))
+                records.append(shared | dict(backend=backend, batch=float(batch), tokens=f"U({low},{high}) px",
+                                             value=value, q20=0.98 * value, q80=1.02 * value))  # fmt: skip
+    return rows(records)

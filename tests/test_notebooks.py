@@ -122,7 +122,7 @@ def test_make_badges_has_nothing_to_do(notebook):
 
 def test_saved_outputs(notebook):
     """All cells ran in order; figures have JSON, a picture and a sentence; neither HTML nor widget state is saved."""
-    assert notebook["path"].stat().st_size < 300_000
+    assert notebook["path"].stat().st_size < 400_000
     assert notebook["metadata"]["kernelspec"]["name"] == "python3" and "widgets" not in notebook["metadata"]
     assert [cell["execution_count"] for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
     for cell, output in outputs(notebook):

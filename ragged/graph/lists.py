@@ -105,8 +105,8 @@ class CapturedList(Recorded):
 
     @property
     def token_waste(self) -> float:
-        """Surplus rows per real row before any cut in the last call, padding included."""
-        return self._capacity(self.size) / self._total - 1.0
+        """Surplus rows per real row before any cut in the last call, padding included; 0.0 before the first."""
+        return self._capacity(self.size) / self._total - 1.0 if self._total else 0.0
 
     # ---- what is recorded
 
