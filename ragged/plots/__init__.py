@@ -48,8 +48,8 @@ __all__ = [
     "clock_hypotheses", "count_distribution", "counts_against_size", "error_budget", "expectation",
     "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu", "image_patches", "kept_patches",
     "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences", "measured_lines", "mixed_sizes",
-    "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline", "program_schedule", "resolution_speedup",
-    "roofline", "rounding", "sampling_staircase", "score_maps", "score_profiles", "softmax_steps",
+    "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline", "program_schedule",
+    "resolution_speedup", "roofline", "rounding", "sampling_staircase", "score_maps", "score_profiles", "softmax_steps",
     "sparsity_speedup", "speedup_by_batch", "throughput_by_batch", "tile_cover", "tile_waste", "timeline",
     "token_schedules", "tree_of_guesses", "two_clocks", "verification", "who_sees_whom",
 ]  # fmt: skip
