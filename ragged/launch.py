@@ -107,7 +107,7 @@ def start(kernel: Any, key: tuple, grid: tuple[int, int], tensors: tuple, number
     pointers, bits = [t.data_ptr() for t in tensors], 0
     for pointer in pointers:
         bits |= pointer
-    if bits & 15 or max(numbers) > HIGHEST_INT:  # compiled kernels assume multiples of 16 bytes, and int32
+    if bits & 15 or max(numbers, default=0) > HIGHEST_INT:  # compiled kernels assume multiples of 16 bytes, and int32
         kernel[grid](*tensors, *numbers, **constants, **options)
         return None
     place = (id(kernel), device, key)  # its hash is that of its source; the launcher keeps it alive
