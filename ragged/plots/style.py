@@ -35,7 +35,8 @@ LOOKS = {
     "triton": Look("ours (Triton)", "#d55e00", "solid", "circle"),
     "reference": Look("reference loop", "#999999", "dot", "x"),
 }
-PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS"}
+PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS",
+                 "random": "random"}  # fmt: skip
 AXIS_TITLES = {
     "host_us": "host time per call, µs",
     "gpu_us": "GPU time per call, µs",
