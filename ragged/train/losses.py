@@ -135,7 +135,7 @@ def masked_attention(attn: nn.Module, x: Tensor, policy: Tensor) -> Tensor:
     own = torch.eye(tokens, device=x.device)
     visible = policy[:, None, None, :].float()
     seen = visible + (1 - visible) * own
-    # The largest of those that are seen: beside a dropped token that was looked at far more, all others would underflow.
+    # The largest of what is seen: beside a dropped token that drew far more attention, all others would underflow.
     most = scores.masked_fill(seen == 0, -torch.inf).amax(-1, keepdim=True)
     weights = (scores - most).clamp_max(0).exp() * seen
     weights = weights / weights.sum(-1, keepdim=True)
