@@ -35,5 +35,8 @@ def network(name: str, img_size: int, dtype: torch.dtype, device: str, other: st
 
 
 def predictors_of(name: str) -> Path | None:
-    """The file of DynamicViT predictors that were trained for the bundled network `name`; None for other networks."""
-    return data.checkpoint_path(f"{name}_dynamicvit") if name in NETWORKS else None
+    """The file of DynamicViT predictors that were trained for the bundled network `name`; None for other networks, and
+    for those that have none: their rows say dynamicvit:untrained."""
+    own = f"{name}_dynamicvit"
+    there = name in NETWORKS and (data.data_dir() / "checkpoints" / f"{own}.safetensors").is_file()
+    return data.checkpoint_path(own) if there else None

@@ -20,6 +20,8 @@ PRUNER_LOOKS = {
     "dynamicvit:untrained": Look("DynamicViT, untrained", "#999933", "dashdot", "x"),
     "evit": Look("EViT", "#117733", "solid", "triangle-up"),
     "ats": Look("ATS", "#cc6677", "dash", "star"),
+    "random": Look("random", "#888888", "solid", "cross"),
+    "random_adaptive": Look("random, counts of its own", "#888888", "dot", "cross"),
 }
 SPARE = ("#aa4499", "#882255", "#44aa99", "#ddcc77")  # for pruners that a reader brings
 DTYPES = ("float32", "float16", "bfloat16")

@@ -40,7 +40,8 @@ LOOKS = {
     "one_by_one": Look("one by one", "#999999", "dashdot", "x-thin-open"),
     "reference": Look("reference loop", "#999999", "dot", "x"),
 }
-PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS"}
+PRUNER_LABELS = {"threshold_l2": "Threshold-L2", "dynamicvit": "DynamicViT", "evit": "EViT", "ats": "ATS",
+                 "random": "random"}  # fmt: skip
 AXIS_TITLES = {
     "host_us": "host time per call, µs",
     "gpu_us": "GPU time per call, µs",

@@ -92,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--coarse", type=float, default=0.0, help="share of the steps, the first ones, that see pictures of "
                    "half the size: four times as fast, for the stage dense (default 0)")  # fmt: skip
+    p.add_argument("--from", dest="start", metavar="FILE", help="begin with the weights of this network, taught the "
+                   "same way, instead of random ones; its commands stand in the new one's json")  # fmt: skip
     p.add_argument("--keep", type=float, default=0.7, help="ratio that the predictors are trained for")
     p.add_argument("--pool", type=count, help=f"backgrounds in memory at a time {usual('pool')}")
     p.add_argument("--fresh", type=count, help=f"backgrounds replaced by new ones in every step {usual('fresh')}")
@@ -121,6 +123,8 @@ def fill_in(asked: argparse.Namespace) -> None:
         raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
     if not 0 <= asked.coarse < 1 or (asked.coarse and asked.stage != "dense"):
         raise ValueError(f"--coarse: expected a share in [0, 1), and 0 for --stage dynamicvit, got {asked.coarse}")
+    if asked.start and asked.stage != "dense":
+        raise ValueError("--from: expected --stage dense; predictors begin with the network of the stage before")
     if not 0 < asked.lr < math.inf:
         raise ValueError(f"--lr: expected a positive number, got {asked.lr}")
     if not 0 < asked.minutes < math.inf:
@@ -299,7 +303,8 @@ class Interrupt:
 def settings_of(asked: argparse.Namespace) -> dict:
     """What decides the outcome, and not where or how fast it is reached."""
     elsewhere = ("out", "bundle", "replace", "device", "compile", "minutes")
-    return {name: value for name, value in vars(asked).items() if name not in elsewhere}
+    unasked = {"start"} if asked.start is None else set()
+    return {name: value for name, value in vars(asked).items() if name not in elsewhere and name not in unasked}
 
 
 def _command(settings: dict) -> str:
@@ -309,7 +314,8 @@ def _command(settings: dict) -> str:
 
 def _changed(settings: dict, usual: dict) -> list[str]:
     """The options that ask for `settings` where they differ from `usual`; both are of one model."""
-    return [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual.get(k)]
+    options = {"start": "from"}
+    return [f"--{options.get(k, k).replace('_', '-')} {v}" for k, v in settings.items() if v != usual.get(k)]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -321,8 +327,10 @@ def schedule(step: int, steps: int) -> float:
 def dense(run: Run) -> None:
     """Stage one: the network itself, from labels on the image and on every patch, or from those on the image alone."""
     asked = run.asked
-    vit = load_deit(asked.model, weights="random", num_classes=CLASSES, seed=asked.seed, dynamic_img_size=True)
-    module: nn.Module = vit.to(asked.device).train()
+    before = begun_with(asked)
+    shape = {"num_classes": CLASSES, "dynamic_img_size": True}
+    vit = load_deit(asked.model, weights=asked.start or "random", seed=asked.seed, **shape)
+    module: nn.Module = vit.to(asked.device).float().train()
     if asked.teach == "boxes":
         module = Taught(vit).to(asked.device)
     network = run.network = several.Network(module, {"dynamic": False} if asked.compile else None)
@@ -335,10 +343,28 @@ def dense(run: Run) -> None:
     if not run.group.first:
         return
     vit.eval()
-    run.save(vit.state_dict(), {"top1": top1(vit, None, asked.held_out, asked.device), "held_out": asked.held_out})
+    found = {"top1": top1(vit, None, asked.held_out, asked.device), "held_out": asked.held_out}
+    run.save(vit.state_dict(), found | before)
     old = run.path.with_name(f"{run.path.stem}{STAGES['dynamicvit']}.safetensors")
     if old.exists():
         print(f"{old} belongs to another network: train it again with --stage dynamicvit --replace")
+
+
+def begun_with(asked: argparse.Namespace) -> dict:
+    """How the network of `--from` was made, with the commands before its own; {} without one. ValueError where that is
+    not known, or where it was taught in another way."""
+    if not asked.start:
+        return {}
+    path = Path(asked.start)
+    facts = path.with_suffix(".json")
+    if not path.is_file() or not facts.is_file():
+        raise ValueError(f"--from: expected a network of this command with its .json beside it, found no {facts}")
+    data.verify_sha256(path)
+    how = json.loads(facts.read_text(encoding="utf-8"))
+    was = (how["settings"]["model"], how["settings"].get("teach", "boxes"))
+    if was != (asked.model, asked.teach):
+        raise ValueError(f"--from: expected {asked.model} taught with {asked.teach}, {path} is {was[0]} with {was[1]}")
+    return {"before": how.get("before", []) + [{name: how[name] for name in ("command", "top1", "sha256")}]}
 
 
 def dynamicvit(run: Run) -> None:

@@ -134,7 +134,10 @@ def masked_attention(attn: nn.Module, x: Tensor, policy: Tensor) -> Tensor:
     scores = (q @ k.transpose(-2, -1)).float() * attn.scale
     own = torch.eye(tokens, device=x.device)
     visible = policy[:, None, None, :].float()
-    weights = (scores - scores.amax(-1, keepdim=True)).exp() * (visible + (1 - visible) * own)
+    seen = visible + (1 - visible) * own
+    # The largest of what is seen: beside a dropped token that drew far more attention, all others would underflow.
+    most = scores.masked_fill(seen == 0, -torch.inf).amax(-1, keepdim=True)
+    weights = (scores - most).clamp_max(0).exp() * seen
     weights = weights / weights.sum(-1, keepdim=True)
     return attn.proj((weights.to(v.dtype) @ v).transpose(1, 2).reshape(n, tokens, dim))
 

@@ -1,0 +1,115 @@
+"""Verdicts: each can turn, every claim has a family, and an objection is judged on every batch."""
+
+import math
+
+import pytest
+
+from ragged import data
+from ragged.bench.paper import NAN, Claim, Rows, all_claims
+from ragged.bench.verdicts import (
+    BASELINE,
+    EVERYWHERE,
+    GROUPS,
+    IN_KIND,
+    NOT_HERE,
+    NOWHERE,
+    SETUP,
+    SOMEWHERE,
+    STANDS,
+    UNTESTED,
+    VERDICTS,
+    Objection,
+    by_family,
+    judged,
+    objections,
+    settle,
+    verdict,
+)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return Rows(data.results(gpu="NVIDIA H200"))
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("gain", 2.0, 1.9, 1.6), STANDS),
+        (("gain", 2.0, 1.9, 1.6, "baseline", 1.5), IN_KIND),  # more was claimed than the arithmetic allows
+        (("gain", 1.5, 1.9, 1.6, "baseline", 1.5), STANDS),
+        (("gain", 2.0, 1.9, 1.1), BASELINE),
+        (("gain", 2.0, 1.9, 1.1, "mode"), SETUP),  # no baseline was changed, so none is to blame
+        (("gain", 2.0, 1.1, 1.1), NOT_HERE),
+        (("gain", 0.6, 1.1, 1.3), NOT_HERE),
+        (("gain", 0.6, 0.6, 0.7), STANDS),
+        (("gain", 2.0, NAN, 1.1), NOT_HERE),
+        (("gain", 2.0, 1.9, NAN), UNTESTED),
+        (("equal", 1.0, 1.2, 1.04), STANDS),
+        (("equal", 1.0, 1.0, 1.06, "clock"), SETUP),
+        (("bound", 0.01, 0.009, 0.02, "networks"), SETUP),
+        (("least", 1.0, 0.99, 0.99, "networks"), NOT_HERE),
+        (("least", 1.0, 0.99, 1.0, "networks"), STANDS),
+    ],
+)
+def test_each_verdict_can_turn(arguments, expected):
+    assert verdict(*arguments) == expected
+
+
+def test_every_claim_has_a_family_and_is_counted_once(ours):
+    claims = all_claims()
+    assert {c.group for c in claims} == {*GROUPS}
+    frame = judged(claims, ours)
+    assert by_family(frame).to_numpy().sum() == len(claims) and set(frame["verdict"]) <= {*VERDICTS}
+
+
+def test_a_claim_above_the_arithmetic_stands_in_kind_alone(ours):
+    frame = judged(all_claims(), ours).set_index("claim")
+    over = frame[frame["claimed"] > 1.05 * frame["ceiling"]]
+    assert set(over.index) == {"v2 over unpruned, 50% pruned", "v2 over unpruned, 90% pruned"}
+    assert STANDS not in set(over["verdict"]) and over["verdict"]["v2 over unpruned, 90% pruned"] == IN_KIND
+    assert (frame["verdict"] == BASELINE)[frame["family"] == "shares of overhead"].sum() == 0
+
+
+def test_logits_and_classes_are_of_the_same_networks():
+    asked = []
+
+    class Asked(Rows):
+        def __init__(self):
+            pass
+
+        def values(self, metric, **columns):
+            asked.append(columns["model"])
+            return []
+
+    for claim in all_claims():
+        if claim.group in ("logits", "same class"):
+            assert math.isnan(claim.paper_setup(Asked())) and math.isnan(claim.fair(Asked()))
+    assert asked[:2] == asked[2:] and len(asked) == 4
+
+
+def test_a_batch_that_stands_in_is_marked(ours):
+    one = Claim("x", "gain", 2.0, lambda r: 2.0, lambda r: 2.0, "over FA2", asked=512)
+    assert one.substituted(ours) == ours.near(512) != 512
+    for asked in (64.0, NAN):
+        assert math.isnan(one._replace(asked=asked).substituted(ours))
+
+
+@pytest.mark.parametrize(
+    "ratios, alike, expected",
+    [
+        ({4: 1.5, 64: 1.2}, False, EVERYWHERE), ({4: 1.5, 64: 1.02}, False, SOMEWHERE),
+        ({4: 1.0, 64: 0.9}, False, NOWHERE), ({4: 1.0, 64: 1.05}, True, EVERYWHERE),
+        ({4: 1.0, 64: 1.2}, True, SOMEWHERE), ({4: 1.2, 64: NAN}, True, NOWHERE),
+        ({4: NAN}, False, UNTESTED),
+    ],
+)  # fmt: skip
+def test_an_objection_is_judged_on_every_batch(ratios, alike, expected):
+    found, seen = settle(Objection("x", lambda r, b: ratios.get(b, NAN), (4, 64), alike), None)
+    assert found == expected and len(seen) == sum(ratio == ratio for ratio in ratios.values())
+
+
+def test_the_eager_baseline_matters_at_small_batches_only(ours):
+    by_number = {objection.text[0]: settle(objection, ours) for objection in objections()}
+    assert set(by_number) == set("123456") and all(outcome != UNTESTED for outcome, _ in by_number.values())
+    assert by_number["4"][0] == SOMEWHERE
