@@ -32,6 +32,7 @@ from .pruners import Pruner
 from .rows import cls_attention
 from .rules import View, row_norms
 from .support import Survey, check_supported, convolves_as_usual, refuse_fixed_programs
+from .support.trial import MODULE_PARTS
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
 OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
@@ -380,11 +381,12 @@ class RaggedViT(nn.Module):
 
 
 def _like_weights(pruner: Pruner, weight: Tensor, in_place: bool) -> Pruner:
-    """The pruner on the device of weight, its own weights in that dtype. Unless in_place, another dtype makes a copy:
-    other models may use the pruner as it is."""
+    """The pruner on the device of weight, its own weights in that dtype. Unless in_place, another dtype makes a copy of
+    the weights: other models may use the pruner as it is. What else it holds, a list of what it saw, say, is shared."""
     own = next(pruner.parameters(), None)
     if own is not None and own.dtype != weight.dtype and not in_place:
-        pruner = copy.deepcopy(pruner)
+        held = [x for part in pruner.modules() for name, x in vars(part).items() if name not in MODULE_PARTS]
+        pruner = copy.deepcopy(pruner, {id(x): x for x in held})
     return pruner.to(weight)
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import ragged
+from ragged.bench.pipelines import Noted
 from ragged.support import Survey
 from ragged.support.trial import as_written
 
@@ -348,6 +349,14 @@ def test_a_shared_pruner_is_not_rounded():
     inner(pictures().bfloat16())
     assert full.pruner is pruner and all(torch.equal(w, want[name]) for name, w in pruner.state_dict().items())
     assert all(w.dtype == torch.float32 for w in full.pruner.parameters())
+
+
+def test_a_copy_of_a_pruner_shares_what_it_noted():
+    pruner = KEEP_ALL["dynamicvit"]()
+    ragged.RaggedViT(vit(), pruner)
+    noted = Noted(pruner)
+    ragged.RaggedViT(vit().to(torch.bfloat16), noted)(pictures().bfloat16())
+    assert len(noted.taken) == 2
 
 
 def test_a_pruner_of_its_own_stays_the_caller_s_object():

@@ -26,7 +26,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LINUX_ONLY = {"triton", "flash-attn"}  # there are no wheels of these for macOS and Windows
-DATA_KINDS = {".csv", ".gz", ".jpg", ".json", ".md", ".png", ".safetensors", ".sha256"}
+DATA_KINDS = {".csv", ".gz", ".jpg", ".json", ".md", ".npz", ".png", ".safetensors", ".sha256"}
 IMPORT_SECONDS = 1.0  # CPU time after torch, which every user of the package has loaded anyway
 PYTHONS = os.environ.get("RAGGED_PYTHONS", "").split()
 
@@ -90,7 +90,7 @@ def test_the_data_are_of_known_kinds_and_checkpoints_have_their_hashes():
     names = data_files()
     assert not [name for name in names if Path(name).suffix not in DATA_KINDS]
     for name in names:
-        if name.endswith(".safetensors"):
+        if name.endswith((".safetensors", ".npz")):
             assert f"{name}.sha256" in names
 
 
@@ -279,7 +279,7 @@ def test_text_files_are_read_as_utf_8_everywhere():
             modes = [a.value for a in call.args if isinstance(a, ast.Constant)] + [
                 k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)
             ]
-            binary = any(isinstance(mode, str) and re.fullmatch("[rwxa]b[+]?", mode) for mode in modes)
+            binary = any(isinstance(mode, str) and re.fullmatch("[rwxa](b[+]?|[+]b)", mode) for mode in modes)
             named = any(keyword.arg == "encoding" for keyword in call.keywords)
             assert named or binary, f"{path.name}:{call.lineno} {ast.unparse(call)[:80]} names no encoding"
 

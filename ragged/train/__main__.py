@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from .. import data
 from ..bench import commandline, processes
 from ..bench.runner import machine
-from ..bench.suites.accuracy import HELD_OUT, held_out
+from ..bench.suites.accuracy import HELD_OUT
 from ..data import sidecar
 from ..data.scene_pool import Pool
 from ..loading import DEITS, load_deit
-from ..model import RaggedViT
-from ..pruners import PRUNERS, Pruner
+from ..pruners import PRUNERS
 from . import memory, several
-from .losses import CLASSES, Masked, Taught, dynamicvit_loss, label_loss, taught_loss
+from .losses import CLASSES, Masked, Taught, dynamicvit_loss, label_loss, schedule, taught_loss, top1
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
 TEACH = {"boxes": "_digits", "labels": "_digits_labels"}  # what a network is taught with, and what it is then called
@@ -318,12 +317,6 @@ def _changed(settings: dict, usual: dict) -> list[str]:
     return [f"--{options.get(k, k).replace('_', '-')} {v}" for k, v in settings.items() if v != usual.get(k)]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up in a line over the first 5 %, then down along a cosine."""
-    warm = max(1, steps // 20)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
 def dense(run: Run) -> None:
     """Stage one: the network itself, from labels on the image and on every patch, or from those on the image alone."""
     asked = run.asked
@@ -395,17 +388,6 @@ def dynamicvit(run: Run) -> None:
     run.save(tensors, {"keep": asked.keep, "network": source.name, "network_sha256": digest})
     pruner = PRUNERS["dynamicvit"](keep=asked.keep, predictors=run.path)
     print(f"top-1 at keep {asked.keep}: {top1(vit, pruner, asked.held_out, asked.device):.4f}")
-
-
-@torch.no_grad()
-def top1(vit: nn.Module, pruner: Pruner | None, scenes: int, device: str) -> float:
-    """Share of held-out digit scenes whose digit is named rightly."""
-    model = RaggedViT(vit, pruner, "sdpa_padded").to(device)
-    right, dtype = 0, vit.patch_embed.proj.weight.dtype
-    for images, labels, _ in held_out(scenes):
-        x = data.normalise(images.to(device).float() / 255).to(dtype)
-        right += (model(x).argmax(1).cpu() == labels).sum().item()
-    return right / scenes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a network is taught, and how: the two modules that are trained, and their losses.
+"""What a network is taught, how, and how well it then does: the two modules that are trained, their losses, a count.
 
 The task is small but not easy for a Vision Transformer that starts from nothing: most patches say nothing, and until
 attention has found the digit the class label alone teaches little. So every patch is taught too (token labelling,
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import data
+from ..bench.suites.accuracy import held_out
 from ..blocks import finish_attention, finish_block
 from ..data.scene_pool import SIZE
-from ..pruners import Predictor
+from ..model import RaggedViT
+from ..pruners import Predictor, Pruner
 
 CLASSES = 10
 
@@ -156,3 +159,20 @@ def dynamicvit_loss(student: tuple, teacher: tuple[Tensor, Tensor], labels: Tens
     gap = (tokens[:, 1:].float() - teacher_tokens[:, 1:].float()).square().mean(-1, keepdim=True)
     of_tokens = (gap * keep).sum() / keep.sum().clamp_min(1)
     return F.cross_entropy(logits.float(), labels) + 2 * of_shares + 0.5 * of_logits + 0.5 * of_tokens
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: up in a line over the first 5 %, then down along a cosine."""
+    warm = max(1, steps // 20)
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@torch.no_grad()
+def top1(vit: nn.Module, pruner: Pruner | None, scenes: int, device: str) -> float:
+    """Share of held-out digit scenes whose digit is named rightly."""
+    model = RaggedViT(vit, pruner, "sdpa_padded").to(device)
+    right, dtype = 0, vit.patch_embed.proj.weight.dtype
+    for images, labels, _ in held_out(scenes):
+        x = data.normalise(images.to(device).float() / 255).to(dtype)
+        right += (model(x).argmax(1).cpu() == labels).sum().item()
+    return right / scenes
