@@ -5,6 +5,7 @@ Here too: the dictionary behind `BACKENDS` and `PRUNERS`. Which models are handl
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import os
@@ -268,7 +269,6 @@ def check_packed(tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None, lengths
     return lengths
 
 
-
 def check_intermediates(x: object, indices: int | Iterable[int] | None, output_fmt: str, fill: str,
                         fills: Sequence[str], depth: int) -> tuple[list[int], int]:  # fmt: skip
     """What `forward_intermediates` of `depth` blocks is asked for: the blocks that are wanted, and the last of them.
@@ -311,8 +311,8 @@ def wants_gradients(model: nn.Module, images: Tensor | Sequence[Tensor]) -> bool
     """Whether anybody wants gradients of a call of `model` on images."""
     if not torch.is_grad_enabled():
         return False
-    given = [*(images if isinstance(images, list | tuple) else [images]), *model.parameters()]
-    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+    given = images if isinstance(images, list | tuple) else [images]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in itertools.chain(given, model.parameters()))
 
 
 def check_selection(selection: object, name: str, state: Any, prefix: int, adaptive: bool) -> None:

@@ -83,8 +83,8 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     image; and, if `rest` is wanted, float32 (batch, n), the scores of the patches that are not among them, else zero.
 
     scores: (batch, n), or (batch, n, nheads), and the mean over the last counts; the first `prefix` columns ignored, or
-    (patches_only) not there. Best first, or (in_place) in
-    the order in which they stand. Of equal scores the earlier is better, and NaN is better than any number.
+    (patches_only) not there. Best first, or (in_place) in the order in which they stand. Of equal scores the earlier is
+    better, and NaN is better than any number.
     """
     skip = 0 if patches_only else prefix
     batch, patches = scores.shape[0], scores.shape[1] - skip
@@ -93,26 +93,32 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
         best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
         index = with_prefix(best.sort(1).values if in_place else best, prefix)
         return index, _without(scores, index, prefix, skip) if rest else None
-    from triton import next_power_of_2
-
     from .kernels.rows import rank_kernel
 
     index = torch.empty(batch, prefix + count, dtype=torch.int64, device=scores.device)
     differentiable = rest and scores.requires_grad and torch.is_grad_enabled()
     rest = rest and not differentiable
     left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
-    # every keep rate leaves another number of patches: those of an ordinary image share one kernel
-    width = max(256, next_power_of_2(max(patches, prefix)))
+    width, options = _lanes(patches, prefix)
     constants = {"PREFIX": prefix, "SKIP": skip, "HEADS": 1, "IN_PLACE": in_place, "REST": rest, "N": width,
                  "CHUNK": 32}  # fmt: skip
     if scores.dim() == 3:
         scores = scores if scores.stride(2) == 1 else scores.contiguous()
         constants["HEADS"] = scores.shape[2]
     key = (scores.dtype, *constants.values())
-    numbers, options = (*scores.stride()[:2], patches, count), {"num_warps": 8 if width == 256 else 16}
+    numbers = (*scores.stride()[:2], patches, count)
     tensors = (scores, index, left if rest else index)
     launch.start(rank_kernel, key, (batch, 1), tensors, numbers, constants, options)
     return index, _without(scores, index, prefix, skip) if differentiable else left
+
+
+def _lanes(patches: int, prefix: int) -> tuple[int, dict]:
+    """How wide a program is that compares the patches of an image with each other, and its launch options. Every keep
+    rate leaves another number of patches: those of an ordinary image share one kernel."""
+    from triton import next_power_of_2
+
+    width = max(256, next_power_of_2(max(patches, prefix)))
+    return width, {"num_warps": 8 if width == 256 else 16}
 
 
 def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
@@ -121,23 +127,20 @@ def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
 
 
 def sampled_rows(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> tuple[Tensor, Tensor] | None:
-    """`inverse_cdf` of pruners.py in one launch: row numbers int64 (batch, n), those drawn first, and how many they
+    """`inverse_cdf` of rules.py in one launch: row numbers int64 (batch, n), those drawn first, and how many they
     are, int32 (batch,). scores: float32 (batch, n).  lengths: int32 (batch,), or one int, the rows of each image. None
     where the kernel does not run."""
     batch, n = scores.shape
     if not launch.usable(scores.device) or scores.dtype != torch.float32 or not 0 < n - prefix <= MOST_RANKED:
         return None
-    from triton import next_power_of_2
-
     from .kernels.rows import sample_kernel
 
     scores, equal = scores.contiguous(), lengths if isinstance(lengths, int) else 0
     index, order = (torch.empty(batch, n, dtype=torch.int64, device=scores.device) for _ in range(2))
     steps, counts = torch.empty_like(scores), torch.empty(batch, dtype=torch.int32, device=scores.device)
-    width = max(256, next_power_of_2(max(n - prefix, prefix)))
+    width, options = _lanes(n - prefix, prefix)
     constants = {"PREFIX": prefix, "N": width, "CHUNK": 32}
     tensors = (scores, counts if equal else lengths.contiguous(), index, counts, steps, order)
-    options = {"num_warps": 8 if width == 256 else 16}
     launch.start(sample_kernel, tuple(constants.values()), (batch, 1), tensors, (n, equal, samples), constants, options)
     return index, counts
 

@@ -198,7 +198,7 @@ def _ahead(mine, theirs, i, other, patches):
 @triton.jit(do_not_specialize=["width", "count", "samples"])
 def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, samples, PREFIX: tl.constexpr,
                   N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Adaptive sampling (see `inverse_cdf` in pruners.py) of every image's scores (images, width).
+    """Adaptive sampling (see `inverse_cdf` in rules.py) of every image's scores (images, width).
 
     An image has `count` rows, or, if that is 0, as many as Lengths says. Index int64 (images, width) gets its prefix,
     the rows that were drawn, lowest score first, and then the others; Counts (images,), how many the former are. Steps
