@@ -138,6 +138,7 @@ def direct(compiled: Any, constants: tuple, *keep: Any) -> Callable:
         call(function, x, y, 1, warps, shared, kinds, arguments + unused, stream)
 
     launch.keep = (compiled, *keep)  # a compiled kernel that nobody holds is unloaded
+    launch.driver = (function, warps, shared, kinds)  # what `kernels.front` starts it with
     return launch
 
 
@@ -203,7 +204,7 @@ class Plan(NamedTuple):
 
     device, dtype, heads, dim: of that kind.  strides: of its output.  scale: the default one, times LOG2_E.  launchers:
     tiles -> launcher.  ways: (longest query, longest key, images, whether they can be equal) -> (launcher, grid x, grid
-    y), looked up among the launchers once.
+    y), looked up among the launchers once.  number: under which `front` keeps it.
     """
 
     same: Callable[..., bool]
@@ -215,6 +216,7 @@ class Plan(NamedTuple):
     scale: float
     launchers: dict[Tiles, Callable]
     ways: dict[tuple, tuple[Callable, int, int]]
+    number: int | None = None
 
     def way(self, max_q: int, max_k: int, images: int, equal: bool) -> tuple[Callable, int, int] | None:
         """What `ways` holds, or will, or None: then these lengths have not been through the checks."""
@@ -226,9 +228,12 @@ class Plan(NamedTuple):
         if len(self.ways) >= MOST_WAYS:
             self.ways.clear()
         found = self.ways[max_q, max_k, images, equal] = (launcher, *grid_of(tiles, max_q, self.heads, images))
+        if front is not None:
+            front.way(self.number, (max_q, max_k, images, equal), *found)
         return found
 
 
+front: Any = None  # `kernels.front`, once it is built: `quick` in one call into C++
 # A model needs one or two. The guard takes every tensor once, so calls whose cu_k is cu_q have plans of their own.
 _plans: dict[bool, list[Plan]] = {True: [], False: []}
 MOST_PLANS, MOST_WAYS = 16, 4096
@@ -254,7 +259,9 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
         if not same(*tensors):  # q, k and v are not three tensors, say
             return
         heads, dim = q.shape[1:]
-        plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), dim**-0.5 * LOG2_E, {}, {})
+        scale = dim**-0.5 * LOG2_E
+        number = front.plan(tensors, cu_k is cu_q, scale) if front is not None else None
+        plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), scale, {}, {}, number)
         plans = _plans[cu_k is cu_q]
         plans.insert(0, plan)
         del plans[MOST_PLANS:]
@@ -268,9 +275,13 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
 
     Nothing is left out: what the long way checks is either compared by a plan or looked at here.
     """
+    if front is not None:
+        out = front.attend(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+        if out is not None:
+            return out
     shared = cu_k is cu_q
     for plan in _plans[shared]:
-        same, device, dtype, heads, dim, strides, factor, _, ways = plan
+        same, device, dtype, heads, dim, strides, factor, _, ways, _ = plan
         if same(q, k, v, cu_q) if shared else same(q, k, v, cu_q, cu_k):
             break
     else:
@@ -305,3 +316,5 @@ def forget() -> None:
     fallbacks.clear()
     for plans in _plans.values():
         plans.clear()
+    if front is not None:
+        front.forget()

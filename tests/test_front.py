@@ -1,312 +1,203 @@
-"""Images of different sizes in one call, and tokens from outside: each gives what it gives alone."""
+"""`launch.quick` in C++, on the CPU: a C function in the driver's place writes down what would have been started."""
 
+import contextlib
+import ctypes
 import functools
 import math
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from pruner_cases import DIM, MODELS, SIDE, STAGES, build, small_vit, with_variance
-from torch import nn
-from torch.profiler import profile
+from attention_cases import inputs
+from launch_cases import compiled
+from test_concurrency import at_once, restless, tiles_of  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import ragged
-from ragged.bench.quadtree import quadtree_tokens
-from ragged.blocks import embed
-from ragged.data import normalise, photographs
+from ragged import launch
+from ragged.kernels import front
 
-SIZES = ((112, 112), (64, 96), (16, 16), (160, 48), (128, 176), (64, 96))
-BACKENDS = ("auto", "reference", "sdpa_padded", "paper_padded")
-CASES = {
-    **{name: {} for name in MODELS},
-    "dinov2": {"reg_tokens": 4, "init_values": 0.5, "no_embed_class": True},
-    "pre_norm": {"pre_norm": True},
-}
-PLANS = (
-    ("threshold_l2", {"at": STAGES, "where": "after"}), ("tau", {"at": (1, 3), "where": "after"}),
-    ("dynamicvit", {"at": STAGES, "where": "before"}), ("evit", {"at": STAGES, "where": "inside"}),
-    ("evit", {"at": (2,), "where": "after", "fuse": False}), ("ats", {"at": STAGES, "where": "inside"}),
-    ("threshold_l2", {"at": (0, 2), "where": "before"}), ("ats", {"at": (1, 4), "where": "after"}),
-)  # fmt: skip
+TYPES = ["*fp16"] * 5 + ["*i32"] * 2 + ["fp32", "i32", "i32", "i32"]
+LETTERS = [ctypes.c_uint64] * 7 + [ctypes.c_float] + [ctypes.c_int] * 3 + [ctypes.c_uint64] * 2
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p,
+                          ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)  # fmt: skip
+HALF = torch.float16
 
 
-@functools.cache
-def network(case="plain", dynamic=False):
-    cls, extra = MODELS.get(case, MODELS["plain"])
-    sizes = {"img_size": SIDE, "embed_dim": DIM, "depth": 6, "num_heads": 3, "num_classes": 10}
-    return with_variance(cls(**sizes, **extra, **CASES[case], dynamic_img_size=dynamic))
+@pytest.fixture(scope="session")
+def module(once):
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    if shutil.which("ninja") is None:
+        pytest.importorskip("ninja")
+    folder = once("front", compile_in)
+    return compile_in(folder)
 
 
-def twin(vit, case="plain", **more):
-    """timm's own reference: the same network with dynamic_img_size=True."""
-    cls, extra = MODELS.get(case, MODELS["plain"])
-    other = cls(img_size=SIDE, embed_dim=DIM, depth=6, num_heads=3, num_classes=10, dynamic_img_size=True,
-                **extra, **CASES[case], **more)  # fmt: skip
-    other.load_state_dict(vit.state_dict())
-    return other.eval()
+def compile_in(folder):
+    """Compiled, or loaded, in a folder of its own, and not in that of the user's other extensions."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        return front.compile_source()
 
 
-@functools.cache
-def mixed(sizes=SIZES, seed=3):
-    """Noise of another contrast in every patch."""
-    g, images = torch.Generator().manual_seed(seed), []
-    for high, wide in sizes:
-        contrast = torch.rand(1, -(-high // 16), -(-wide // 16), generator=g).mul(1.5).exp()
-        contrast = contrast.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :high, :wide]
-        images.append(torch.randn(3, high, wide, generator=g) * contrast)
-    return images
+@pytest.fixture
+def started(module, monkeypatch):
+    """What was started: a list that a stand-in for cuLaunchKernel fills, and `started.error`, what it answers."""
+    log = SimpleNamespace(calls=[], error=0)
+
+    @LAUNCH
+    def cu_launch_kernel(function, x, y, z, threads, one, two, shared, stream, arguments, extra):
+        read = [kind.from_address(arguments[i]).value for i, kind in enumerate(LETTERS)]
+        log.calls.append((function, (x, y, z), (threads, one, two), shared, stream, read, extra))
+        return log.error
+
+    monkeypatch.setattr(launch, "current_device", lambda: -1)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    monkeypatch.setattr(launch, "cu_launch_kernel", lambda *_: log.calls.append("Python"))
+    front.use(module, ctypes.cast(cu_launch_kernel, ctypes.c_void_p).value, lambda device: 0)
+    yield log
+    front.leave()
 
 
-def one_by_one(model, images):
-    return torch.cat([model(image[None]) for image in images])
+def known(lengths=(3, 5), heads=2, dim=16, dtype=HALF, lengths_k=None, function=77):
+    """A call that was made before, in both ways."""
+    q, k, v, cu_q, cu_k, longest, longest_k = inputs([*lengths], heads, dim, dtype, lengths_k=lengths_k)
+    tiles = tiles_of(q, k, cu_q, longest)
+    launch.remember(q, k, v, cu_q, cu_k, tiles, launch.direct(compiled(TYPES, function=function), ()))
+    call = [q, k, v, cu_q, cu_k, longest, longest_k, None]
+    assert launch.quick(*call) is not None  # Python finds the grid, and tells C++
+    return call
 
 
-def close(got, want):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= 1e-4 * max(1.0, want.abs().max())
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_known_call_is_started_as_python_would(started, separate, scale):
+    call = known(lengths_k=[3, 5] if separate else None)
+    assert started.calls == ["Python"]
+    call[7] = scale
+    out = launch.quick(*call)
+    q, k, v, cu_q, cu_k = call[:5]
+    assert out.shape == q.shape and out.is_contiguous() and out.dtype == q.dtype and not out.requires_grad
+    function, grid, threads, shared, stream, read, extra = started.calls[1]
+    assert (function, threads, shared, stream, extra) == (77, (128, 1, 1), 512, None, None)
+    (plan,) = launch._plans[cu_k is cu_q]
+    assert grid == (*plan.ways[5, 5, 2, False][1:], 1)
+    assert read[:7] == [x.data_ptr() for x in (q, k, v, out, out, cu_q, cu_k)]
+    assert read[8:] == [8, 5, 5, 0, 0]
+    assert math.isclose(read[7], (scale or 0.25) * launch.LOG2_E, rel_tol=1e-6)
 
 
-# ---- a list of images
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_unpruned_equals_timm_image_by_image(case, dynamic, backend):
-    vit, images = network(case, dynamic), mixed()
-    close(ragged.RaggedViT(vit, None, backend)(images), one_by_one(twin(vit, case), images))
+class Mine(torch.Tensor):
+    pass
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name, place", PLANS)
-@pytest.mark.parametrize("case", ["plain", "distilled", "dinov2"])
-def test_pruned_equals_each_image_alone(case, name, place, backend):
-    vit, images = network(case), mixed()
-    pruner = build(name, 0.7, **place)
-    trace = ragged.RaggedViT(vit, pruner, backend).trace(tuple(images))
-    alone = ragged.RaggedViT(twin(vit, case), pruner, "sdpa_padded")
-    single = [alone.trace(image[None]) for image in images]
-    close(trace.logits, torch.cat([one.logits for one in single]))
-    for s, stage in enumerate(trace.stages):
-        for b, one in enumerate(single):
-            want = one.stages[s].ids[0]
-            assert stage.counts[b] == len(want) == len(stage.ids[b])
-            assert stage.ids[b].sort().values.equal(want.sort().values)
-    assert all(a.equal(one.kept[0]) for a, one in zip(trace.kept, single, strict=True))
+def other_calls():
+    """What must not be taken for the known call: name -> (place, what comes instead)."""
+    room = torch.zeros(8 * 2 * 16 + 1, dtype=HALF)[1:].view(8, 2, 16)
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32)
+    return {
+        "dtype": (0, torch.zeros(8, 2, 16, dtype=torch.bfloat16)), "heads": (1, torch.zeros(8, 3, 16, dtype=HALF)),
+        "headdim": (2, torch.zeros(8, 2, 32, dtype=HALF)), "address": (1, room), "dimensions": (0, room[:, 0]),
+        "strides": (0, torch.zeros(8, 4, 16, dtype=HALF)[:, ::2]), "device": (0, torch.zeros(8, 2, 16, dtype=HALF, device="meta")),
+        "keys": (1, torch.zeros(9, 2, 16, dtype=HALF)), "values": (2, torch.zeros(7, 2, 16, dtype=HALF)),
+        "tokens": (0, torch.zeros(0, 2, 16, dtype=HALF)), "a class of its own": (0, torch.zeros(8, 2, 16, dtype=HALF).as_subclass(Mine)),
+        "no tensor": (0, None), "a number": (3, 7), "offsets": (3, cu.long()), "offsets apart": (4, cu.clone()),
+        "max 0": (5, 0), "max -1": (5, -1), "max True": (5, True), "max float": (6, 5.0), "max NumPy": (6, np.int64(5)),
+        "max tensor": (6, torch.tensor(5)), "max 2**31": (5, 2**31), "max 2**70": (5, 2**70), "another max": (5, 300),
+        "scale 0": (7, 0.0), "scale -1": (7, -1.0), "scale nan": (7, math.nan), "scale inf": (7, math.inf),
+        "scale int": (7, 1), "scale tensor": (7, torch.tensor(0.5)),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "dense"])
-def test_a_list_of_equal_sizes_is_the_batch(backend):
-    for name in ("evit", "dynamicvit"):
-        model = ragged.RaggedViT(network(), build(name, 0.6, at=STAGES), backend)
-        images = torch.stack(mixed(((112, 112),) * 3))
-        close(model(list(images)), model(images))
+@pytest.mark.parametrize("name", other_calls())
+def test_another_call_goes_the_long_way(started, name):
+    call = known()
+    place, other = other_calls()[name]
+    call[place] = other
+    assert launch.front.attend(*call) is None and started.calls == ["Python"]
 
 
-def test_equal_counts_of_unequal_shapes():
-    images, vit = mixed(((32, 64), (64, 32), (128, 16))), network()
-    model = ragged.RaggedViT(vit, build("evit", 0.5, at=(1, 3)), "dense")
-    close(model(images), one_by_one(ragged.RaggedViT(twin(vit), model.pruner), images))
+@pytest.mark.parametrize("mode", [lambda: Watching(), lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_who_watches_operators_is_not_passed_by(started, mode):
+    call = known()
+    with mode():
+        assert launch.front.attend(*call) is None
+    assert launch.front.attend(*call) is not None
 
 
-def test_dense_refuses_unequal_sizes():
-    with pytest.raises(ValueError, match="dense.*equal counts.*2 to 89 tokens"):
-        ragged.RaggedViT(network(), None, "dense")(mixed())
+def test_transforms_and_gradients_go_the_long_way(started):
+    call = known()
 
+    def inside(q):
+        assert launch.front.attend(q, *call[1:]) is None
+        return q
 
-@pytest.mark.parametrize("pad", [False, True])
-def test_sides_that_are_no_multiple(pad):
-    """As timm: refused, or with dynamic_img_pad filled up."""
-    images, vit = mixed(((100, 70), (9, 33), (64, 64))), network()
-    if pad:
-        other = twin(vit, dynamic_img_pad=True)
-        close(ragged.RaggedViT(other)(images), one_by_one(other, images))
-    else:
-        with pytest.raises(ValueError, match=r"images\[0\].*multiples of the patch"):
-            ragged.RaggedViT(vit)(images[:1])
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_one_patch_product_for_all_sizes(dynamic):
-    with profile(record_shapes=True) as seen:
-        ragged.RaggedViT(network("plain", dynamic))(mixed())
-    shapes = [e.input_shapes for e in seen.events() if e.name == "aten::linear"]
-    assert [s[1] for s in shapes].count([DIM, 3 * 256]) == 1
-    assert not any(e.name == "aten::conv2d" for e in seen.events())
-
-
-def test_hooks_on_the_patch_embedding_see_single_images():
-    vit, seen = twin(network()), []
-    vit.patch_embed.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)) or 2 * out)
-    images = mixed()
-    got = ragged.RaggedViT(vit)(images)
-    assert seen == [(1, *image.shape) for image in images]
-    close(got, one_by_one(vit, images))
-    fixed = with_variance(type(vit)(img_size=SIDE, embed_dim=DIM, depth=2, num_heads=3, num_classes=10))
-    fixed.patch_embed.register_forward_hook(lambda m, args, out: None)
-    with pytest.raises(ValueError, match="dynamic_img_size=True"):
-        ragged.RaggedViT(fixed)(images[1:])
-
-
-def test_hooks_before_the_blocks_are_refused():
-    for name in ("pos_drop", "norm_pre", "patch_drop"):
-        vit = twin(network())
-        getattr(vit, name).register_forward_hook(lambda m, args, out: None)
-        with pytest.raises(ValueError, match=f"{name} carries hooks.*list"):
-            ragged.RaggedViT(vit)(mixed())
-
-
-@pytest.mark.parametrize("change", ["load", "in_place", "data", "module", "double", "grid"])
-def test_positions_follow_the_weights(change):
-    vit, images = twin(network()), mixed()
-    model = ragged.RaggedViT(vit)
-    before = model(images)
-    assert model(images).equal(before)
-    if change == "load":
-        model.load_state_dict({k: 2 * v if "pos_embed" in k else v for k, v in model.state_dict().items()})
-    elif change == "in_place":
-        vit.pos_embed.mul_(2.0)
-    elif change == "data":
-        vit.pos_embed.data = vit.pos_embed.data * 3
-    elif change == "module":
-        vit.pos_embed = nn.Parameter(vit.pos_embed.detach() * 0.5)
-    elif change == "double":
-        model.double()
-        images = [image.double() for image in images]
-    else:
-        vit.set_input_size(img_size=(64, 128))
-    after = model(images)
-    close(after, one_by_one(vit, images))
-    if change != "double":
-        assert (after - before).abs().max() > 1e-3
-
-
-def test_gradients_reach_positions_and_pixels():
-    vit = twin(network())
-    model, images = ragged.RaggedViT(vit, None, "sdpa_padded"), [image.clone().requires_grad_() for image in mixed()]
-    model(mixed())  # what is kept here has no gradient
+    torch.vmap(inside)(call[0][None])
+    grown = call[0].clone().requires_grad_()
     with torch.enable_grad():
-        model(images).square().sum().backward()
-        got, pixels = vit.pos_embed.grad.clone(), [image.grad.clone() for image in images]
-        vit.zero_grad()
-        for image in images:
-            image.grad = None
-        one_by_one(vit, images).square().sum().backward()
-    assert torch.allclose(got, vit.pos_embed.grad, rtol=1e-3, atol=1e-4 * vit.pos_embed.grad.abs().max())
-    for a, image in zip(pixels, images, strict=True):
-        assert torch.allclose(a, image.grad, rtol=1e-3, atol=1e-4 * image.grad.abs().max())
+        assert launch.front.attend(grown, *call[1:]) is None
+    assert launch.front.attend(*call) is not None
 
 
-def test_the_order_of_images_does_not_matter():
-    images = mixed()
-    model = ragged.RaggedViT(network(), build("evit", 0.6, at=STAGES), "sdpa_padded")
-    close(model(images[::-1]).flip(0), model(images))
+def test_an_error_of_the_driver_is_raised_and_forgotten_calls_are_none(started):
+    call = known()
+    started.error = 719
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed with error 719"):
+        launch.quick(*call)
+    launch.forget()
+    assert launch.front.attend(*call) is None
 
 
-# ---- tokens from outside
+def test_a_kernel_with_other_parameters_is_left_to_python(started):
+    q, k, v, cu, _, longest, _ = inputs([3, 5], 2, 16, HALF)
+    kernel = compiled([*TYPES, "i32"])
+    launch.remember(q, k, v, cu, cu, tiles_of(q, k, cu, longest), launch.direct(kernel, ()))
+    for _ in range(2):
+        launch.quick(q, k, v, cu, cu, longest, longest, None)
+    assert started.calls == ["Python"] * 2
 
 
-def packed_tokens(vit, images):
-    tokens = [embed(vit, image[None], False)[0] for image in images]
-    lengths = [len(x) for x in tokens]
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return torch.cat(tokens), cu, lengths
+def test_threads_share_the_compiled_records(started, restless):  # noqa: F811
+    """As in test_concurrency: calls of several kinds while records are dropped; none gets another one's kernel."""
+    kinds = [(1, 16, HALF), (2, 16, HALF), (2, 32, HALF), (3, 16, torch.float32), (3, 64, torch.bfloat16)]
+
+    def worker(number, heads, dim, dtype):
+        q, k, v, cu, _, longest, _ = inputs([3, 5], heads, dim, dtype)
+        launcher = launch.direct(compiled(TYPES, function=100 + number), ())
+        for _ in range(300):
+            launch.remember(q, k, v, cu, cu, tiles_of(q, k, cu, longest), launcher)
+            for _ in range(2):
+                out = launch.quick(q, k, v, cu, cu, longest, longest, None)
+                assert out is None or (out.shape == q.shape and out.dtype == q.dtype)
+            pointers[q.data_ptr()] = 100 + number
+            alive.append(q)
+
+    def forgetter():
+        for _ in range(300):
+            launch.forget()
+
+    pointers, alive = {}, []
+    at_once(*[functools.partial(worker, i, *kind) for i, kind in enumerate(kinds)], forgetter)
+    seen = [call for call in started.calls if call != "Python"]
+    assert all(pointers[call[5][0]] == call[0] for call in seen)
+    assert len({call[0] for call in seen}) == len(kinds), "every kind was started from C++ at some time"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name, place", PLANS)
-def test_tokens_from_outside_equal_the_pass(name, place, backend):
-    vit, images = twin(network("registers"), "registers"), mixed()
-    model = ragged.RaggedViT(vit, build(name, 0.7, **place), backend)
-    tokens, cu, lengths = packed_tokens(vit, images)
-    ids = torch.cat([torch.arange(n) for n in lengths])
-    want = model(images)
-    for more in ({}, {"ids": ids}, {"lengths": lengths}):
-        close(model.forward_tokens(tokens, cu, **more), want)
-
-
-# ---- bad input
-
-
-def test_bad_lists():
-    model, good = ragged.RaggedViT(network()), torch.zeros(3, 32, 32)
-    for bad, error, text in (
-        ([], ValueError, "empty list"), (["a"], TypeError, r"images\[0\].*tensor"),
-        ([good, torch.zeros(1, 32, 32)], ValueError, r"images\[1\].*\(3, height, width\)"),
-        ([good[None]], ValueError, r"images\[0\]"), ([good[:, :8]], ValueError, "at least one patch"),
-        ([good[:, :, :0]], ValueError, "at least one patch"), ([good.half()], ValueError, "float16"),
-        ([good.to("meta")], ValueError, "meta"), ([good, good.to(torch.uint8)], ValueError, r"images\[1\].*uint8"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=text):
-            model(bad)
-        with pytest.raises(error, match=text):
-            model.trace(bad)
-
-
-def test_features_of_a_list_are_refused():
-    with pytest.raises(TypeError, match="trace"):
-        ragged.RaggedViT(network()).forward_features(mixed())
-
-
-def test_capture_refuses_lists():
-    model = ragged.RaggedViT(network())
-    with pytest.raises((ValueError, NotImplementedError), match="GPU|list"):
-        model.capture([(112, 112), (64, 64)])
-
-
-def test_bad_tokens():
-    model, x = ragged.RaggedViT(network("distilled")), torch.zeros(10, DIM)
-    cu = torch.tensor([0, 4, 10], dtype=torch.int32)
-    offsets = functools.partial(torch.tensor, dtype=torch.int32)
-    for tokens, given, more, error, text in (
-        (x[None], cu, {}, ValueError, "tokens: expected 2 dim"), (x[:, :8], cu, {}, ValueError, "tokens.*48"),
-        (x.half(), cu, {}, ValueError, "float16"), ([1], cu, {}, TypeError, "tokens"),
-        (x, cu.long(), {}, TypeError, "cu_seqlens.*int32"), (x, [0, 4, 10], {}, TypeError, "cu_seqlens"),
-        (x, offsets([0, 12, 10]), {}, ValueError, "rising"), (x, offsets([0, 4, 9]), {}, ValueError, "rising.*10"),
-        (x, offsets([1, 4, 10]), {}, ValueError, "rising"), (x, offsets([0, 1, 10]), {}, ValueError, "2 prefix"),
-        (x, offsets([0]), {}, ValueError, "cu_seqlens"), (x, cu, {"ids": torch.arange(9)}, ValueError, "ids.*10"),
-        (x, cu, {"ids": torch.arange(10).int()}, TypeError, "ids"),
-        (x, cu, {"lengths": [4]}, ValueError, "lengths"), (x, cu, {"lengths": [5, 5]}, ValueError, "lengths"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=text):
-            model.forward_tokens(tokens, given, **more)
-
-
-def test_counts_are_of_each_image_s_own_patches():
-    trace = ragged.RaggedViT(network(), build("evit", 0.7, at=(1,))).trace(mixed())
-    patches = [high * wide // 256 for high, wide in SIZES]
-    want = [1 + n if math.ceil(0.7 * n) == n else 2 + math.ceil(0.7 * n) for n in patches]
-    assert trace.stages[0].counts == want
-
-
-def test_a_bundle_of_one_network_is_left_as_it_was():
-    assert small_vit().patch_embed.strict_img_size and not small_vit().dynamic_img_size
-
-
-# ---- a front of one's own
-
-
-def test_quadtree_of_small_patches_is_the_ordinary_pass():
-    vit = with_variance(MODELS["registers"][0](img_size=64, embed_dim=DIM, depth=3, num_heads=3, num_classes=10))
-    images = torch.stack(mixed(((64, 64),) * 2))
-    tokens, cu_seqlens, lengths = quadtree_tokens(vit, images, threshold=-1.0)
-    assert lengths == [17, 17] and cu_seqlens.tolist() == [0, 17, 34]
-    close(ragged.RaggedViT(vit).forward_tokens(tokens, cu_seqlens), vit(images))
-
-
-def test_quadtree_of_the_photographs():
-    vit = ragged.load_deit("deit_tiny", weights="random")
-    images = normalise(photographs()[0])
-    images[0] = 0.3  # nothing to see: 49 squares
-    tokens, cu_seqlens, lengths = quadtree_tokens(vit, images, threshold=0.2)
-    assert lengths[0] == 50 and max(lengths) > 100 and len(set(lengths)) > 2
-    assert cu_seqlens.diff().tolist() == lengths and len(tokens) == sum(lengths)
-    pruned = ragged.RaggedViT(vit, ragged.PRUNERS["evit"](keep=0.7))
-    logits = pruned.forward_tokens(tokens, cu_seqlens, lengths=lengths)
-    for b in (0, len(images) - 1):
-        alone = quadtree_tokens(vit, images[b : b + 1], threshold=0.2)
-        close(logits[b : b + 1], pruned.forward_tokens(*alone[:2]))
-
-
-def test_quadtree_refuses_odd_grids():
-    with pytest.raises(ValueError, match="even grid"):
-        quadtree_tokens(network(), torch.zeros(1, 3, 112, 112))
+def test_without_a_driver_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("there is a driver")
+    with pytest.raises(RuntimeError, match="no CUDA driver"):
+        front.build()
+    assert launch.front is None

@@ -7,8 +7,25 @@ from gpu_tools import compiled_kernels, waits
 
 import ragged
 from ragged import launch
+from ragged.kernels import front
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=["Python", "C++"], autouse=True)
+def way(request):
+    """Everything here holds for both ways to a launch."""
+    if request.param == "C++":
+        try:
+            front.build()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        yield
+        front.leave()
+    else:
+        yield
+
+
 HALF = torch.float16
 KERNELS = ("triton", "paper_triton")
 

@@ -2,7 +2,8 @@
 
 A row's backend is `<provider>` for the public Python function and `<provider>:<layer>` for what lies below it:
 
-    triton       custom_op (what torch.compile calls), quick (arguments of a known kind), guard (how it is told),
+    triton       compiled (the public function with `kernels.front` built: C++ in the place of quick),
+                 custom_op (what torch.compile calls), quick (arguments of a known kind), guard (how it is told),
                  checked (other arguments, after their checks), argument_packing, output_allocation,
                  cached_launch (launch.start), direct_launch (the launcher it keeps), compiled_run (Triton's
                  CompiledKernel.run), cuLaunchKernel (the driver through ctypes);
@@ -17,6 +18,7 @@ Layers have host_us only. The public functions also have the other clocks, and a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import operator
@@ -175,9 +177,44 @@ def library_layers(x: Inputs) -> dict[str, dict[str, Callable[[], Callable]]]:
     }  # fmt: skip
 
 
+def compiled_call(x: Callable[[], Inputs], options: Options) -> Subject:
+    """The public function on its compiled way; all others keep Python's."""
+    if options.device != "cuda":
+        raise Skip("the compiled way starts kernels on CUDA only")
+    from ...kernels import front
+
+    inputs = x()
+    call = varlen("triton", inputs, inputs.sets[0])
+    try:
+        front.build()
+    except RuntimeError as error:
+        raise Skip(str(error)) from error
+    built, launch.front = launch.front, None
+
+    @contextlib.contextmanager
+    def around():
+        launch.front = built
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            launch.front = None
+
+    with around():
+        launch.forget()
+        call(), call()  # the long way, then Python's, which tells C++
+        q, k, v = inputs.sets[0]
+        if built.attend(q, k, v, inputs.cu, inputs.cu, inputs.longest, inputs.longest, None) is None:
+            raise Skip("this kind of call takes the long way")
+    wait()
+    return Subject([call], around=around, clocks=("host_us",))
+
+
 def _layer(x: Callable[[], Inputs], provider: str, layer: str, options: Options) -> Subject:
     if options.device != "cuda":
         raise Skip("the layers below the public function exist on CUDA only")
+    if (provider, layer) == ("triton", "compiled"):
+        return compiled_call(x, options)
     inputs = x()
     layers = {"triton": triton_layers(inputs), "paper_triton": paper_layers(inputs), **library_layers(inputs)}
     call = layers[provider][layer]()
@@ -188,7 +225,7 @@ def _layer(x: Callable[[], Inputs], provider: str, layer: str, options: Options)
 
 
 LAYERS = {
-    "triton": ("custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation", "cached_launch",
+    "triton": ("compiled", "custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation", "cached_launch",
                "direct_launch", "compiled_run", "cuLaunchKernel", "jit_launch"),
     "flash_attn": ("custom_op", "binding", "aten"), "torch_varlen": ("custom_op", "aten"),
     "paper_triton": ("contiguous_copies", "output_allocation", "jit_launch"),
