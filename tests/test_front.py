@@ -107,9 +107,9 @@ def other_calls():
     return {
         "dtype": (0, torch.zeros(8, 2, 16, dtype=torch.bfloat16)), "heads": (1, torch.zeros(8, 3, 16, dtype=HALF)),
         "headdim": (2, torch.zeros(8, 2, 32, dtype=HALF)), "address": (1, room), "dimensions": (0, room[:, 0]),
-        "strides": (0, torch.zeros(8, 4, 16, dtype=HALF)[:, ::2]), "device": (0, torch.zeros(8, 2, 16, dtype=HALF, device="meta")),
+        "strides": (0, torch.zeros(8, 4, 16, dtype=HALF)[:, ::2]), "device": (0, room.to("meta")),
         "keys": (1, torch.zeros(9, 2, 16, dtype=HALF)), "values": (2, torch.zeros(7, 2, 16, dtype=HALF)),
-        "tokens": (0, torch.zeros(0, 2, 16, dtype=HALF)), "a class of its own": (0, torch.zeros(8, 2, 16, dtype=HALF).as_subclass(Mine)),
+        "tokens": (0, torch.zeros(0, 2, 16, dtype=HALF)), "a class of its own": (0, room.clone().as_subclass(Mine)),
         "no tensor": (0, None), "a number": (3, 7), "offsets": (3, cu.long()), "offsets apart": (4, cu.clone()),
         "max 0": (5, 0), "max -1": (5, -1), "max True": (5, True), "max float": (6, 5.0), "max NumPy": (6, np.int64(5)),
         "max tensor": (6, torch.tensor(5)), "max 2**31": (5, 2**31), "max 2**70": (5, 2**70), "another max": (5, 300),

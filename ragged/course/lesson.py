@@ -88,6 +88,7 @@ def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
         sign = "->" if name == picked else "ok" if reason is None else "no"
         lines.append(f"{sign}  {name:<16} {backend.about if reason is None else reason}")
     lines += [f"!!  launches go through Triton's wrapper, which is dearer: {why}" for why in launch.fallbacks]
+    lines += ["++  known calls of the Triton kernel start in C++ (kernels.front)"] if launch.front is not None else []
     return "\n".join([*lines, f"\n->  is what backend='auto' takes here ({here.device}, {here.dtype})"])
 
 

@@ -8,6 +8,8 @@ starts.
 from __future__ import annotations
 
 import ctypes
+import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,16 @@ def compile_source(verbose: bool = False) -> Any:
 
     name = "ragged_front_" + "".join(c if c.isalnum() else "_" for c in torch.__version__)
     source = Path(__file__).with_name("front.cpp")
+    path = os.environ.get("PATH", "")
     try:
+        if launch.installed("ninja"):  # where a Python is called by its path, its scripts are not on PATH
+            os.environ["PATH"] = os.pathsep.join([path, import_module("ninja").BIN_DIR])
         return cpp_extension.load(name, [str(source)], extra_cflags=["-O2"], with_cuda=False, verbose=verbose)
     except (RuntimeError, OSError, ImportError) as error:
         need = "it needs a C++ compiler and ninja (pip install 'ragged-vit[compiled]')"
         raise RuntimeError(f"front.build: front.cpp was not compiled; {need}: {error}") from error
+    finally:
+        os.environ["PATH"] = path
 
 
 def use(module: Any, address: int, stream: Any) -> None:

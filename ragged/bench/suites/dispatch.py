@@ -225,8 +225,8 @@ def _layer(x: Callable[[], Inputs], provider: str, layer: str, options: Options)
 
 
 LAYERS = {
-    "triton": ("compiled", "custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation", "cached_launch",
-               "direct_launch", "compiled_run", "cuLaunchKernel", "jit_launch"),
+    "triton": ("compiled", "custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation",
+               "cached_launch", "direct_launch", "compiled_run", "cuLaunchKernel", "jit_launch"),
     "flash_attn": ("custom_op", "binding", "aten"), "torch_varlen": ("custom_op", "aten"),
     "paper_triton": ("contiguous_copies", "output_allocation", "jit_launch"),
     "torch": ("empty", "empty_like", "new_empty", "nothing"),
