@@ -33,6 +33,7 @@ class Backend:
     packs_first: the blocks before the first cut run on the flat buffer too.  equal_only: refuses unequal counts.
     recordable: does not read from the GPU in the middle of a pass, so that the pass can be a CUDA graph.
     has_lse: computes the log-sum-exp.  auto: "auto" may pick it; the first one that runs is taken.
+    backward: gradients flow through it.
     paper_padding: pads as the paper's baseline does, rows by a loop to the original length, attention unfused.
     """
 
@@ -46,6 +47,7 @@ class Backend:
     recordable: bool = True
     has_lse: bool = False
     auto: bool = False
+    backward: bool = False
     paper_padding: bool = False
 
     @property
@@ -358,11 +360,12 @@ _ALL = (  # in the order in which "auto" tries them
     Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True),
     Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False),
     Backend("sdpa_padded", _padded, _anywhere, "fused SDPA, padded to the longest, vectorised", layout="padded",
-            has_lse=True, auto=True),
+            has_lse=True, auto=True, backward=True),
     Backend("reference", _reference_like, _anywhere, "float64 loop on the CPU", recordable=False, has_lse=True),
     Backend("paper_triton", _paper_triton, _why_not_triton, "Algorithm 1 of the paper, launched its way"),
     Backend("paper_padded", _paper_padded, _anywhere, "the paper's padded baseline: loops, unfused", layout="padded",
-            recordable=False, paper_padding=True),
-    Backend("dense", _dense, _anywhere, "fused SDPA, equal counts only", layout="padded", equal_only=True),
+            recordable=False, paper_padding=True, backward=True),
+    Backend("dense", _dense, _anywhere, "fused SDPA, equal counts only", layout="padded", equal_only=True,
+            backward=True),
 )  # fmt: skip
 BACKENDS: Registry[str, Backend] = Registry("backend", {backend.name: backend for backend in _ALL})
