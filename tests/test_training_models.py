@@ -230,3 +230,15 @@ def test_each_module_is_in_the_mode_that_it_is_in(whose):
         torch.manual_seed(1)
         found.append(run(images))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_capture_is_for_inference_only():
+    model = ragged.RaggedViT(small_vit(), None, "sdpa_padded")
+    try:
+        for part in (model, model.vit.blocks[2]):
+            part.train()
+            with pytest.raises(RuntimeError, match=r"inference only.*model\.eval\(\)"):
+                model.capture(2)
+            model.eval()
+    finally:
+        small_vit().eval()
