@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .backends import Backend, masked_sdpa, unfused_softmax
+from .gradients import split_projection
 from .packing import (
     Packed,
     Padded,
@@ -67,7 +68,7 @@ def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     projection."""
     attn = block.attn
     qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
-    q, k, v = qkv.unbind(-3)
+    q, k, v = split_projection(qkv) if qkv.dim() == 4 and qkv.requires_grad else qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 

@@ -370,11 +370,11 @@ class RaggedViT(nn.Module):
         refuse_fixed_programs(self.pruner, images)
         self._look()
         backend = BACKENDS[self.picked]
-        if torch.is_grad_enabled() and not backend.backward and wants_gradients(self, images):
-            raise RuntimeError(
-                f"backend {backend.name!r} has no backward pass, and gradients are enabled: call the model under "
-                f"torch.no_grad(), or use {', '.join(name for name, b in BACKENDS.items() if b.backward)}"
-            )
+        gradients = backend.pads or backend.backward is not None  # padded blocks are made of PyTorch's own operations
+        if not gradients and torch.is_grad_enabled() and wants_gradients(self, images):
+            others = ", ".join(name for name, b in BACKENDS.items() if b.pads or b.backward)
+            raise RuntimeError(f"backend {backend.name!r} has no backward pass ({backend.no_backward}), and gradients "
+                               f"are enabled: call the model under torch.no_grad(), or use {others}")  # fmt: skip
         drops = self.training or (not torch.compiler.is_compiling() and self.survey.training())
         if drops:
             refuse_to_train(self.vit, self.survey.whole)
