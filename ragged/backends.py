@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import launch
 from .checks import FLOATS, Registry, may_look
-from .gradients import Gradients, by_autograd
+from .gradients import Gradients, by_autograd, by_kernel
 
 HALF = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
@@ -358,7 +358,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 _ALL = (  # in the order in which "auto" tries them
     Backend("triton", _triton, _why_not_triton, "this collection's kernel", packs_first=True, has_lse=True, auto=True,
-            backward=by_autograd(_padded), lse_gradient=True),
+            backward=by_kernel, saves_lse=True, lse_gradient=True),
     Backend("flash_attn", _flash_attn, _why_not_flash_package, "FlashAttention-2", has_lse=True, auto=True,
             backward=by_autograd(_flash_attn)),
     Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True,

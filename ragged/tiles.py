@@ -74,3 +74,43 @@ def grid_of(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int
         return tiles.split * heads * images, 1
     parts, pairs = -(-max_q // tiles.rows), heads * images
     return (parts * pairs, 1) if pairs > HIGHEST_GRID else (parts, pairs)
+
+
+class BackwardTiles(NamedTuple):
+    """A kernel of the backward pass, "owner", "query" or "key", with its tile. rows: those of one program, of queries
+    or keys, as the kernel says.  shape, options: as in `Tiles`."""
+
+    kernel: str
+    rows: int
+    shape: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_backward(max_q: int, max_k: int, headdim: int, programs: int, itemsize: int) -> tuple[BackwardTiles, ...]:
+    """Kernels and tiles of the backward pass, in the order in which they run: one where all queries of a head fit into
+    a program, else two. The arguments are those of `choose_tiles`."""
+    if itemsize == 4:  # ordinary multiply-adds, as in the forward pass: small tiles
+        return _two(32, 32, 32, 32, 1, 4)
+    if headdim > 64:
+        return _two(64, 32, 64, 32, 1, 4)
+    if max_q <= 256:
+        rows = max(16, 1 << (max_q - 1).bit_length())
+        return (_owner(rows, 32, rows >= 64, 8 if rows > 128 else 4),)
+    return _two(64, 64, 64, 64, 2, 4)
+
+
+def _owner(m: int, n: int, turned: bool, warps: int, stages: int = 2, **options: int) -> BackwardTiles:
+    shape = {"M": m, "N": n, "TURNED": int(turned)}
+    return BackwardTiles("owner", m, tuple(shape.items()), (("num_warps", warps), ("num_stages", stages),
+                                                            *options.items()))  # fmt: skip
+
+
+def _two(m: int, n: int, key_n: int, key_m: int, stages: int, warps: int) -> tuple[BackwardTiles, ...]:
+    """(m, n): queries of a program and keys of a step, for dq.  (key_n, key_m): keys of a program and queries of a
+    step, for dk and dv."""
+    found = []
+    for kernel, rows, shape in (("query", m, {"M": m, "N": n}), ("key", key_n, {"M": key_m, "N": key_n})):
+        options = (("num_warps", warps), ("num_stages", stages))
+        found.append(BackwardTiles(kernel, rows, tuple((shape | {"STAGES": stages}).items()), options))
+    return tuple(found)
