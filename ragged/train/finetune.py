@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pruner", choices=RECIPES, default="evit", help="and its recipe; dynamicvit_soft trains "
                    "DynamicViT's predictors and the network together, masked and dense, as published")  # fmt: skip
     p.add_argument("--keep", type=float, default=0.5, help="the share that stays; of ats: sample points per patch")
-    p.add_argument("--teach", choices=NETWORKS, default="boxes", help="begin with the network that was taught with boxes "
-                   "(default) or the one that was taught with labels alone")  # fmt: skip
+    p.add_argument("--teach", choices=NETWORKS, default="boxes", help="begin with the network taught with boxes "
+                   "(default), or the one taught with labels alone")  # fmt: skip
     p.add_argument("--from", dest="start", metavar="FILE", help="begin with these weights instead")
     p.add_argument("--predictors", metavar="FILE", help="of dynamicvit: trained scorers in place of the bundled ones")
     p.add_argument("--lr", type=float, default=2e-4)
