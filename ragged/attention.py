@@ -128,11 +128,12 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str, gra
 
 def _resolve(backend: str, q: Tensor, gradient: bool) -> Backend:
     """The backend of that name, or what "auto" stands for; where a gradient is wanted, the first that has one."""
+    of = (q.device, q.dtype, int(q.shape[2]))  # while compiling, the last may be a symbol
     if backend == "auto" and gradient:
         for other in BACKENDS.values():
-            if other.auto and other.backward is not None and other.why_not(q.device, q.dtype, q.shape[2]) is None:
+            if other.auto and other.backward is not None and other.why_not(*of) is None:
                 return other
-    return BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])]
+    return BACKENDS[resolve_backend(backend, *of)]
 
 
 def _able(fact: str) -> str:

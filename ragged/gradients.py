@@ -17,8 +17,8 @@ from torch import Tensor
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def by_kernel(*arguments) -> Gradients:
-    """Of this collection's kernels."""
+def by_kernel(*arguments: object) -> Gradients:
+    """Of this collection's kernels; arguments: those of every `backward`."""
     from .kernels.backward import attend_backward  # imported here: Triton is optional
 
     return attend_backward(*arguments)

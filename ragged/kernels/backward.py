@@ -68,7 +68,8 @@ def _scores(q, k, lse, scale_log2, keys_left, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "images", "max_q", "max_k"])
 def owner_backward_kernel(
-    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK, scale_log2, scale, total_q, total_k, images, max_q, max_k,
+    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK,
+    scale_log2, scale, total_q, total_k, images, max_q, max_k,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
@@ -123,7 +124,8 @@ def owner_backward_kernel(
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "images", "max_q", "max_k"])
 def query_backward_kernel(
-    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK, scale_log2, scale, total_q, total_k, images, max_q, max_k,
+    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK,
+    scale_log2, scale, total_q, total_k, images, max_q, max_k,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
@@ -165,7 +167,8 @@ def query_backward_kernel(
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "images", "max_q", "max_k"])
 def key_backward_kernel(
-    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK, scale_log2, scale, total_q, total_k, images, max_q, max_k,
+    Q, K, V, Out, Dout, Lse, Dlse, Dq, Dk, Dv, Delta, CuQ, CuK,
+    scale_log2, scale, total_q, total_k, images, max_q, max_k,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
