@@ -81,6 +81,8 @@ def fill_in(asked: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(asked, name)}")
     if asked.predictors and not asked.pruner.startswith("dynamicvit"):
         raise ValueError(f"--predictors: are for --pruner dynamicvit, got {asked.pruner}")
+    if asked.start and asked.pruner.startswith("dynamicvit") and not asked.predictors:
+        raise ValueError("--predictors: FILE is needed with --from and --pruner dynamicvit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,14 +150,11 @@ def finetune(run: Run) -> None:
 
 
 def predictors(asked: argparse.Namespace) -> Path | None:
-    """DynamicViT's trained scorers for the network that is begun with, or None for other pruners. ValueError where
-    there are none."""
+    """DynamicViT's trained scorers for the network that is begun with, or None for other pruners."""
     if not asked.pruner.startswith("dynamicvit"):
         return None
     if asked.predictors:
         return Path(asked.predictors)
-    if asked.start:
-        raise ValueError("--predictors: FILE is needed with --from and --pruner dynamicvit")
     return checkpoint_path(f"{network_name(asked)}_dynamicvit")
 
 
