@@ -163,7 +163,7 @@ def test_one_projection_has_one_gradient_and_no_copy():
         for split in (split_projection, lambda x: x.unbind(1)):
             parts = split(qkv)
             for i, x in enumerate(parts):
-                x.register_hook(lambda dx, i=i: seen.append((i, dx)))
+                x.register_hook(lambda dx, i=i, seen=seen: seen.append((i, dx)))
             out = ragged.varlen_attention(*parts, cu, cu, longest, longest, backend="triton")
             found.append(torch.autograd.grad(out, qkv, dout)[0])
         assert torch.equal(*found)
