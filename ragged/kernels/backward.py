@@ -215,9 +215,6 @@ def key_backward_kernel(
 
 # ---- the host's side ----
 
-KERNELS = {"owner": owner_backward_kernel, "query": query_backward_kernel, "key": key_backward_kernel}
-
-
 @functools.cache
 def _constants(tiles: BackwardTiles, q_stride: tuple, k_stride: tuple, v_stride: tuple, dq_token: int, dk_token: int,
                heads: int, dim: int, dtype: torch.dtype, has_dlse: bool) -> dict:  # fmt: skip
@@ -255,13 +252,16 @@ def attend_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     grad = dlse.contiguous() if dlse is not None else lse
     delta = lse  # a place holder, where nobody reads it
     numbers = (scale * LOG2_E, scale, total_q, total_k, images, max_q, max_k)
+    kernels = {
+        "owner": (owner_backward_kernel, 0), "query": (query_backward_kernel, max_q), "key": (key_backward_kernel, max_k)
+    }  # fmt: skip
     for tiles in choose_backward(max_q, max_k, dim, images * heads, q.element_size()):
         if tiles.kernel == "query":
             delta = torch.empty_like(lse)
         key = (tiles, q.stride(), k.stride(), v.stride(), dq.stride(0), dk.stride(0), heads, dim, q.dtype,
                dlse is not None)  # fmt: skip
         tensors = (q, k, v, out, dout, lse, grad, dq, dk, dv, delta, cu_q, cu_k)
-        parts = {"owner": 1, "query": -(-max_q // tiles.rows), "key": -(-max_k // tiles.rows)}[tiles.kernel]
-        grid = (parts * heads * images, 1)
-        launch.start(KERNELS[tiles.kernel], key, grid, tensors, numbers, _constants(*key), dict(tiles.options))
+        kernel, longest = kernels[tiles.kernel]
+        grid = (max(1, -(-longest // tiles.rows)) * heads * images, 1)
+        launch.start(kernel, key, grid, tensors, numbers, _constants(*key), dict(tiles.options))
     return dq, dk, dv
