@@ -86,31 +86,31 @@ class BackwardTiles(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
+OWNER_BYTES = 140 * 1024  # of shared memory, for a program that owns 256 queries: data centre GPUs have them
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_backward(max_q: int, max_k: int, headdim: int, programs: int, itemsize: int) -> tuple[BackwardTiles, ...]:
+def choose_backward(max_q: int, max_k: int, headdim: int, programs: int, itemsize: int,
+                    large: bool) -> tuple[BackwardTiles, ...]:  # fmt: skip
     """Kernels and tiles of the backward pass, in the order in which they run: one where all queries of a head fit into
-    a program, else two. The arguments are those of `choose_tiles`."""
+    a program, else two. Measured on an H100.
+
+    max_q, max_k, headdim, programs, itemsize: as in `choose_tiles`.  large: whether a program may have OWNER_BYTES.
+    """
     if itemsize == 4:  # ordinary multiply-adds, as in the forward pass: small tiles
-        return _two(32, 32, 32, 32, 1, 4)
+        return _two(32, 32, 1)
     if headdim > 64:
-        return _two(64, 32, 64, 32, 1, 4)
-    if max_q <= 256:
-        rows = max(16, 1 << (max_q - 1).bit_length())
-        return (_owner(rows, 32, rows >= 64, 8 if rows > 128 else 4),)
-    return _two(64, 64, 64, 64, 2, 4)
+        return _two(64, 32, 1)
+    if max_q <= 128 or (large and max_q <= 256 and programs > FEW):
+        rows, keys = (max(16, 1 << (n - 1).bit_length()) for n in (max_q, min(max_k, 64)))
+        shape = (("M", rows), ("N", keys))
+        return (BackwardTiles("owner", rows, shape, (("num_warps", 8 if rows > 128 else 4), ("num_stages", 1))),)
+    return _two(64, 64, 1) if programs <= FEW else _two(64, 32, 2)
 
 
-def _owner(m: int, n: int, turned: bool, warps: int, stages: int = 2, **options: int) -> BackwardTiles:
-    shape = {"M": m, "N": n, "TURNED": int(turned)}
-    return BackwardTiles("owner", m, tuple(shape.items()), (("num_warps", warps), ("num_stages", stages),
-                                                            *options.items()))  # fmt: skip
-
-
-def _two(m: int, n: int, key_n: int, key_m: int, stages: int, warps: int) -> tuple[BackwardTiles, ...]:
-    """(m, n): queries of a program and keys of a step, for dq.  (key_n, key_m): keys of a program and queries of a
-    step, for dk and dv."""
-    found = []
-    for kernel, rows, shape in (("query", m, {"M": m, "N": n}), ("key", key_n, {"M": key_m, "N": key_n})):
-        options = (("num_warps", warps), ("num_stages", stages))
-        found.append(BackwardTiles(kernel, rows, tuple((shape | {"STAGES": stages}).items()), options))
-    return tuple(found)
+def _two(rows: int, step: int, stages: int) -> tuple[BackwardTiles, ...]:
+    """Two kernels whose programs own so many `rows`, of queries and then of keys, and walk in steps of the others."""
+    options = (("num_warps", 4), ("num_stages", stages))
+    shapes = (("query", {"M": rows, "N": step}), ("key", {"M": step, "N": rows}))
+    return tuple(BackwardTiles(kernel, rows, tuple((shape | {"STAGES": stages}).items()), options)
+                 for kernel, shape in shapes)  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import LOG2_E
-from ..tiles import BackwardTiles, choose_backward
+from ..tiles import OWNER_BYTES, BackwardTiles, choose_backward
 from .attention import PRECISION, load_tile, number
 
 
@@ -74,14 +74,13 @@ def owner_backward_kernel(
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DQ_TOKEN: tl.constexpr, DK_TOKEN: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
+    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """All three gradients of one head of one image by one program, for up to M queries.
 
     The queries stay, with do, lse and delta, and the sum dq; keys and values pass by in tiles. A tile of keys meets
     every query at once, so its dk and dv are complete after one step and never leave the chip unfinished. Each of the
     five products is computed once; with two kernels, one for dq and one for dk and dv, p and dp are needed twice.
-    TURNED: compute dk^T and dv^T (D, N) where a tile of N keys is too flat for the tensor cores' 64 rows.
     """
     image, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     q_start = tl.load(CuQ + image)
@@ -102,13 +101,8 @@ def owner_backward_kernel(
         p = _scores(q, k, lse, scale_log2, k_len - j, PRECISION)  # (M, N)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
-        p = p.to(do.dtype)
-        if TURNED:
-            dv = tl.trans(tl.dot(tl.trans(do), p, input_precision=PRECISION))
-            dk = tl.trans(tl.dot(tl.trans(q), ds, input_precision=PRECISION))
-        else:
-            dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)  # (N, D)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         _write(dv_head, j, dv, k_len, DK_TOKEN, D, BLOCK_D)
         _write(dk_head, j, dk * scale, k_len, DK_TOKEN, D, BLOCK_D)
@@ -223,6 +217,14 @@ def _constants(tiles: BackwardTiles, q_stride: tuple, k_stride: tuple, v_stride:
     return constants | {"PRECISION": PRECISION.get(dtype, "tf32")} | dict(tiles.shape)
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on this device may have."""
+    if device.type != "cuda":
+        return OWNER_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _one_projection(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v are the three parts of one (total, 3, nheads, headdim)."""
     heads, dim = q.shape[1:]
@@ -252,16 +254,16 @@ def attend_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     grad = dlse.contiguous() if dlse is not None else lse
     delta = lse  # a place holder, where nobody reads it
     numbers = (scale * LOG2_E, scale, total_q, total_k, images, max_q, max_k)
-    kernels = {
-        "owner": (owner_backward_kernel, 0), "query": (query_backward_kernel, max_q), "key": (key_backward_kernel, max_k)
-    }  # fmt: skip
-    for tiles in choose_backward(max_q, max_k, dim, images * heads, q.element_size()):
+    kernels = {"owner": (owner_backward_kernel, 1), "query": (query_backward_kernel, max_q),
+               "key": (key_backward_kernel, max_k)}  # fmt: skip
+    large = _shared_memory(q.device) >= OWNER_BYTES
+    for tiles in choose_backward(max_q, max_k, dim, images * heads, q.element_size(), large):
         if tiles.kernel == "query":
             delta = torch.empty_like(lse)
         key = (tiles, q.stride(), k.stride(), v.stride(), dq.stride(0), dk.stride(0), heads, dim, q.dtype,
                dlse is not None)  # fmt: skip
         tensors = (q, k, v, out, dout, lse, grad, dq, dk, dv, delta, cu_q, cu_k)
         kernel, longest = kernels[tiles.kernel]
-        grid = (max(1, -(-longest // tiles.rows)) * heads * images, 1)
+        grid = (-(-longest // tiles.rows) * heads * images, 1)
         launch.start(kernel, key, grid, tensors, numbers, _constants(*key), dict(tiles.options))
     return dq, dk, dv
