@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from . import checks, launch
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, Backend, reference
 
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     *, softmax_scale: float | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Bidirectional attention inside each sequence of a packed batch (forward only).
+    """Bidirectional attention inside each sequence of a packed batch, with a backward pass.
 
     q: (total_q, nheads, headdim); k, v: (total_k, nheads, headdim); float16, bfloat16, float32 or (not every backend)
     float64, one dtype and device, any strides: views of a fused qkv projection are read in place.
@@ -28,8 +28,9 @@ def varlen_attention(
 
     Returns (total_q, nheads, headdim), and with return_lse also the natural log of the softmax sums, float32 (nheads,
     total_q). A sequence without keys gets zeros and -inf. Rows past cu_seqlens_q[-1] belong to no sequence, and what is
-    returned for them is undefined. Raises TypeError or ValueError naming the argument; whether
-    cu_seqlens is sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
+    returned for them is undefined; their gradients are zero. Gradients are those of the backend (`Backend.backward`),
+    once: there are no second derivatives. Raises TypeError or ValueError naming the argument; whether cu_seqlens is
+    sound is checked on the CPU always and on CUDA when RAGGED_CHECK=1, since there it costs a wait.
     """
     # One operator for the compiler, and for whoever watches operators (a FLOP counter, fake tensors): 60 ns to ask
     compiling = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -41,23 +42,25 @@ def varlen_attention(
         softmax_scale = _default_scale(q)
     if compiling:
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend)
+        out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend, _wants_gradients(q, k, v))
         return (out, lse) if return_lse else out
     checks.check_attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not isinstance(backend, str):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     max_seqlen_q, max_seqlen_k = _plain_int(max_seqlen_q), _plain_int(max_seqlen_k)
     shapes = (q.shape[1:], k.shape[1:], v.shape[1:])
-    key = (backend, bool(return_lse), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, shapes)
-    run = _accepted.get(key)
-    if run is None:
-        run = _accepted[key] = _accept(q, k, v, return_lse, backend)
+    gradient = _wants_gradients(q, k, v)
+    key = (backend, bool(return_lse), gradient, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, shapes)
+    picked = _accepted.get(key)
+    if picked is None:
+        picked = _accepted[key] = _accept(q, k, v, return_lse, backend, gradient)
     checks.check_attention_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
-    out, lse = run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, return_lse)
+    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    out, lse = _Attention.apply(*arguments, return_lse, picked) if gradient else picked.run(*arguments, return_lse)
     return (out, lse) if return_lse else out
 
 
-_accepted: dict[tuple, object] = {}  # argument kinds that passed `_accept` -> the backend's function
+_accepted: dict[tuple, Backend] = {}  # argument kinds that passed `_accept` -> the backend
 
 
 def varlen_attention_ref(
@@ -104,14 +107,41 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
     return name
 
 
-def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str):
+def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str, gradient: bool) -> Backend:
     """Checks that depend only on what a model is, not on a batch; done once per kind of call."""
     checks.check_attention_kinds(q, k, v)
-    picked = BACKENDS[resolve_backend(backend, q.device, q.dtype, q.shape[2])]
+    picked = _resolve(backend, q, gradient)
     if return_lse and not picked.has_lse:
-        able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.has_lse)
-        raise ValueError(f"return_lse: backend {picked.name!r} does not compute it; use one of {able}")
-    return picked.run
+        raise ValueError(f"return_lse: backend {picked.name!r} does not compute it; use one of {_able('has_lse')}")
+    if gradient and picked.backward is None:
+        raise ValueError(
+            f"backend {picked.name!r} has no backward pass ({picked.no_backward}), and a gradient is wanted: use "
+            f"torch.no_grad(), or one of {_able('backward')}"
+        )
+    if gradient and return_lse and not picked.lse_gradient:
+        raise ValueError(
+            f"return_lse: backend {picked.name!r} has no gradient of the log-sum-exp, and one is wanted: use "
+            f"torch.no_grad(), or one of {_able('lse_gradient')}"
+        )
+    return picked
+
+
+def _resolve(backend: str, q: Tensor, gradient: bool) -> Backend:
+    """The backend of that name, or what "auto" stands for; where a gradient is wanted, the first that has one."""
+    of = (q.device, q.dtype, int(q.shape[2]))  # while compiling, the last may be a symbol
+    if backend == "auto" and gradient:
+        for other in BACKENDS.values():
+            if other.auto and other.backward is not None and other.why_not(*of) is None:
+                return other
+    return BACKENDS[resolve_backend(backend, *of)]
+
+
+def _able(fact: str) -> str:
+    return ", ".join(repr(name) for name, backend in BACKENDS.items() if getattr(backend, fact))
+
+
+def _wants_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _default_scale(q: Tensor) -> float:
@@ -126,25 +156,105 @@ def _plain_int(n):
     return int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n
 
 
+# ---- gradients ----
+
+
+class _Attention(torch.autograd.Function):
+    """A backend's forward pass, and its backward pass when somebody asks."""
+
+    @staticmethod
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, return_lse, backend) -> tuple[Tensor, Tensor | None]:
+        return backend.run(q, k, v, cu_q, cu_k, max_q, max_k, scale, return_lse or backend.saves_lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.max_q, ctx.max_k, ctx.scale, return_lse, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        if not return_lse and output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, dout, dlse) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+        if dout is None:  # only the log-sum-exp was used, or nothing
+            dout = torch.zeros_like(out)
+        numbers = (cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.scale)
+        if torch.is_grad_enabled():  # somebody may want second derivatives; the operator knows what to say
+            grads = _op_backward(dout, dlse, q, k, v, out, lse, *numbers, ctx.backend.name)
+        else:
+            grads = ctx.backend.backward(dout, dlse, q, k, v, out, lse, *numbers, True)
+        return *grads, *[None] * 7
+
+
 # Under torch.compile the call is one opaque operator: the compiler neither looks inside nor breaks its graph there.
 @torch.library.custom_op("ragged::varlen_attention", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    softmax_scale: float, return_lse: bool, backend: str,
+    softmax_scale: float, return_lse: bool, backend: str, gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    result = varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale=softmax_scale, return_lse=return_lse, backend=backend,
-    )  # fmt: skip
+    if gradient:
+        picked = _accept(q, k, v, return_lse, backend, gradient)
+        return_lse, backend = return_lse or picked.saves_lse, picked.name
+    with torch.no_grad():  # gradients are registered below
+        result = varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale=softmax_scale, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if return_lse:
         return result[0].contiguous(), result[1]
     return result.contiguous(), q.new_empty(0, dtype=torch.float32)
 
 
 @_op.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, return_lse, backend):
-    lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, return_lse, backend, gradient=False):
+    has_lse = return_lse or (gradient and _resolve(backend, q, True).saves_lse)
+    lse = q.new_empty((q.shape[1], q.shape[0]) if has_lse else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("ragged::varlen_attention_backward", mutates_args=())
+def _op_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    numbers = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    dq, dk, dv = BACKENDS[backend].backward(dout, dlse, q, k, v, out, lse, *numbers, False)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_op_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _op_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.max_q, ctx.max_k, ctx.scale, ctx.return_lse, backend, gradient = inputs
+    if not gradient:  # called by its own name: what the backward pass reads may not be there
+        gradient = _resolve(backend, tensors[0], True).saves_lse <= ctx.return_lse
+    ctx.backend = _resolve(backend, tensors[0], True) if gradient else None
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _op_gradients(ctx, dout, dlse):
+    if ctx.backend is None:
+        raise RuntimeError("ragged::varlen_attention was called without gradient=True, which its backward pass needs")
+    numbers = (ctx.max_q, ctx.max_k, ctx.scale, ctx.backend.name)
+    q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+    dlse = dlse if ctx.return_lse else None
+    return *_op_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers), *[None] * 8
+
+
+def _no_second(ctx, *grads):
+    raise NotImplementedError(
+        "varlen_attention has no second derivatives: its backward pass cannot be differentiated again. Where they are "
+        "needed, use varlen_attention_ref, whose every step PyTorch records."
+    )
+
+
+_op.register_autograd(_op_gradients, setup_context=_op_setup)
+_op_backward.register_autograd(_no_second)
 
 
 # What `torch.utils.flop_counter` counts for the operator. The counter takes a tenth of a second to import, so the
@@ -161,6 +271,11 @@ def _flops(q, k, v, cu_q, cu_k, max_q, max_k, *_, out_val=None, **__) -> int:
     else:
         pairs = int((cu_q.diff().long() * cu_k.diff().long()).sum())
     return 4 * pairs * q.shape[1] * q.shape[2]
+
+
+def _flops_backward(dout, dlse, q, k, v, out, lse, *sizes, out_val=None, **__) -> int:
+    """Two and a half times the forward pass: its scores once more, and four gradients of the two products."""
+    return _flops(q, k, v, *sizes) * 5 // 2
 
 
 class _WhenImported:
@@ -187,6 +302,7 @@ class _WhenImported:
     @staticmethod
     def register(counter):
         counter.register_flop_formula(torch.ops.ragged.varlen_attention, get_raw=True)(_flops)
+        counter.register_flop_formula(torch.ops.ragged.varlen_attention_backward, get_raw=True)(_flops_backward)
 
 
 if _WhenImported.name in sys.modules:

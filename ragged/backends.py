@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import launch
 from .checks import FLOATS, Registry, may_look
+from .gradients import Gradients, by_autograd, by_kernel
 
 HALF = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
@@ -33,6 +34,8 @@ class Backend:
     packs_first: the blocks before the first cut run on the flat buffer too.  equal_only: refuses unequal counts.
     recordable: does not read from the GPU in the middle of a pass, so that the pass can be a CUDA graph.
     has_lse: computes the log-sum-exp.  auto: "auto" may pick it; the first one that runs is taken.
+    backward: computes the gradients as `gradients.py` says, or None; no_backward: then the reason.
+    saves_lse: `backward` reads the log-sum-exp.  lse_gradient: a gradient finds its way through the log-sum-exp, too.
     paper_padding: pads as the paper's baseline does, rows by a loop to the original length, attention unfused.
     """
 
@@ -47,6 +50,10 @@ class Backend:
     has_lse: bool = False
     auto: bool = False
     paper_padding: bool = False
+    backward: Callable[..., Gradients] | None = None
+    no_backward: str = "it computes the output only"
+    saves_lse: bool = False
+    lse_gradient: bool = False
 
     @property
     def pads(self) -> bool:
@@ -244,7 +251,7 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, want_lse: bool
 ) -> Result:
     """The one reference: a loop over sequences in float64 on the CPU. Returns float64 CPU tensors."""
-    q, k, v = (x.detach().cpu().double() for x in (q, k, v))
+    q, k, v = (x.cpu().double() for x in (q, k, v))
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     out, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float64)
     for b in range(len(starts_q) - 1):
@@ -350,19 +357,27 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 _ALL = (  # in the order in which "auto" tries them
-    Backend("triton", _triton, _why_not_triton, "this collection's kernel", packs_first=True, has_lse=True, auto=True),
-    Backend("flash_attn", _flash_attn, _why_not_flash_package, "FlashAttention-2", has_lse=True, auto=True),
-    Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True),
+    Backend("triton", _triton, _why_not_triton, "this collection's kernel", packs_first=True, has_lse=True, auto=True,
+            backward=by_kernel, saves_lse=True, lse_gradient=True),
+    Backend("flash_attn", _flash_attn, _why_not_flash_package, "FlashAttention-2", has_lse=True, auto=True,
+            backward=by_autograd(_flash_attn)),
+    Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True,
+            backward=by_autograd(_torch_varlen)),
     Backend("efficient_varlen", _efficient_varlen, _why_not_efficient, "PyTorch's memory-efficient kernel, ragged",
-            has_lse=True, auto=True),
-    Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True),
-    Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False),
+            has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True)),
+    Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True,
+            no_backward="its package fa3-fwd holds the forward pass only"),
+    Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False,
+            no_backward="here it is compared forward only"),
     Backend("sdpa_padded", _padded, _anywhere, "fused SDPA, padded to the longest, vectorised", layout="padded",
-            has_lse=True, auto=True),
-    Backend("reference", _reference_like, _anywhere, "float64 loop on the CPU", recordable=False, has_lse=True),
-    Backend("paper_triton", _paper_triton, _why_not_triton, "Algorithm 1 of the paper, launched its way"),
+            has_lse=True, auto=True, backward=by_autograd(_padded), lse_gradient=True),
+    Backend("reference", _reference_like, _anywhere, "float64 loop on the CPU", recordable=False, has_lse=True,
+            backward=by_autograd(_reference_like), lse_gradient=True),
+    Backend("paper_triton", _paper_triton, _why_not_triton, "Algorithm 1 of the paper, launched its way",
+            no_backward="the paper's Algorithm 1 is a forward pass"),
     Backend("paper_padded", _paper_padded, _anywhere, "the paper's padded baseline: loops, unfused", layout="padded",
-            recordable=False, paper_padding=True),
-    Backend("dense", _dense, _anywhere, "fused SDPA, equal counts only", layout="padded", equal_only=True),
+            recordable=False, paper_padding=True, no_backward="the paper's baseline is a forward pass"),
+    Backend("dense", _dense, _anywhere, "fused SDPA, equal counts only", layout="padded", equal_only=True,
+            backward=by_autograd(_dense)),
 )  # fmt: skip
 BACKENDS: Registry[str, Backend] = Registry("backend", {backend.name: backend for backend in _ALL})

@@ -10,7 +10,6 @@ Then the records of a pass through the blocks: where it stands, and what it leav
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .backends import Backend, masked_sdpa, unfused_softmax
+from .gradients import split_projection
 from .packing import (
     Packed,
     Padded,
@@ -31,7 +31,9 @@ from .packing import (
     take_packed,
     take_padded,
 )
+from .rows import host_offsets
 from .rules import run_module
+from .support.training import drop_images
 
 State = Packed | Padded
 
@@ -66,19 +68,25 @@ def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     projection."""
     attn = block.attn
     qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
-    q, k, v = qkv.unbind(-3)
+    q, k, v = split_projection(qkv) if qkv.dim() == 4 and qkv.requires_grad else qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def finish_attention(block: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
-    """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim)."""
+def finish_attention(block: nn.Module, x: Tensor, heads: Tensor, cu: Tensor | None = None,
+                     drops: bool = False) -> Tensor:  # fmt: skip
+    """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim). drops:
+    with what is dropped in training; cu: then the offsets of packed rows."""
     attn, out = block.attn, heads.flatten(-2)  # (..., dim)
-    return x + block.ls1(attn.proj(attn.norm(out) if hasattr(attn, "norm") else out))
+    out = attn.proj(attn.norm(out) if hasattr(attn, "norm") else out)
+    if drops:
+        return x + drop_images(block.drop_path1, block.ls1(attn.proj_drop(out)), cu)
+    return x + block.ls1(out)
 
 
-def finish_block(block: nn.Module, x: Tensor) -> Tensor:
-    """The MLP half of a block on x (..., dim)."""
-    return x + block.ls2(block.mlp(block.norm2(x)))
+def finish_block(block: nn.Module, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
+    """The MLP half of a block on x (..., dim); cu, drops: as in `finish_attention`."""
+    out = block.ls2(block.mlp(block.norm2(x)))
+    return x + (drop_images(block.drop_path2, out, cu) if drops else out)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
@@ -97,19 +105,22 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, sca
     return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
 
 
-def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
+def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str,
+                 drops: bool = False) -> Tensor:  # fmt: skip
     """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
-    `attend_packed`."""
+    `attend_packed`; drops: as in `finish_attention`."""
     q, k, v = project(block, x)
     heads = attend_packed(q, k, v, cu, cu, longest, longest, scale, backend)
-    return finish_block(block, finish_attention(block, x, heads))
+    return finish_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
 
 
-def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool) -> Tensor:
+def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool,
+                 drops: bool = False) -> Tensor:  # fmt: skip
     """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); scale, unfused: as in
-    `attend_padded`."""
+    `attend_padded`; drops: as in `finish_attention`."""
     q, k, v = project(block, x)
-    return finish_block(block, finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused)))
+    x = finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused), None, drops)
+    return finish_block(block, x, None, drops)
 
 
 PIECES = (
@@ -200,12 +211,6 @@ def _pixel_rows(patch: nn.Module, image: Tensor, grid: tuple[int, int]) -> Tenso
     return image.reshape(-1, high, down, wide, across).permute(1, 3, 0, 2, 4).reshape(high * wide, -1)
 
 
-def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Offsets of images of `lengths` rows, int32 (batch + 1,), on `device`."""
-    on_host = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
-    return on_host.to(device, non_blocking=True)
-
-
 # ---- what a pass leaves behind ----
 
 
@@ -235,7 +240,7 @@ class Pass(NamedTuple):
     """What stays the same during a pass. backend: who attends.  stages: where cuts are noted, or None.
     after_block: called after every block without a cut (a recording begins its second graph there).
     canvas: where every token is put back, if features are wanted.  wanted: blocks after which `taken` gets a copy.
-    blocks: how many of them run, None for all."""
+    blocks: how many of them run, None for all.  drops: whether dropout and stochastic depth are on."""
 
     backend: Backend
     stages: list[Stage] | None = None
@@ -244,6 +249,7 @@ class Pass(NamedTuple):
     wanted: frozenset[int] = frozenset()
     taken: list[Canvas] | None = None
     blocks: int | None = None
+    drops: bool = False
 
 
 FILLS = ("zero", "last", "nearest")

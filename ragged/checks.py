@@ -134,9 +134,6 @@ def check_attention_call(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Te
         _check_offsets(cu_k, "cu_seqlens_k", k)
         if cu_k.shape != cu_q.shape:
             raise ValueError(f"cu_seqlens_k: expected {cu_q.shape[0]} entries like cu_seqlens_q, got {cu_k.shape[0]}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: varlen_attention has no backward pass; use torch.no_grad() or detach it")
     if q.device.type == "meta":
         raise ValueError("q: expected tensors that hold numbers, got device 'meta'")
     if may_look(q):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,6 +31,7 @@ from .pruners import Pruner
 from .rows import cls_attention
 from .rules import View, row_norms
 from .support import Survey, check_supported, convolves_as_usual, refuse_fixed_programs
+from .support.training import refuse_to_train
 from .support.trial import MODULE_PARTS
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
@@ -49,8 +49,8 @@ class RaggedViT(nn.Module):
 
     Plain blocks run piece by piece on rows. A block with hooks or a `forward` of its own is called as it is, on
     (batch, n, dim), which takes the same count in every image; where counts differ it is refused. What hangs on the
-    model is looked at in every call. Gradients flow under padded backends, the others refuse them; model.train() is
-    refused.
+    model is looked at in every call. Gradients flow under backends that have a backward pass (`Backend.backward`), the
+    others refuse them. After model.train() dropout is drawn for every number and stochastic depth for every image.
     """
 
     def __init__(self, vit: nn.Module, pruner: Pruner | None = None, backend: str = "auto"):
@@ -90,8 +90,6 @@ class RaggedViT(nn.Module):
         if not torch.compiler.is_compiling():
             if (self.pruner, self.backend) != self._known or not self.survey.still_true(self.vit):
                 self.prepare()
-            if self.training or self.survey.training():
-                raise RuntimeError("RaggedViT: training mode is not supported, dropout would differ; call model.eval()")
             if self.pruner is not None:
                 weight, own = weight_of(self.vit), next(self.pruner.parameters(), None)
                 if own is not None and (own.dtype != weight.dtype or own.device != weight.device):
@@ -110,8 +108,12 @@ class RaggedViT(nn.Module):
 
     def with_pruner(self, pruner: Pruner | None) -> RaggedViT:
         """The same network and backend with another pruner; compiled pieces are shared, so that both round alike."""
+        trained = [module.training for module in self.vit.modules()]  # wrapping sets all to eval mode
         twin = RaggedViT(self.vit, pruner, self.backend)
         twin._compiled, twin._run = self._compiled, self._run
+        for module, was in zip(self.vit.modules(), trained, strict=True):
+            module.training = was
+        twin.training = self.training
         return twin
 
     def __getstate__(self) -> dict:
@@ -146,11 +148,11 @@ class RaggedViT(nn.Module):
         where the host knows them; without them, on a GPU, the offsets are read, which is one wait. Pruners take shares
         of the tokens given here. TypeError or ValueError, naming the argument, for what does not fit.
         """
-        backend = BACKENDS[self._picked(tokens)]
+        run = self._pass(tokens)
         lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
         state = packed_state(tokens, cu_seqlens, lengths, ids)
-        state = blocks.laid_out(state, backend, self.pruner is not None)
-        return self._finish(self._blocks(state, -1, Pass(backend)))
+        state = blocks.laid_out(state, run.backend, self.pruner is not None)
+        return self._finish(self._blocks(state, -1, run))
 
     def trace(self, images: Images) -> Trace:
         """`forward` of images, a batch or a list, and what every cut left."""
@@ -190,8 +192,7 @@ class RaggedViT(nn.Module):
         """
         wanted, last = check_intermediates(x, indices, output_fmt, fill, FILLS, len(self.vit.blocks))
         taken: list[Canvas] = []
-        run = Pass(BACKENDS[self._picked(x)], wanted=frozenset(wanted), taken=taken,
-                   blocks=last + 1 if stop_early else None)  # fmt: skip
+        run = self._pass(x)._replace(wanted=frozenset(wanted), taken=taken, blocks=last + 1 if stop_early else None)
         last = self._finish(self._begin(x, run, features=True))
         grid = tuple(self.vit.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
 
@@ -227,7 +228,7 @@ class RaggedViT(nn.Module):
               after_block: Callable[[], None] | None = None) -> Tensor | Pending:  # fmt: skip
         """Run images until the logits, or until a cut whose size only the GPU knows; every cut is added to `stages`;
         after_block: as in `Pass`."""
-        return self._begin(images, Pass(BACKENDS[self._picked(images)], stages, after_block))
+        return self._begin(images, self._pass(images)._replace(stages=stages, after_block=after_block))
 
     def _begin(self, images: Images, run: Pass, features: bool = False) -> Tensor | Canvas | Pending:
         as_usual = convolves_as_usual()
@@ -281,10 +282,10 @@ class RaggedViT(nn.Module):
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
-            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), backend.name)
+            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), backend.name, run.drops)
         else:
             unfused = blocks.runs_unfused(state, backend, block)
-            x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused)
+            x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused, run.drops)
         return replace(state, tokens=x)
 
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
@@ -300,11 +301,12 @@ class RaggedViT(nn.Module):
             selection = self._select(state, i, q, k, v)
             queries_too = replace(state, tokens=torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
             return Cut(queries_too, selection, i, "attention", k, v)
-        x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run))
+        drops = _images_of(state, run.drops)
+        x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run), *drops)
         if self.pruner.where == "inside":
             state = replace(state, tokens=x)
             return Cut(state, self._select(state, i, q, k, v), i, "mlp")
-        state = replace(state, tokens=self._run["finish_block"](block, x))
+        state = replace(state, tokens=self._run["finish_block"](block, x, *drops))
         return Cut(state, self._select(state, i, q, k, v), i)
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
@@ -316,14 +318,14 @@ class RaggedViT(nn.Module):
             run.stages.append(blocks.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
         if not cut.remains:
             return new
-        block, x = self.vit.blocks[cut.block], new.tokens
+        block, x, drops = self.vit.blocks[cut.block], new.tokens, _images_of(new, run.drops)
         if cut.remains == "attention":
             heads, dim = cut.keys.shape[-2:]
             x, q = x[..., : -heads * dim], x[..., -heads * dim :].unflatten(-1, (heads, dim))
             # under autocast tokens and queries differ in dtype, and went through the cut in the wider one
             out = self._attend(new, cut.state, q.to(cut.keys.dtype), cut.keys, cut.values, block, run)
-            x = self._run["finish_attention"](block, x, out)
-        return replace(new, tokens=self._run["finish_block"](block, x))
+            x = self._run["finish_attention"](block, x, out, *drops)
+        return replace(new, tokens=self._run["finish_block"](block, x, *drops))
 
     def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module,
                 run: Pass) -> Tensor:  # fmt: skip
@@ -363,21 +365,25 @@ class RaggedViT(nn.Module):
         weight, head_dim = weight_of(self.vit), self.vit.embed_dim // self.vit.blocks[0].attn.num_heads
         return resolve_backend(self.backend, weight.device, dtype_of_products(weight), head_dim)
 
-    def _picked(self, images: Images) -> str:
-        """`picked`, or what has gradients where they are wanted."""
+    def _pass(self, images: Images) -> Pass:
+        """A pass of images under the backend that runs, after all that may have changed was looked at."""
         refuse_fixed_programs(self.pruner, images)
         self._look()
-        name = self.picked
-        if not torch.is_grad_enabled() or BACKENDS[name].pads or not wants_gradients(self, images):
-            return name
-        if self.backend != "auto":
-            raise RuntimeError(
-                f"backend {name!r} has no backward pass, and gradients are enabled: call the model under "
-                "torch.no_grad(), or use backend='sdpa_padded', through which they flow"
-            )
-        warnings.warn(f"gradients are enabled, and {name!r} has no backward pass: 'sdpa_padded' runs instead; for "
-                      "inference call the model under torch.no_grad()", stacklevel=4)  # fmt: skip
-        return "sdpa_padded"
+        backend = BACKENDS[self.picked]
+        gradients = backend.pads or backend.backward is not None  # padded blocks are made of PyTorch's own operations
+        if not gradients and torch.is_grad_enabled() and wants_gradients(self, images):
+            others = ", ".join(name for name, b in BACKENDS.items() if b.pads or b.backward)
+            raise RuntimeError(f"backend {backend.name!r} has no backward pass ({backend.no_backward}), and gradients "
+                               f"are enabled: call the model under torch.no_grad(), or use {others}")  # fmt: skip
+        drops = self.training or (not torch.compiler.is_compiling() and self.survey.training())
+        if drops:
+            refuse_to_train(self.vit, self.survey.whole)
+        return Pass(backend, drops=drops)
+
+
+def _images_of(state: State, drops: bool) -> tuple[Tensor | None, bool]:
+    """What the row-wise pieces are told about dropping: where images begin in packed rows, and whether to."""
+    return (state.cu_seqlens if drops and isinstance(state, Packed) else None), drops
 
 
 def _like_weights(pruner: Pruner, weight: Tensor, in_place: bool) -> Pruner:

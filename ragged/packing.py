@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_tensor, may_look
-from .rows import equal_offsets, grid_rows, kept_rows, move_rows, take_rows
+from .rows import equal_offsets, grid_rows, kept_rows, move_rows, picked_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Packed:
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
         rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
-        return self.tokens[rows.clamp_(max=self.tokens.shape[0] - 1)]  # a buffer may be too small while it is recorded
+        return picked_rows(self.tokens, rows.clamp_(max=self.tokens.shape[0] - 1))  # a recording's may be too small
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
         index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
         real = torch.arange(width, device=index.device) < counts.device[:, None]
         rows = torch.where(real, state.starts[:, None] + index, 0)
-        tokens, ids = torch.where(real[..., None], tokens[rows], 0.0), torch.where(real, ids[rows], -1)
+        tokens, ids = picked_rows(tokens, rows, real), torch.where(real, ids[rows], -1)
         return Padded(tokens, ids, state.seqlen, counts.device, None, counts, state.unpruned)
     known = isinstance(counts, int)
     if blend is not None and not known:
@@ -214,10 +214,9 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
         shaped = (x.unflatten(0, (state.batch, rows)) for x in (tokens, ids))
         return Padded(*shaped, state.seqlen, None, rows, unpruned=state.unpruned)
     index = torch.nn.functional.pad(index, (0, max(0, width - index.shape[1])))[:, :width]
-    tokens = state.tokens.gather(1, index[..., None].expand(-1, -1, state.tokens.shape[-1]))
-    ids = state.ids.gather(1, index)
     real = torch.arange(width, device=index.device) < (counts if known else counts[:, None])
-    tokens, ids = torch.where(real[..., None], tokens, 0.0), torch.where(real, ids, -1)  # 0 times NaN is NaN
+    tokens = picked_rows(state.tokens.flatten(0, 1), state.starts[:, None] + index, real.expand(index.shape))
+    ids = torch.where(real, state.ids.gather(1, index), -1)
     if blend is not None:
         tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
     lengths = counts
@@ -338,6 +337,10 @@ def pack(x: Tensor, keep: Tensor, *, counts: list[int] | None = None) -> Packed:
             raise ValueError(f"keep: expected {batch} rows of row numbers like x, got {tuple(keep.shape)}")
         if may_look(keep) and keep.numel() and not (0 <= keep.min() and keep.max() < n):
             raise ValueError(f"keep: row numbers must lie in [0, {n}), got {keep.min()} to {keep.max()}")
+        if x.requires_grad and torch.is_grad_enabled():  # the same row may be wanted twice: its gradients add up
+            taken = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)
+            cu_seqlens = equal_offsets(batch, keep.shape[1], x.device)
+            return Packed(taken, keep.flatten(), cu_seqlens, max(keep.shape[1], 1), batch, n, keep.shape[1])
         return take_packed(dense, Selection(keep, keep.shape[1]))
     if keep.shape != (batch, n):
         raise ValueError(f"keep: expected shape {(batch, n)} like x, got {tuple(keep.shape)}")

@@ -1,14 +1,18 @@
 """The host's side of the small kernels: which rows CLS attends to, which are best, which a mask marks, and how rows
-move, each with its ids in the same launch. Triton where it runs, PyTorch elsewhere; neither waits for the GPU."""
+move, each with its ids in the same launch. Triton where it runs, PyTorch elsewhere; neither waits for the GPU. Where
+gradients are wanted, kernels/flow.py knows the way back."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import launch
+from .kernels import flow
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
@@ -30,9 +34,10 @@ def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(0, batch * count + 1, count, device=device, dtype=torch.int32)
 
 
-def _in_pytorch(x: Tensor) -> bool:
-    """Whether PyTorch works on x: where the kernels do not run, or a gradient has to find its way back."""
-    return not launch.usable(x.device) or (x.requires_grad and torch.is_grad_enabled())
+def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Offsets of images of `lengths` rows, int32 (batch + 1,), on `device`."""
+    on_host = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
+    return on_host.to(device, non_blocking=True)
 
 
 # ---- scores ----
@@ -43,11 +48,18 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, w
 
     q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
     starts[b] + lengths[b]; one int where all are equally long.  width: no image is longer.  Returns float32 (rows,
-    nheads); rows that no image owns are zero. One row of the attention matrix per head: O(n), never O(n²).
+    nheads), float64 of such; rows that no image owns are zero. One row of the attention matrix per head: O(n), never
+    O(n²).
     """
+    if flow.wanted(q, k):
+        return flow.Looked.apply(q, k, _cls_attention, starts, lengths, width, scale)
+    return _cls_attention(q, k, starts, lengths, width, scale)
+
+
+def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float) -> Tensor:
     rows, heads, dim = q.shape
     equal = lengths if isinstance(lengths, int) else 0
-    if _in_pytorch(q) or _in_pytorch(k):
+    if not launch.usable(q.device) or q.dtype == torch.float64:
         lengths = torch.full_like(starts, equal) if equal else lengths
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
     from .kernels.rows import cls_kernel
@@ -66,10 +78,11 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
     real = column < lengths[:, None]  # (batch, width)
     rows = torch.where(real, starts[:, None] + column, 0)
     first = torch.where(lengths > 0, starts, 0)
+    exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # scores are float32 whatever it says
-        scores = torch.einsum("bhd,bnhd->bnh", q[first].float(), k[rows].float()) * scale
+        scores = torch.einsum("bhd,bnhd->bnh", q[first].to(exact), k[rows].to(exact)) * scale
     probs = scores.masked_fill(~real[..., None], -math.inf).softmax(1)  # (batch, width, nheads)
-    out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=torch.float32)
+    out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=exact)
     # padding columns all land in one extra row, which is cut off
     return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
 
@@ -123,7 +136,8 @@ def _lanes(patches: int, prefix: int) -> tuple[int, dict]:
 
 def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
     scores = scores.mean(-1) if scores.dim() == 3 else scores
-    return torch.nn.functional.pad(scores[:, skip:].float(), (prefix, 0)).scatter(1, index, 0.0)
+    scores = scores[:, skip:].to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.nn.functional.pad(scores, (prefix, 0)).scatter(1, index, 0.0)
 
 
 def sampled_rows(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> tuple[Tensor, Tensor] | None:
@@ -148,8 +162,15 @@ def sampled_rows(scores: Tensor, prefix: int, samples: int, lengths: Tensor | in
 def grid_rows(x: Tensor, cu_seqlens: Tensor, width: int, fill: float) -> Tensor:
     """Packed numbers x (total, ...) as a grid (batch, width, ...), image b from row cu_seqlens[b], int32 (batch + 1,),
     with `fill` where an image has no row. width: no image is longer. No wait."""
+    if flow.wanted(x):
+        return flow.Spread.apply(x, _grid_rows, cu_seqlens, width, fill)
+    return _grid_rows(x, cu_seqlens, width, fill)
+
+
+def _grid_rows(x: Tensor, cu_seqlens: Tensor, width: int, fill: float) -> Tensor:
     batch, shape = cu_seqlens.shape[0] - 1, x.shape[1:]
-    if _in_pytorch(x) or 0 in x.shape or width == 0 or not x.is_floating_point():
+    kernel = launch.usable(x.device) and x.is_floating_point() and x.dtype != torch.float64
+    if not kernel or 0 in x.shape or width == 0:
         column = torch.arange(width, device=x.device)
         real = column < cu_seqlens.diff()[:, None]
         rows = torch.where(real, cu_seqlens[:-1, None] + column, 0)
@@ -209,11 +230,19 @@ def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
     rows that index[b] names, and behind them, if there is a blend, the sum of its first rows weighted by blend[b].
 
     ids: int64 (n,), moved along; a fused row's is -1.  starts: int32 (batch,).  index: int64 (batch, count).  blend:
-    (batch, width) or None. Returns tokens (batch * rows, dim), ids and offsets, int32 (batch + 1,).
+    (batch, width) or None. Returns tokens (batch * rows, dim), ids and offsets, int32 (batch + 1,). Gradients flow to x
+    and blend, and take for granted that no row is named twice.
     """
+    if flow.wanted(x, blend):
+        return flow.Moved.apply(x, blend, _move_rows, ids, starts, index)
+    return _move_rows(x, ids, starts, index, blend)
+
+
+def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
+               blend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, count), dim, fused = index.shape, x.shape[1], blend is not None
     rows = count + fused
-    if _in_pytorch(x) or (fused and blend.requires_grad and torch.is_grad_enabled()) or rows == 0:
+    if not launch.usable(x.device) or rows == 0:
         return *_move_rows_torch(x, ids, starts, index, blend), equal_offsets(batch, rows, x.device)
     from .kernels.rows import move_kernel
 
@@ -251,9 +280,32 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
 
     total: rows of the result. Surplus rows hold zeros and the id -1; of images that do not fit, only a part is there.
     longest: no count is larger. Returns tokens (total, dim), ids (total,) and cu_seqlens, int32 (batch + 1,), which
-    ends at total at the latest.
+    ends at total at the latest. Gradients flow to x, and take for granted that no row is named twice.
     """
-    if _in_pytorch(x):
+    how = (ids, starts, index, counts, total, longest)
+    if flow.wanted(x):
+        sources = lambda: _sources(starts, index, counts, total)[:2]  # noqa: E731
+        return flow.Taken.apply(x, lambda x: _take_rows(x, *how), sources)
+    return _take_rows(x, *how)
+
+
+def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
+    """Rows of x (n, dim): (..., dim) of rows, int64 (...), zeros where real, bool (...), is False. Gradients flow to x,
+    and take for granted that no real row is named twice."""
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        found = x[rows]
+        return (found if real is None else torch.where(real[..., None], found, 0.0),)
+
+    if not flow.wanted(x):
+        return run(x)[0]
+    owned = None if real is None else real.flatten()
+    return flow.Taken.apply(x, run, lambda: (rows.flatten(), owned))[0]
+
+
+def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int,
+               longest: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not launch.usable(x.device):
         return _take_rows_torch(x, ids, starts, index, counts, total)
     from .kernels.rows import take_kernel
 
@@ -269,11 +321,17 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
 
 
 def _take_rows_torch(x, ids, starts, index, counts, total) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = offsets(counts).clamp_(max=total)
     if index.shape[1] == 0:  # no image has a row
-        return x.new_zeros(total, x.shape[1]), ids.new_full((total,), -1), cu_seqlens
-    row = torch.arange(total, device=x.device)
+        return x.new_zeros(total, x.shape[1]), ids.new_full((total,), -1), offsets(counts).clamp_(max=total)
+    rows, owned, cu_seqlens = _sources(starts, index, counts, total)
+    return torch.where(owned[:, None], x[rows], 0.0), torch.where(owned, ids[rows], -1), cu_seqlens
+
+
+def _sources(starts: Tensor, index: Tensor, counts: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rows of `take_rows` come from, int64 (total,), which of them come from anywhere, bool (total,), and its
+    offsets."""
+    cu_seqlens = offsets(counts).clamp_(max=total)
+    row = torch.arange(total, device=index.device)
     image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=counts.shape[0] - 1)
     column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
-    rows, owned = starts[image] + index[image, column], row < cu_seqlens[-1]
-    return torch.where(owned[:, None], x[rows], 0.0), torch.where(owned, ids[rows], -1), cu_seqlens
+    return starts[image] + index[image, column], row < cu_seqlens[-1], cu_seqlens

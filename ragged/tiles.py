@@ -74,3 +74,43 @@ def grid_of(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int
         return tiles.split * heads * images, 1
     parts, pairs = -(-max_q // tiles.rows), heads * images
     return (parts * pairs, 1) if pairs > HIGHEST_GRID else (parts, pairs)
+
+
+class BackwardTiles(NamedTuple):
+    """A kernel of the backward pass, "owner", "query" or "key", with its tile. rows: those of one program, of queries
+    or keys, as the kernel says.  shape, options: as in `Tiles`."""
+
+    kernel: str
+    rows: int
+    shape: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+OWNER_BYTES = 140 * 1024  # of shared memory, for a program that owns 256 queries: data centre GPUs have them
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_backward(max_q: int, max_k: int, headdim: int, programs: int, itemsize: int,
+                    large: bool) -> tuple[BackwardTiles, ...]:  # fmt: skip
+    """Kernels and tiles of the backward pass, in the order in which they run: one where all queries of a head fit into
+    a program, else two. Measured on an H100.
+
+    max_q, max_k, headdim, programs, itemsize: as in `choose_tiles`.  large: whether a program may have OWNER_BYTES.
+    """
+    if itemsize == 4:  # ordinary multiply-adds, as in the forward pass: small tiles
+        return _two(32, 32, 1)
+    if headdim > 64:
+        return _two(64, 32, 1)
+    if max_q <= 128 or (large and max_q <= 256 and programs > FEW):
+        rows, keys = (max(16, 1 << (n - 1).bit_length()) for n in (max_q, min(max_k, 64)))
+        shape = (("M", rows), ("N", keys))
+        return (BackwardTiles("owner", rows, shape, (("num_warps", 8 if rows > 128 else 4), ("num_stages", 1))),)
+    return _two(64, 64, 1) if programs <= FEW else _two(64, 32, 2)
+
+
+def _two(rows: int, step: int, stages: int) -> tuple[BackwardTiles, ...]:
+    """Two kernels whose programs own so many `rows`, of queries and then of keys, and walk in steps of the others."""
+    options = (("num_warps", 4), ("num_stages", stages))
+    shapes = (("query", {"M": rows, "N": step}), ("key", {"M": step, "N": rows}))
+    return tuple(BackwardTiles(kernel, rows, tuple((shape | {"STAGES": stages}).items()), options)
+                 for kernel, shape in shapes)  # fmt: skip

@@ -91,6 +91,48 @@ def assert_in_budget(out, arguments, **options):
     return error, allowed
 
 
+def gradients(function, arguments, dout, **options):
+    """dq, dk, dv of `function` on the same numbers, for a gradient `dout` of its output."""
+    with torch.enable_grad():
+        leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in arguments[:3]]
+        out = function(*leaves, *arguments[3:], **options)
+        if not out.requires_grad:  # no row has a key: nothing depends on anything
+            return [torch.zeros_like(x) for x in leaves]
+        found = torch.autograd.grad(out, leaves, dout.to(out), allow_unused=True)
+        return [torch.zeros_like(x) if dx is None else dx for x, dx in zip(leaves, found)]
+
+
+def assert_gradients_in_budget(backend, arguments, got=None, **options):
+    """dq, dk and dv against float64: each may err by twice what plain operations in the same precision do, plus
+    rounding, as outputs may. Returns the largest share of the budget that was used. got: gradients made already, for
+    the output's gradient of `dout_like`."""
+    q, dout = arguments[0], dout_like(arguments[0])
+    if got is None:
+        got = gradients(ragged.varlen_attention, arguments, dout, backend=backend, **options)
+    want = gradients(ragged.varlen_attention_ref, arguments, dout, **options)
+    plain = gradients(eager, arguments, dout, scale=options.get("softmax_scale"))
+    # A gradient is a difference of products that may cancel, and rounds like them: with one key it is nothing else.
+    terms, units = 1.0, 0.5
+    if q.dtype.itemsize > 2 and q.numel() and arguments[2].numel():
+        terms, units = float(max(x.abs().max() for x in arguments[:3]) * (dout.flatten(1).norm(dim=1).max())), 4.0
+    worst = 0.0
+    for name, x, mine, exact, other in zip("qkv", arguments, got, want, plain):
+        assert mine.shape == x.shape and mine.dtype == x.dtype and mine.device == x.device
+        if not x.numel():
+            continue
+        exact = exact.cpu().double()
+        rounding = units * torch.finfo(x.dtype).eps * max(float(exact.abs().max()), terms)
+        allowed = 2 * float((other.cpu().double() - exact).abs().max()) + rounding
+        error = float((mine.cpu().double() - exact).abs().max())
+        assert error <= allowed, f"d{name}: error {error:.3g}, allowed {allowed:.3g}"
+        worst = max(worst, error / allowed)
+    return worst
+
+
+def dout_like(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype).to(x.device)
+
+
 def assert_right(out, arguments, rounding=1.0):
     """The budget, and beside it so many roundings of the largest value: with two keys and one query plain operations
     can be exact by luck, and a budget made from their error is then nothing at all."""

@@ -107,7 +107,6 @@ def forward_one(vit, image, select, at, where, rows_only=False, number=0):
     return vit.forward_head(vit.norm(state.tokens[: state.prefix][None]))[0], state
 
 
-@torch.no_grad()
 def run(vit, images, select, at, where, rows_only=False):
     """Loop forward_one over the batch (B, 3, H, W) and gather a Dense."""
     at = tuple(at)

@@ -11,11 +11,21 @@ import re
 import pytest
 import sanitize
 import torch
-from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
+from attention_cases import (
+    SHORT_K,
+    SHORT_Q,
+    assert_gradients_in_budget,
+    assert_in_budget,
+    assert_lse,
+    dout_like,
+    inputs,
+    layouts,
+)
 
 import ragged
 from ragged import launch, tiles
 from ragged import rows as row_ops
+from ragged.gradients import split_projection
 from ragged.kernels import attention as kernels
 
 TINY = [3, 0, 1, 18]
@@ -103,6 +113,74 @@ def test_every_kind_of_strides(backend):
         assert torch.equal(out, want), kind
     mixed = layouts(q)["head_major"], layouts(k)["every_other_number"], layouts(v)["odd_offset"]
     assert torch.equal(ragged.varlen_attention(*mixed, *sizes, backend=backend), want)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("lengths", [[1], [1, 37], [15, 16, 17], [63, 64, 65], [0, 5, 0], [130], [0, 0]], ids=str)
+def test_gradients(lengths, dtype):
+    assert_gradients_in_budget("triton", inputs(lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [24, 64, 80, 128])
+def test_gradients_of_other_head_dimensions(dim, dtype):
+    assert_gradients_in_budget("triton", inputs(TINY, dim=dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_gradients_of_separate_lengths_and_beyond_one_program(dtype):
+    for lengths, keys in ((SHORT_Q, SHORT_K), ([5], [0]), ([300, 2], [7, 66])):
+        assert_gradients_in_budget("triton", inputs(lengths, heads=1, lengths_k=keys, dtype=dtype))
+
+
+def test_gradients_of_every_kind_of_strides():
+    q, k, v, *sizes = inputs(TINY, dim=24)
+    for kind in layouts(q):
+        with torch.enable_grad():
+            strided = [layouts(x)[kind].detach().requires_grad_() for x in (q, k, v)]
+            out = ragged.varlen_attention(*strided, *sizes, backend="triton")
+            assert_gradients_in_budget("triton", (q, k, v, *sizes), torch.autograd.grad(out, strided, dout_like(q)))
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 18], [0, 0], [300, 1, 0]], ids=str)
+def test_every_number_of_a_gradient_is_written(lengths, monkeypatch):
+    """Memory full of NaN before, and rows that belong to no sequence."""
+    monkeypatch.setattr(launch, "new_output", lambda q, *shape: q.new_full(shape, math.nan))
+    q, k, v, *sizes = inputs(lengths, heads=1, dtype=torch.float16)
+    with torch.enable_grad():
+        wide = [torch.cat((x, x.new_full((21, *x.shape[1:]), math.nan))).requires_grad_() for x in (q, k, v)]
+        out = ragged.varlen_attention(*wide, *sizes, backend="triton")
+        dout = torch.cat((dout_like(q), q.new_full((21, *q.shape[1:]), math.nan)))
+        got = torch.autograd.grad(out, wide, dout)
+    assert not any(x[-21:].any() for x in got)
+    assert_gradients_in_budget("triton", (q, k, v, *sizes), [x[:-21] for x in got])
+
+
+def test_a_gradient_of_the_log_sum_exp():
+    for lengths in (TINY, [260, 1]):
+        q, k, v, *sizes = inputs(lengths, heads=1)
+        found = []
+        for function in (ragged.varlen_attention, ragged.varlen_attention_ref):
+            with torch.enable_grad():
+                leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+                out, lse = function(*leaves, *sizes, return_lse=True, backend="triton")
+                found.append(torch.autograd.grad(out.square().sum() + 3 * lse.sum(), leaves))
+        for got, want in zip(*found):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_projection_has_one_gradient():
+    qkv, cu = torch.randn(22, 3, 2, 16).requires_grad_(), torch.tensor([0, 3, 22], dtype=torch.int32)
+    with torch.enable_grad():
+        parts, seen = split_projection(qkv), []
+        parts[0].register_hook(seen.append)
+        out = ragged.varlen_attention(*parts, cu, cu, 19, 19, backend="triton")
+        (whole,) = torch.autograd.grad(out, qkv, dout_like(out.detach()))
+    assert whole.data_ptr() == seen[0].data_ptr(), "dq stands in the gradient of the projection"
+    assert_gradients_in_budget("triton", (*qkv.detach().unbind(1), cu, cu, 19, 19), whole.unbind(1))
 
 
 # --- the row of CLS
@@ -340,3 +418,72 @@ def test_the_sanitizers_cases():
     assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 6
     for (run, _), arguments in kinds.items():
         run("cpu", *arguments)
+
+
+# --- gradients through the small kernels
+
+
+def twice(monkeypatch, run, *leaves):
+    """Gradients of `run` by the kernels, and by PyTorch where they do not run."""
+    found = []
+    for by_kernels in (True, False):
+        with monkeypatch.context() as patch, torch.enable_grad():
+            if not by_kernels:
+                patch.setattr(launch, "usable", lambda device: False)
+            mine = [x.detach().clone().requires_grad_() for x in leaves]
+            out = run(*mine)
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+            found.append(torch.autograd.grad((out.float() * weights).sum(), mine))
+    return found
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [5, 130])
+def test_rows_return_to_where_they_were(dim, dtype, monkeypatch):
+    lengths = [9, 0, 1, 18]
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    index = torch.stack([torch.cat((torch.randperm(n), torch.zeros(18 - n, dtype=torch.int64))) for n in lengths])
+    counts, ids = torch.tensor([4, 0, 1, 11]).int(), torch.arange(28)
+    run = lambda x: row_ops.take_rows(x, ids, cu[:-1], index, counts, 18, 11)[0]  # noqa: E731
+    got, want = twice(monkeypatch, run, torch.randn(28, dim, dtype=dtype))
+    assert torch.equal(*got, *want) and got[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_moved_rows_and_the_fused_token_have_gradients(dense, fused, dtype, monkeypatch):
+    batch, width, dim = 3, 7, 130
+    starts = torch.tensor([0, 7, 14] if dense else [0, 8, 15]).int()
+    index = torch.stack([torch.randperm(width)[:4] for _ in range(batch)])
+    blend = torch.rand(batch, width).scatter(1, index, 0.0)
+    x, ids = torch.randn(21 if dense else 23, dim, dtype=dtype), torch.arange(23)
+    ids = ids[: len(x)]
+    leaves = (x, blend) if fused else (x,)
+    run = lambda x, *b: row_ops.move_rows(x, ids, starts, index, b[0] if b else None)[0]  # noqa: E731
+    got, want = twice(monkeypatch, run, *leaves)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("lengths", [[3, 0, 1, 18], [70, 129], 9], ids=str)
+def test_the_row_of_cls_has_gradients(lengths, dtype, monkeypatch):
+    cu = torch.tensor([0, *([9, 9] if lengths == 9 else lengths)]).cumsum(0).int()
+    sizes = (cu[:-1], 9 if lengths == 9 else cu.diff(), int(cu.diff().max()), 0.3)
+    qkv = torch.randn(int(cu[-1]), 3, 2, 20, dtype=dtype)
+    run = lambda qkv: row_ops.cls_attention(qkv[:, 0], qkv[:, 1], *sizes)  # noqa: E731
+    (got,), (want,) = twice(monkeypatch, run, qkv)
+    torch.testing.assert_close(got, want, rtol=2e-3 if dtype == torch.float16 else 1e-4, atol=1e-5)
+    assert got[:, 1].abs().sum() > 0
+
+
+def test_a_nan_of_one_image_reaches_no_other_gradient(monkeypatch):
+    x = torch.randn(14, 5)
+    x[3] = math.nan
+    index, blend = torch.tensor([[0, 2], [0, 4]]), torch.rand(2, 7)
+    with torch.enable_grad():
+        x.requires_grad_(), blend.requires_grad_()
+        out = row_ops.move_rows(x, torch.arange(14), torch.tensor([0, 7]).int(), index, blend)[0]
+        of_x, of_blend = torch.autograd.grad(out[3:].square().sum() + out[:2].nan_to_num().sum(), (x, blend))
+    assert of_x[7:].isfinite().all() and of_blend[1].isfinite().all()

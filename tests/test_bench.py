@@ -239,7 +239,9 @@ def test_the_report_shows_the_paper_beside_what_is_there(tmp_path, capsys, atten
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["dispatch", "attention", "pack", "model", "sparsity", "memory", "equivalence"])
+@pytest.mark.parametrize(
+    "suite", ["dispatch", "attention", "backward", "pack", "model", "sparsity", "memory", "equivalence"]
+)
 def test_quick_suites_on_a_gpu(suite, tmp_path):
     bench.main([suite, "--quick", "--repeats", "1", "--out", str(tmp_path)])
     found = rows(tmp_path, suite)

@@ -17,6 +17,7 @@ import ragged
 from ragged import launch
 from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
+from ragged.kernels import backward as backward_kernels
 from ragged.kernels import patches
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
@@ -38,7 +39,7 @@ class Recorder:
     options)."""
 
     def __init__(self, monkeypatch):
-        self.asked, self.kernels = {}, {}
+        self.asked, self.kernels, self.monkeypatch = {}, {}, monkeypatch
         monkeypatch.setattr(launch, "usable", lambda device: True)
         monkeypatch.setattr(launch, "start", self.start)
         for info in pkgutil.iter_modules(ragged.kernels.__path__, "ragged.kernels."):
@@ -84,6 +85,15 @@ def attend(dim, dtype, want_lse, longest, images, spare, heads=12):
     kernels.attend(q, k, v, cu, cu, longest, longest, dim**-0.5, want_lse)
 
 
+def attend_backward(dim, dtype, has_dlse, longest, images, heads=12):
+    """One backward pass as a model makes it."""
+    q, k, v = torch.empty(images * longest, 3, heads, dim, dtype=dtype, device="meta").unbind(1)
+    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(heads, len(q), device="meta")
+    cu = torch.empty(images + 1, dtype=torch.int32, device="meta")
+    dlse = torch.empty_like(lse) if has_dlse else None
+    backward_kernels.attend_backward(out, dlse, q, k, v, out, lse, cu, cu, longest, longest, dim**-0.5, True)
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     return Recorder(monkeypatch)
@@ -95,6 +105,15 @@ def record_attention(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256)):
             if images * longest > spare:
                 attend(dim, dtype, want_lse, longest, images, spare)
     return list(recorder)
+
+
+def record_backward(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256), chip=90):
+    before = set(recorder.asked)
+    recorder.monkeypatch.setattr(backward_kernels, "_shared_memory", lambda device: SHARED[chip])
+    for dim, dtype, has_dlse in cases:
+        for longest, images in itertools.product(lengths, batches):
+            attend_backward(dim, dtype, has_dlse, longest, images)
+    return [one for key, one in recorder.asked.items() if key not in before]
 
 
 def record_the_others(recorder, dims, dtypes):
@@ -146,6 +165,7 @@ def assert_fits(chip, launch_):
 def test_every_kernel_is_recorded(recorder):
     record_attention(recorder, [(64, HALF, False)])
     record_the_others(recorder, [64], [HALF])
+    record_backward(recorder, [(64, HALF, False)])
     assert {fn.__name__ for fn, *_ in recorder} == set(recorder.kernels)
     sources = "\n".join(path.read_text("utf-8") for path in Path(ragged.__file__).parent.rglob("*.py"))
     defined = re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", sources, re.M)
@@ -156,6 +176,7 @@ def test_numbers_are_not_specialised_on(recorder):
     """A kernel that was compiled for a total of 1, or for a multiple of 16, must not be started with another."""
     record_attention(recorder, [(64, HALF, True)])
     record_the_others(recorder, [64], [HALF])
+    record_backward(recorder, [(64, HALF, True)])
     for fn, kinds, *_ in recorder:
         for param, kind in zip(fn.params, kinds):
             assert kind is not int or param.do_not_specialize, f"{fn.__name__}: {param.name}"
@@ -190,6 +211,22 @@ def test_attention_at_its_largest(recorder, chip):
         assert_fits(chip, max((one for one in everything if one[0].__name__ == name), key=rows_held))
 
 
+@pytest.mark.parametrize("chip", SHARED)
+def test_gradients_of_a_deit(recorder, chip):
+    for one in record_backward(recorder, [(64, HALF, False)], [39, 99, 197, 577], [1, 64], chip):
+        assert_fits(chip, one)
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+def test_gradients_at_their_largest(recorder, chip):
+    for one in record_backward(recorder, [(128, HALF, True), (128, SINGLE, False)], [197, 577], [8], chip):
+        assert_fits(chip, one)
+
+
+def test_gradients_choose_among_few_kernels(recorder):
+    assert len(record_backward(recorder, [(64, HALF, False)], range(1, 1025, 3), range(1, 100, 9))) <= 24
+
+
 @pytest.mark.parametrize("chip", [80, 89, 100])
 def test_attention_in_single_precision(recorder, chip):
     for one in record_attention(recorder, [(128 if chip == 89 else 32, SINGLE, False)], [577], [8]):
@@ -211,6 +248,7 @@ def test_the_whole_matrix(recorder, dtype, chip, request):
     dims = (32, 64, 80, 128)
     record_attention(recorder, [(dim, dtype, lse) for dim in dims for lse in (False, True)])
     record_the_others(recorder, dims, [dtype])
+    record_backward(recorder, [(dim, dtype, False) for dim in dims], chip=chip)
     most = max(assert_fits(chip, one) for one in recorder)
     print(f"compute capability {chip / 10}, {dtype}: at most {most} of {SHARED[chip]} bytes")
 

@@ -131,11 +131,13 @@ def test_bad_scale(value):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_no_gradient_is_lost_in_silence(name):
-    """Forward only, and the same for all three: no backend but one would give a gradient, and no argument but one."""
+    """A backend without a backward pass says so, and why, whichever argument wants a gradient."""
+    wanted = {name: lambda x: x.clone().requires_grad_()}
     with torch.enable_grad():
-        refused(lambda: attention(**{name: lambda x: x.clone().requires_grad_()}), ValueError, "no backward")
+        refused(lambda: attention(backend="paper_padded", **wanted), ValueError, "no backward", "baseline", "reference")
+        assert attention(**wanted).requires_grad
     with torch.no_grad():
-        attention(**{name: lambda x: x.clone().requires_grad_()})
+        assert not attention(backend="paper_padded", **wanted).requires_grad
 
 
 def test_everything_on_a_device_without_numbers():

@@ -22,8 +22,8 @@ TINY = ["deit_tiny", "--batch", "6", "--pool", "12", "--fresh", "6", "--held-out
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from ragged.train import __main__ as train, several
-train.STATE_EVERY = 1
+from ragged.train import __main__ as train, run, several
+run.STATE_EVERY = 1
 asks = several.interrupted
 def dies(asked, step, group):
     if os.environ.get("DIES") == str(group.rank) and step == 3:

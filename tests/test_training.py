@@ -18,6 +18,8 @@ from ragged.data import scene_pool
 from ragged.data.scenes import CONTRAST, digit_fields
 from ragged.pruners import Predictor
 from ragged.train import __main__ as train
+from ragged.train import memory
+from ragged.train import run as runs
 from ragged.train.losses import (
     CLASSES,
     Masked,
@@ -148,7 +150,7 @@ def test_gradients_reach_the_predictors():
 
 @pytest.mark.slow
 def test_both_stages_and_an_interrupted_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "STATE_EVERY", 1)
+    monkeypatch.setattr(runs, "STATE_EVERY", 1)
     whole = train.Run.keep_state
 
     def stop(self, *arguments):
@@ -215,11 +217,11 @@ def test_ctrl_c_keeps_what_was_trained_and_says_how_to_go_on(tmp_path):
     assert {"--steps 500", "--batch 2", "--device cpu", "--out here"} <= set(re.findall(r"--\S+ [^-\s]\S*", again[2]))
     asked = train.parser().parse_args(again[2].split()[2:])
     train.fill_in(asked)
-    assert train.settings_of(asked) == torch.load(tmp_path / again[1], weights_only=True)["settings"]
+    assert runs.settings_of(asked) == torch.load(tmp_path / again[1], weights_only=True)["settings"]
 
 
 def no_work(monkeypatch):
-    monkeypatch.setattr(train, "Pool", lambda *a: pytest.fail("drew backgrounds"))
+    monkeypatch.setattr(runs, "Pool", lambda *a: pytest.fail("drew backgrounds"))
     monkeypatch.setattr(train, "load_deit", lambda *a, **k: pytest.fail("made a network"))
 
 
@@ -267,8 +269,8 @@ def test_a_cpu_is_sized_for_and_warned(tmp_path, monkeypatch, capsys):
     large = train.USUAL["cuda"]
     assert all(getattr(asked, name) < large[name] for name in ("steps", "batch", "pool", "held_out"))
     assert asked.compile is False
-    monkeypatch.setattr(train, "Pool", lambda *a: pytest.fail("drew backgrounds"))
-    monkeypatch.setattr(train.memory, "available", lambda: 8e9)
+    monkeypatch.setattr(runs, "Pool", lambda *a: pytest.fail("drew backgrounds"))
+    monkeypatch.setattr(memory, "available", lambda: 8e9)
     assert train.main(["deit_tiny", "--device", "cpu", "--batch", "1024", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert re.search(r"on the CPU, 100 steps of 1024 pictures.*about \d\d\.\d GB of memory, 8\.0 GB are free", said)
@@ -280,7 +282,7 @@ def test_memory_is_counted_by_the_picture():
     module = Taught(vit)
     parameters = list(module.parameters())
     loss_of = lambda x, labels, boxes: taught_loss(module(x), labels, boxes)  # noqa: E731
-    need = [train.memory.estimate(argparse.Namespace(batch=b, pool=8), parameters, loss_of) for b in (1, 2, 3)]
+    need = [memory.estimate(argparse.Namespace(batch=b, pool=8), parameters, loss_of) for b in (1, 2, 3)]
     assert need[2] - need[1] == pytest.approx(need[1] - need[0])
     # 12 blocks of 197 rows of 192 numbers, each some thirty times over, in 2 or 4 bytes
     assert 12 * 197 * 192 * 30 < need[1] - need[0] < 12 * 197 * 192 * 600

@@ -1,9 +1,9 @@
 """Measure, and write tidy rows: `python -m ragged.bench attention model --out DIR`.
 
-Suites: dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy, fidelity, seeds,
-speculation, and `report`, which prints what the paper states, what was recorded on an H200 and what this machine
-measured, side by side. A recording may be stopped and resumed: rows that this version has written already are not
-measured again.
+Suites: dispatch, attention, backward, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy,
+fidelity, seeds, training, speculation, and `report`, which prints what the paper states, what was recorded on an H200
+and what this machine measured, side by side. A recording may be stopped and resumed: rows that this version has written
+already are not measured again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .rounds import Broken
 from .runner import Case, Options, Recorder, machine, settle
 from .suites.accuracy import accuracy, imagenet
 from .suites.attention import attention
+from .suites.backward import backward
 from .suites.checks import equivalence, memory
 from .suites.dispatch import dispatch, write_traces
 from .suites.fidelity import fidelity
@@ -32,11 +33,12 @@ from .suites.mixed import mixed
 from .suites.model import model, resolution, sparsity
 from .suites.pack import pack
 from .suites.seeds import seeds
+from .suites.training import training
 
 SUITES: dict[str, Callable[[Options], list[Case]]] = {
     suite.__name__: suite
-    for suite in (dispatch, attention, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy,
-                  fidelity, seeds, speculation)
+    for suite in (dispatch, attention, backward, pack, model, sparsity, resolution, mixed, memory, equivalence,
+                  accuracy, fidelity, seeds, training, speculation)
 }  # fmt: skip
 
 

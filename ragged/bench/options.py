@@ -25,15 +25,15 @@ _VIT, _TABLES, _DIGITS = ("timm", "timm"), ("pandas", "pandas"), ("sklearn", "sc
 NEEDS = {
     "model": (_VIT,), "sparsity": (_VIT,), "resolution": (_VIT,), "mixed": (_VIT,), "memory": (_VIT,),
     "equivalence": (_VIT,), "accuracy": (_VIT, _DIGITS), "seeds": (_VIT, _DIGITS),
-    "fidelity": (_VIT, ("torchvision", "torchvision")), "report": (_TABLES,),
+    "fidelity": (_VIT, ("torchvision", "torchvision")), "training": (_VIT,), "report": (_TABLES,),
 }  # fmt: skip
 FOR_IMAGENET = ("weights", "sha256", "predictors", "predictors_sha256", "class_map", "workers")
 FOR_REPORT = ("markdown", "readme")
 FOR_MEASURING = ("model", "batch", "redo", "budget", "repeats", "counts")  # and not for the report alone
 NOT_FOR_IMAGENET = ("quick", "repeats", "budget", "counts")  # one pass, counted and not timed, and it goes on by itself
 # suites that take --model
-USE_MODEL = ("model", "sparsity", "resolution", "mixed", "memory", "equivalence", "accuracy", "fidelity")
-USE_BATCH = (*USE_MODEL[:5], "attention", "pack", "accuracy", "fidelity", "speculation")
+USE_MODEL = ("model", "sparsity", "resolution", "mixed", "memory", "equivalence", "accuracy", "fidelity", "training")
+USE_BATCH = (*USE_MODEL[:5], "attention", "backward", "pack", "accuracy", "fidelity", "training", "speculation")
 
 EXIT_CODES = """exit codes: 0 everything was measured, or has a row that says why it cannot be here (also when --budget
 ended the run); 1 the reader of the output went away; 2 nothing was measured: a wrong option, a missing package, a file

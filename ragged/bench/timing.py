@@ -115,14 +115,15 @@ def event_us(calls: Sequence[Call], n: int = 20) -> list[float]:
     return times
 
 
-def as_graph(calls: Sequence[Call], n: int = 20) -> Call:
-    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait.
+def as_graph(calls: Sequence[Call], n: int = 20, stream: torch.cuda.Stream | None = None) -> Call:
+    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait. stream:
+    where they are captured, for calls that insist on one.
 
     The function keeps `calls` alive: a graph reads the memory that its calls read, whoever owns it by then.
     """
     graph = torch.cuda.CUDAGraph()
     wait()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in in_turn(calls, n):
             call()
 

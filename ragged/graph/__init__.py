@@ -36,7 +36,8 @@ def capture(
     wait: bool | None = None, tokens: int | tuple[int, int] | None = None,
     longest: int | tuple[int, int] | None = None, embedded: bool = False,
 ) -> Captured | CapturedList:  # fmt: skip
-    """Record `model` (a `RaggedViT` on a GPU) for batches of `batch_size` images, or for lists of images.
+    """Record `model` (a `RaggedViT` on a GPU) for batches of `batch_size` images, or for lists of images. For inference
+    only: what a recording returns has no gradients, and a model in training mode is refused.
 
     An adaptive pruner gets a recording per bucket, all in one memory pool: of total tokens (`bucket_sizes`), or for
     padded backends of rows per image, 8 apart. warmup: passes before recording, to compile and fill caches.  between:
@@ -45,9 +46,12 @@ def capture(
     buckets; False: never a wait, and as many rows are computed as if nothing were dropped; None: False up to `FEW_ROWS`
     rows, else True.  tokens, longest, embedded: for lists of at most `batch_size` images of any sizes, see
     `lists.capture_list`.
-    Raises ValueError or TypeError naming the argument, and NotImplementedError for what cannot be recorded, with the
-    reason.
+    Raises ValueError or TypeError naming the argument, RuntimeError in training mode, and NotImplementedError for what
+    cannot be recorded, with the reason.
     """
+    if model.training or model.survey.training():
+        raise RuntimeError("capture: a recording is for inference only, and the model is in training mode: call "
+                           "model.eval() first, and train with the model itself")  # fmt: skip
     weight = weight_of(model.vit)
     if not weight.is_cuda:
         raise ValueError(f"capture: CUDA graphs need a model on a GPU, this one is on {weight.device}")

@@ -216,6 +216,9 @@ class Recorded:
         """What `start` answers, one call after the other, on the device and after the calls of other streams."""
         if next(self.model.parameters()).data_ptr() != self._weights[0].data_ptr():
             raise RuntimeError("model: its weights were moved or converted after capture; capture it again")
+        if self.model.training:
+            raise RuntimeError("model: it is in training mode, and a capture is for inference only; call model.eval(), "
+                               "or train with the model itself")  # fmt: skip
         if launch.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self._in_turn(start)

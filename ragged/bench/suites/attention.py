@@ -186,12 +186,9 @@ def attention_subject(inputs: Callable[[], Inputs], make: Make, mode: str, aroun
         return Subject(calls, replay, 20, around, clocks=CALL_CLOCKS)
 
 
-def attention(options: Options) -> list[Case]:
-    """One attention call. mode graph: the call alone in a CUDA graph. gpu_us of both modes is one graph of 20 calls.
-    backend `dense` repeats the rows of the fastest of its three kernels. paper_triton copies q, k and v first, as in a
-    model; paper_triton:contiguous gets them contiguous. sdpa_padded pads and unpads inside the call;
-    sdpa_padded:attention gets them padded, as in a padded model."""
-    half, found = options.dtype, []
+def shapes(options: Options) -> list[tuple[int, str, torch.dtype]]:
+    """(batch, tokens, dtype) of every case, here and in suite `backward`."""
+    half = options.dtype
     if options.quick:
         plan = [(b, t, half) for b in options.batches_or((1, 32) if half == torch.float16 else (1, 2)) for t in
                 ("39", "U(20,197)")]  # fmt: skip
@@ -202,7 +199,16 @@ def attention(options: Options) -> list[Case]:
         plan += [(b, t, half) for b in options.batches_or((32,)) for t in ("288", "577")]
         if half == torch.float16:
             plan += [(b, t, torch.bfloat16) for b in options.batches_or((32,)) for t in ("39", "99", "197")]
-    for batch, tokens, dtype in dict.fromkeys(plan):
+    return list(dict.fromkeys(plan))
+
+
+def attention(options: Options) -> list[Case]:
+    """One attention call. mode graph: the call alone in a CUDA graph. gpu_us of both modes is one graph of 20 calls.
+    backend `dense` repeats the rows of the fastest of its three kernels. paper_triton copies q, k and v first, as in a
+    model; paper_triton:contiguous gets them contiguous. sdpa_padded pads and unpads inside the call;
+    sdpa_padded:attention gets them padded, as in a padded model."""
+    found = []
+    for batch, tokens, dtype in shapes(options):
         columns = {"suite": "attention", "model": "deit_base", "pruner": "none", "batch": batch, "tokens": tokens,
                    "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         inputs = functools.cache(functools.partial(Inputs, tokens, batch, dtype, options.device))
