@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import checks, launch
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, gluon_or_triton, reference
+
+OURS = ("auto", "triton", "gluon")  # what `launch.quick` knows
 
 
 def varlen_attention(
@@ -33,8 +35,8 @@ def varlen_attention(
     """
     # One operator for the compiler, and for whoever watches operators (a FLOP counter, fake tensors): 60 ns to ask
     compiling = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if (backend == "auto" or backend == "triton") and not (return_lse or compiling or checks.CHECK_VALUES):
-        out = launch.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    if backend in OURS and not (return_lse or compiling or checks.CHECK_VALUES):
+        out = launch.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, backend)
         if out is not None:
             return out
     if softmax_scale is None:
@@ -80,8 +82,9 @@ def varlen_attention_ref(
 @functools.cache
 def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
     """The backend that "auto" stands for: the first of `BACKENDS` that may be picked by itself (`Backend.auto`) and has
-    no reason against tensors on `device` of this dtype and headdim (numbers per head). Raises ValueError with all
-    reasons where none is left."""
+    no reason against tensors on `device` of this dtype and headdim (numbers per head). Where that is "triton", a single
+    call may still go to "gluon": `tiles.prefers_gluon` says which. Raises ValueError with all reasons where none is
+    left."""
     reasons = {name: b.why_not(device, dtype, headdim) for name, b in BACKENDS.items() if b.auto}
     for name, reason in reasons.items():
         if reason is None:
@@ -111,6 +114,9 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str):
     if return_lse and not picked.has_lse:
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.has_lse)
         raise ValueError(f"return_lse: backend {picked.name!r} does not compute it; use one of {able}")
+    if backend == "auto" and picked.name == "triton":
+        if BACKENDS["gluon"].why_not(q.device, q.dtype, q.shape[2]) is None:
+            return gluon_or_triton
     return picked.run
 
 
