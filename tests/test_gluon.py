@@ -8,10 +8,10 @@ from attention_cases import inputs
 
 import ragged
 from ragged import attention, backends, launch, tiles
+from ragged.course.compiled import PROCESSORS, compiled, facts
 from ragged.tiles import GLUON_HEADDIMS, GLUON_LENGTHS, pipe_tiles, prefers_gluon, takes_gluon
 
 HALF, BRAIN = torch.float16, torch.bfloat16
-PROCESSORS = 132
 MOST_SHARED = 227 * 1024  # bytes a program may have on a Hopper
 # Its place in Triton: a version without it is told apart by `launch.no_gluon`.
 gluon = pytest.mark.skipif(
@@ -110,26 +110,6 @@ def test_auto_asks_the_table_for_every_call(monkeypatch):
 # ---- compiled ----
 
 
-def compiled(n, dim=64, programs=3000, dtype="fp16", lse=False):
-    """The kernel for sm_90a, as a model's views of one projection would have it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from ragged.kernels import hopper
-
-    fn, heads = hopper.hopper_kernel, 6
-    strides = ((3 * heads * dim, dim, 1),) * 3
-    constants, options = hopper._constants(pipe_tiles(n, dim, programs, PROCESSORS), strides, heads, dim, lse)
-    kinds = dict.fromkeys(("Q", "K", "V", "Out"), f"*{dtype}") | {"Lse": "*fp32" if lse else f"*{dtype}"}
-    kinds |= {"CuQ": "*i32", "CuK": "*i32", "scale_log2": "fp32", "total_q": "i32", "max_q": "i32", "max_k": "i32"}
-    signature = {p.name: kinds.get(p.name, "constexpr") for p in fn.params}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    places = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(GluonASTSource(fn, signature, places, aligned), target=GPUTarget("cuda", 90, 32),
-                          options=options)  # fmt: skip
-
-
 def assert_sound(kernel):
     assert kernel.metadata.shared <= MOST_SHARED and kernel.metadata.num_warps == 12
     ptx = kernel.asm["ptx"]
@@ -141,7 +121,7 @@ def assert_sound(kernel):
 
 @gluon
 @pytest.mark.parametrize("n, options", [
-    (197, {}), (65, {"dtype": "bf16", "lse": True}), (99, {"dim": 32}), (140, {"lse": True}),
+    (197, {}), (65, {"dtype": "bf16", "want_lse": True}), (99, {"headdim": 32}), (140, {"want_lse": True}),
     (197, {"programs": 12, "dtype": "bf16"}),
 ], ids=str)  # fmt: skip
 def test_it_compiles_for_hopper(n, options):
@@ -169,3 +149,15 @@ def test_the_launcher_reads_its_parameters(monkeypatch):
     monkeypatch.setattr(launch, "cu_launch_kernel", print)
     letters, unused = launch.parameters(compiled(197))
     assert letters == "OOOOOOOfiii" + "O" * len(unused)
+
+
+@gluon
+def test_a_lesson_can_look_at_what_is_compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as in a notebook without a GPU
+    (found,) = facts(99)
+    assert found["tokens"] == 99 and found["key tiles"] == "64 + 32 + 16" and found["warps"] == 12
+    assert found["tensor-core products"] > 20 and found["16-byte copies"] > 20
+    assert found["barriers"] == 6 * found["stages"]
+    assert "does not compile it" in facts(3)
+    monkeypatch.setattr(launch, "installed", lambda name: False)
+    assert "not installed" in facts(99)
