@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernel in Gluon, on any machine that has Triton: `python -m ragged.course.compiled 197`.
+"""What the compiler makes of the kernel in Gluon, wherever Triton is: `python -m ragged.course.compiled 197`.
 
 Compiling for a GPU needs none. It does need a process in which Triton is not interpreting, so lessons ask for `facts`.
 """
