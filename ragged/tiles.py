@@ -72,7 +72,6 @@ def _resident(max_q: int, max_k: int, few: bool, programs: int, equal: bool) -> 
 
 GLUON_LENGTHS = range(65, 209)  # tokens of an image: more than one query tile, and all keys in shared memory
 GLUON_HEADDIMS = (32, 64)  # with 128 neither two stages of tiles nor the accumulators fit
-GLUON_SHARED = 220 * 1024  # bytes for tiles, of the 227 KiB that a program can have on Hopper
 # As PIECE_WIDTHS, but with equal lengths only: the last piece may be empty, all others are full.
 GLUON_WIDTHS = (
     (64, 0, 16), (64, 16, 16), (64, 32, 16), (64, 32, 32), (64, 64, 16), (128, 16, 16), (128, 32, 16), (128, 32, 32),
@@ -84,13 +83,12 @@ GLUON_WIDTHS = (
 def pipe_tiles(n: int, headdim: int, programs: int, processors: int) -> Tiles:
     """Tiles of the kernel in Gluon for images of n tokens; programs: heads times images, processors: of the GPU.
 
-    With few heads, two items share the queries of each. As many stages as fit: copies run that far ahead.
+    With few heads, two items share the queries of each. Two stages: one is filled while the other is read. More would
+    fit for short images, and were slower.
     """
     a, b, tail = next(pieces for pieces in GLUON_WIDTHS if sum(pieces[:2]) <= n <= sum(pieces))
     parts = 2 if n > 192 and programs <= 3 * processors else 1
-    tiles = -(-n // 64) // parts
-    stages = min(4, GLUON_SHARED // ((64 * tiles + 2 * (a + b + tail)) * headdim * 2))
-    shape = {"A": a, "B": b, "TAIL": tail, "TILES": tiles, "PARTS": parts, "STAGES": stages}
+    shape = {"A": a, "B": b, "TAIL": tail, "TILES": -(-n // 64) // parts, "PARTS": parts, "STAGES": 2}
     # 2 computing groups with 224 registers a thread and the copying one with 56 make three with 168
     return Tiles("hopper", 64, parts, tuple(shape.items()), (("num_warps", 4), ("maxnreg", 168)))
 

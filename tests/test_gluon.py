@@ -31,7 +31,8 @@ def test_tiles_cover_every_query_and_key_once(dim):
         assert n <= rows < n + 64 and found.split == s["PARTS"]
         assert n >= rows - 64, "only the last tile of a part is masked, and others must be full"
         assert s["TILES"] >= 2, "both groups empty every stage"
-        assert s["STAGES"] >= 2, "one is filled while another is read"
+        bytes_held = s["STAGES"] * (64 * s["TILES"] + 2 * (s["A"] + s["B"] + s["TAIL"])) * dim * 2
+        assert s["STAGES"] == 2 and bytes_held < MOST_SHARED
         assert all(s[x] in (0, 16, 32, 64, 128) for x in ("A", "B", "TAIL"))
 
 

@@ -33,11 +33,11 @@ def test_error_budget(dtype, dim):
         assert torch.equal(attend(arguments), attend(arguments)), "the first call and the short way to later ones"
 
 
-@pytest.mark.parametrize("batch, heads", [(1, 1), (67, 2), (100, 3), (130, 12), (300, 6)])
-def test_few_items_and_many(batch, heads):
-    """Fewer than there are multiprocessors, a few more than a round of them, several rounds through the stages."""
+@pytest.mark.parametrize("batch", [1, 44, 45, 200, 601])
+def test_few_items_and_many(batch):
+    """Fewer than there are multiprocessors, as many, a few more, several rounds through the stages."""
     for n in USUAL:
-        arguments = inputs([n] * batch, heads, 64, HALF, "cuda", seed=batch)
+        arguments = inputs([n] * batch, 3, 64, HALF, "cuda", seed=batch)
         want = ragged.varlen_attention(*arguments, backend="triton")
         torch.testing.assert_close(attend(arguments), want, rtol=2e-3, atol=2e-3)
 
@@ -73,7 +73,7 @@ def test_a_wrong_guess_is_found_and_put_right(case):
 
 def test_queries_and_keys_that_differ():
     """Only one of the two cu_seqlens is as guessed; images without keys."""
-    q, k, v, cu, *_ = inputs([99] * 4, heads=2, dim=64, dtype=HALF, device="cuda")
+    q, k, v, cu, *_ = inputs([99] * 4, heads=3, dim=64, dtype=HALF, device="cuda")
     for counts in ([99, 99, 98, 99], [0, 99, 99, 99], [99, 0, 1, 99], [99] * 4):
         other, rows = offsets(counts, "cuda"), sum(counts)
         arguments = (q, k, v, cu, other, 99, 99)
@@ -108,13 +108,13 @@ def test_every_kind_of_strides():
 def test_an_image_of_nan_stays_alone(value):
     for n in (65, 99, 140, 197):
         for victim in (0, 1, 4):
-            arguments = inputs([n] * 5, heads=2, dim=64, dtype=HALF, device="cuda")
+            arguments = inputs([n] * 5, heads=3, dim=64, dtype=HALF, device="cuda")
             spoilt, others = poisoned(arguments, victim, value)
             assert torch.equal(attend(spoilt)[others], attend(arguments)[others])
 
 
 def test_graphs_and_streams():
-    arguments = inputs([197] * 8, heads=6, dim=64, dtype=HALF, device="cuda")
+    arguments = inputs([197] * 8, heads=3, dim=64, dtype=HALF, device="cuda")
     q, want = arguments[0], attend(arguments)
     mine = torch.empty_like(q)
     attend((mine.copy_(q), *arguments[1:]))
@@ -143,7 +143,7 @@ def test_later_calls_take_the_short_way():
 def test_memory_full_of_nan(request):
     import stress
 
-    result = stress.run(calls=720, seconds=300.0, step=3)
+    result = stress.run(calls=1440, seconds=600.0)
     with uncaptured(request):
         print("\n" + json.dumps(result))
-    assert not result["wrong"] and result["calls"] >= 720
+    assert not result["wrong"] and result["calls"] >= 1440
