@@ -71,7 +71,7 @@ def handovers(text):
     harmless = {str(i + 1) for i in (kernel - 1, kernel, split)}
     places = [re.findall(r"(?:Read|Write) access at \S+ in (\S+):(\d+)", report) for report in
               re.split(r"Error: Race reported between ", text)[1:]]  # fmt: skip
-    return sum({file for file, _ in ends} == {"hopper.py"} and {line for _, line in ends} <= harmless for ends in places)
+    return sum({file for file, _ in ends} == {"hopper.py"} and {n for _, n in ends} <= harmless for ends in places)
 
 
 @pytest.fixture(scope="module")
