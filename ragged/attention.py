@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from dataclasses import replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from . import checks, launch
-from .backends import BACKENDS, Backend, reference
+from .backends import BACKENDS, Backend, gluon_or_triton, reference
+
+OURS = ("auto", "triton", "gluon")  # what `launch.quick` knows
 
 
 def varlen_attention(
@@ -34,8 +37,8 @@ def varlen_attention(
     """
     # One operator for the compiler, and for whoever watches operators (a FLOP counter, fake tensors): 60 ns to ask
     compiling = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if (backend == "auto" or backend == "triton") and not (return_lse or compiling or checks.CHECK_VALUES):
-        out = launch.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+    if backend in OURS and not (return_lse or compiling or checks.CHECK_VALUES):
+        out = launch.quick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, backend)
         if out is not None:
             return out
     if softmax_scale is None:
@@ -83,8 +86,9 @@ def varlen_attention_ref(
 @functools.cache
 def pick_backend(device: torch.device | str, dtype: torch.dtype, headdim: int) -> str:
     """The backend that "auto" stands for: the first of `BACKENDS` that may be picked by itself (`Backend.auto`) and has
-    no reason against tensors on `device` of this dtype and headdim (numbers per head). Raises ValueError with all
-    reasons where none is left."""
+    no reason against tensors on `device` of this dtype and headdim (numbers per head). Where that is "triton", a single
+    call may still go to "gluon": `tiles.prefers_gluon` says which. Raises ValueError with all reasons where none is
+    left."""
     reasons = {name: b.why_not(device, dtype, headdim) for name, b in BACKENDS.items() if b.auto}
     for name, reason in reasons.items():
         if reason is None:
@@ -123,6 +127,9 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str, gra
             f"return_lse: backend {picked.name!r} has no gradient of the log-sum-exp, and one is wanted: use "
             f"torch.no_grad(), or one of {_able('lse_gradient')}"
         )
+    if backend == "auto" and picked.name == "triton" and not gradient:
+        if BACKENDS["gluon"].why_not(q.device, q.dtype, q.shape[2]) is None:
+            return replace(picked, run=gluon_or_triton)
     return picked
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import launch
 from .checks import FLOATS, Registry, may_look
 from .gradients import Gradients, by_autograd, by_kernel
+from .tiles import GLUON_LENGTHS, prefers_gluon, takes_gluon
 
 HALF = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
@@ -108,6 +109,31 @@ def _triton(*arguments) -> Result:
     from .kernels.attention import attend  # imported here: Triton is optional
 
     return attend(*arguments)
+
+
+def _kind(q, k, cu_q, max_q, max_k) -> tuple:
+    """A call as the tables in `tiles` know it."""
+    images = cu_q.shape[0] - 1
+    equal = q.shape[0] == images * max_q and k.shape[0] == images * max_k
+    return max_q, max_k, q.shape[2], images * q.shape[1], equal, q.element_size()
+
+
+def _gluon(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
+    if not takes_gluon(*_kind(q, k, cu_q, max_q, max_k)):
+        raise ValueError(
+            f"backend 'gluon': expected {cu_q.shape[0] - 1} sequences of equal length, {GLUON_LENGTHS[0]} to "
+            f"{GLUON_LENGTHS[-1]} queries and as many keys, got {q.shape[0]} queries, at most {max_q} each, and "
+            f"{k.shape[0]} keys, at most {max_k} each; use 'triton' or 'auto'"
+        )
+    from .kernels.hopper import attend
+
+    return attend(*_sixteen(q, k, v), cu_q, cu_k, max_q, scale, want_lse)
+
+
+def gluon_or_triton(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: object) -> Result:
+    """What "auto" runs where both kernels can, by shape. rest: what every `run` takes, from max_q on."""
+    run = _gluon if prefers_gluon(*_kind(q, k, cu_q, *rest[:2])) else _triton
+    return run(q, k, v, cu_q, cu_k, *rest)
 
 
 def _padded(q, k, v, cu_q, cu_k, max_q, max_k, scale, want_lse) -> Result:
@@ -308,6 +334,10 @@ def _why_not_triton(device, dtype, headdim) -> str | None:
     return None
 
 
+def _why_not_gluon(device, dtype, headdim) -> str | None:
+    return _why_not_triton(device, dtype, headdim) or launch.no_gluon(torch.device(device), dtype, headdim)
+
+
 def _why_not_flash_package(device, dtype, headdim) -> str | None:
     if not launch.installed("flash_attn"):
         return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
@@ -365,6 +395,9 @@ _ALL = (  # in the order in which "auto" tries them
             backward=by_autograd(_torch_varlen)),
     Backend("efficient_varlen", _efficient_varlen, _why_not_efficient, "PyTorch's memory-efficient kernel, ragged",
             has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True)),
+    Backend("gluon", _gluon, _why_not_gluon, f"for Hopper: images of one length, {GLUON_LENGTHS[0]} to "
+            f"{GLUON_LENGTHS[-1]}", packs_first=True, equal_only=True, has_lse=True,
+            no_backward="it is for inference; backend 'triton' has one"),
     Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True,
             no_backward="its package fa3-fwd holds the forward pass only"),
     Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False,

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles import Tiles, choose_tiles, grid_of
+from .tiles import GLUON_HEADDIMS, Tiles, choose_tiles, grid_of, pipe_tiles, prefers_gluon, takes_gluon
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
@@ -59,6 +59,28 @@ def installed(package: str) -> bool:
 def usable(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device: CUDA, or the CPU when TRITON_INTERPRET=1."""
     return installed("triton") and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a CUDA device; 1 of any other (-1)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+@functools.cache
+def no_gluon(device: torch.device, dtype: torch.dtype, headdim: int) -> str | None:
+    """Why the kernel in Gluon cannot run where those in Triton do, or None; headdim: numbers per head."""
+    if INTERPRET:
+        return "Gluon has no interpreter: start without TRITON_INTERPRET=1"
+    if not installed("triton.experimental.gluon.language.nvidia.hopper"):
+        return "this Triton has no Gluon for Hopper"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability != (9, 0):
+        return f"compute capability {'.'.join(map(str, capability))} is not 9.0: written for Hopper"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype} is not float16 or bfloat16"
+    able = " or ".join(map(str, GLUON_HEADDIMS))
+    return None if headdim in GLUON_HEADDIMS else f"head dimension {headdim} is not {able}: the tiles would not fit"
 
 
 def new_output(q: Tensor, total: int, heads: int, dim: int) -> Tensor:
@@ -202,9 +224,10 @@ class Plan(NamedTuple):
     """A kind of call that went through every check: `same(q, k, v, cu_q[, cu_k])` says whether a later call is of that
     kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch).
 
-    device, dtype, heads, dim: of that kind.  strides: of its output.  scale: the default one, times LOG2_E.  launchers:
-    tiles -> launcher.  ways: (longest query, longest key, images, whether they can be equal) -> (launcher, grid x, grid
-    y), looked up among the launchers once.  number: under which `front` keeps it.
+    device, dtype, heads, dim: of that kind.  strides: of its output.  scale: the default one, times LOG2_E.  gluon:
+    whether the kernel in Gluon can take it.  launchers: tiles -> launcher.  ways: (longest query, longest key, images,
+    whether they can be equal, backend) -> (launcher, grid x, grid y), looked up among the launchers once.  number:
+    under which `front` keeps it.
     """
 
     same: Callable[..., bool]
@@ -214,22 +237,31 @@ class Plan(NamedTuple):
     dim: int
     strides: tuple[int, int, int]
     scale: float
+    gluon: bool
     launchers: dict[Tiles, Callable]
     ways: dict[tuple, tuple[Callable, int, int]]
     number: int | None = None
 
-    def way(self, max_q: int, max_k: int, images: int, equal: bool) -> tuple[Callable, int, int] | None:
+    def way(self, max_q: int, max_k: int, images: int, equal: bool, backend: str) -> tuple[Callable, int, int] | None:
         """What `ways` holds, or will, or None: then these lengths have not been through the checks."""
         if not (0 < max_q <= HIGHEST_INT and 0 < max_k <= HIGHEST_INT and images > 0):
             return None
-        tiles = choose_tiles(max_q, max_k, self.dim, images * self.heads, equal, self.dtype.itemsize)
+        kind = (max_q, max_k, self.dim, images * self.heads, equal, self.dtype.itemsize)
+        gluon = backend == "gluon" and takes_gluon(*kind)
+        if gluon or (backend == "auto" and prefers_gluon(*kind) and self.gluon):
+            tiles = pipe_tiles(max_q, self.dim, images * self.heads, processors(self.device))
+        elif backend == "gluon":
+            return None  # which the long way refuses
+        else:
+            tiles = choose_tiles(*kind)
         if (launcher := self.launchers.get(tiles)) is None:
             return None
         if len(self.ways) >= MOST_WAYS:
             self.ways.clear()
-        found = self.ways[max_q, max_k, images, equal] = (launcher, *grid_of(tiles, max_q, self.heads, images))
+        grid = grid_of(tiles, max_q, self.heads, images, processors(self.device))
+        found = self.ways[max_q, max_k, images, equal, backend] = (launcher, *grid)
         if front is not None:
-            front.way(self.number, (max_q, max_k, images, equal), *found)
+            front.way(self.number, (max_q, max_k, images, equal, backend), *found)
         return found
 
 
@@ -259,9 +291,9 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
         if not same(*tensors):  # q, k and v are not three tensors, say
             return
         heads, dim = q.shape[1:]
-        scale = dim**-0.5 * LOG2_E
+        gluon, scale = no_gluon(q.device, q.dtype, dim) is None, dim**-0.5 * LOG2_E
         number = front.plan(tensors, cu_k is cu_q, scale) if front is not None else None
-        plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), scale, {}, {}, number)
+        plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), scale, gluon, {}, {}, number)
         plans = _plans[cu_k is cu_q]
         plans.insert(0, plan)
         del plans[MOST_PLANS:]
@@ -269,19 +301,19 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
 
 
 def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-          scale: float | None) -> Tensor | None:  # fmt: skip
-    """`kernels.attention.attend` for a kind of call that went through all checks before, or None: then take the long
-    way.
+          scale: float | None, backend: str = "triton") -> Tensor | None:  # fmt: skip
+    """`varlen_attention` by "triton", "gluon" or "auto", for a kind of call that went through all checks before, or
+    None: then take the long way.
 
     Nothing is left out: what the long way checks is either compared by a plan or looked at here.
     """
     if front is not None:
-        out = front.attend(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+        out = front.attend(q, k, v, cu_q, cu_k, max_q, max_k, scale, backend)
         if out is not None:
             return out
     shared = cu_k is cu_q
     for plan in _plans[shared]:
-        same, device, dtype, heads, dim, strides, factor, _, ways, _ = plan
+        same, device, dtype, heads, dim, strides, factor, _, _, ways, _ = plan
         if same(q, k, v, cu_q) if shared else same(q, k, v, cu_q, cu_k):
             break
     else:
@@ -290,7 +322,7 @@ def quick(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
         return None
     total, total_k, images = q.shape[0], k.shape[0], cu_q.shape[0] - 1
     equal = total == images * max_q and total_k == images * max_k
-    found = ways.get((max_q, max_k, images, equal)) or plan.way(max_q, max_k, images, equal)
+    found = ways.get((max_q, max_k, images, equal, backend)) or plan.way(max_q, max_k, images, equal, backend)
     if found is None or total_k != v.shape[0] or not (shared or cu_k.shape[0] == images + 1):
         return None
     if scale is not None:

@@ -282,7 +282,7 @@ class RaggedViT(nn.Module):
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
             sizes = (state.cu_seqlens, state.max_seqlen)
-            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), backend.name, run.drops)
+            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), self._named(state, run), run.drops)
         else:
             unfused = blocks.runs_unfused(state, backend, block)
             x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused, run.drops)
@@ -335,7 +335,12 @@ class RaggedViT(nn.Module):
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
         k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
-        return self._run["attend_packed"](q, k, v, *sizes, scale, run.backend.name)
+        return self._run["attend_packed"](q, k, v, *sizes, scale, self._named(state_q, run))
+
+    def _named(self, state: State, run: Pass) -> str:
+        """The backend as `varlen_attention` is asked for it. "auto" may take a kernel that counts on equal lengths
+        wherever rows would suffice for them: in a graph's spare room by chance, and the kernel would pay twice."""
+        return "auto" if self.backend == "auto" and state.count is not None else run.backend.name
 
     def _select(self, state: State, i: int, q: Tensor | None = None, k: Tensor | None = None,
                 v: Tensor | None = None) -> Selection | None:  # fmt: skip

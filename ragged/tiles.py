@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 class Tiles(NamedTuple):
     """Which attention kernel, its grid and its tile shapes. split: programs per head and image, or 0 for one per query
-    tile.  shape: the kernel's own compile-time constants.  options: Triton's."""
+    tile; of the kernel in Gluon, items.  shape: the kernel's own compile-time constants.  options: Triton's."""
 
     kernel: str
     rows: int
@@ -68,8 +68,47 @@ def _resident(max_q: int, max_k: int, few: bool, programs: int, equal: bool) -> 
     return Tiles("resident", 64, split, tuple(shape.items()), tuple(options.items()))
 
 
-def grid_of(tiles: Tiles, max_q: int, heads: int, images: int) -> tuple[int, int]:
-    """The grid that covers `images` images of up to max_q queries and `heads` heads."""
+# ---- the kernel in Gluon ----
+
+GLUON_LENGTHS = range(65, 209)  # tokens of an image: more than one query tile, and all keys in shared memory
+GLUON_HEADDIMS = (32, 64)  # with 128 neither two stages of tiles nor the accumulators fit
+# As PIECE_WIDTHS, but with equal lengths only: the last piece may be empty, all others are full.
+GLUON_WIDTHS = (
+    (64, 0, 16), (64, 16, 16), (64, 32, 16), (64, 32, 32), (64, 64, 16), (128, 16, 16), (128, 32, 16), (128, 32, 32),
+    (128, 64, 16),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def pipe_tiles(n: int, headdim: int, programs: int, processors: int) -> Tiles:
+    """Tiles of the kernel in Gluon for images of n tokens; programs: heads times images, processors: of the GPU.
+
+    With few heads, two items share the queries of each. Two stages: one is filled while the other is read. More would
+    fit for short images, and were slower.
+    """
+    a, b, tail = next(pieces for pieces in GLUON_WIDTHS if sum(pieces[:2]) <= n <= sum(pieces))
+    parts = 2 if n > 192 and programs <= 3 * processors else 1
+    shape = {"A": a, "B": b, "TAIL": tail, "TILES": -(-n // 64) // parts, "PARTS": parts, "STAGES": 2}
+    # 2 computing groups with 224 registers a thread and the copying one with 56 make three with 168
+    return Tiles("hopper", 64, parts, tuple(shape.items()), (("num_warps", 4), ("maxnreg", 168)))
+
+
+def takes_gluon(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> bool:
+    """Whether the kernel in Gluon computes such calls; the arguments are those of `choose_tiles`."""
+    return equal and max_q == max_k and max_q in GLUON_LENGTHS and headdim in GLUON_HEADDIMS and itemsize == 2
+
+
+def prefers_gluon(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> bool:
+    """Whether "auto" has the kernel in Gluon compute such calls, on a GPU that can; the arguments are those of
+    `choose_tiles`. Everything that decides it is known on the host, and stands here."""
+    return False
+
+
+def grid_of(tiles: Tiles, max_q: int, heads: int, images: int, processors: int = 1) -> tuple[int, int]:
+    """The grid that covers `images` images of up to max_q queries and `heads` heads. processors: of the GPU, where the
+    programs of the kernel in Gluon stay."""
+    if tiles.kernel == "hopper":
+        return min(processors, tiles.split * heads * images), 1
     if tiles.split:
         return tiles.split * heads * images, 1
     parts, pairs = -(-max_q // tiles.rows), heads * images

@@ -4,15 +4,18 @@
 
 tests/test_gpu_sanitizer.py runs it under memcheck, racecheck and initcheck. Every tile choice of ragged/tiles.py is
 started, twice (the first start goes through Triton's JIT, the second straight to the driver), with the choice put in by
-hand: what a program does is decided by its tiles, not by how many programs there are, so two images will do. Inputs are
+hand: what a program does is decided by its tiles, not by how many programs there are, so two images will do; the kernel
+in Gluon gets as many as take it round its stages more than once, on three multiprocessors. Inputs are
 made on the host and every tensor has an allocation of its own, so that one row too many is seen; results are read back
 whole and compared with float64, so that a row too few is seen, too.
 
---part i/n runs every n-th case.  --device cpu works with TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
+--part i/n runs every n-th case.  --only WORD: those with the word in their name.  --device cpu works with
+TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
 """
 
 import argparse
 import functools
+import itertools
 from unittest import mock
 
 import torch
@@ -20,11 +23,12 @@ import torch
 from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
+from ragged.backends import BACKENDS
 from ragged.kernels import attention as kernels
 from ragged.tiles import choose_tiles
 
 HEADS = 2
-HALF, SINGLE = torch.float16, torch.float32
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
 @functools.cache
@@ -77,7 +81,7 @@ def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, 
 
 def close(got, want, dtype):
     """Loose: this is no test of accuracy, but of rows that are missing or foreign."""
-    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=3e-2 if dtype == HALF else 1e-4)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=1e-4 if dtype == SINGLE else 3e-2)
 
 
 def attention_cases():
@@ -115,6 +119,35 @@ def special_cases():
             yield f"take {dtype} batch={batch}", takes, (dtype, batch)
         for n in (5, 197, 577):
             yield f"rank {dtype} n={n}", ranks, (dtype, n)
+
+
+def gluon_cases():
+    """Every choice of tiles of the kernel in Gluon, at its longest; a right guess and a wrong one."""
+    seen = set()
+    for n, programs in itertools.product(reversed(tiles_of.GLUON_LENGTHS), (1, 10**6)):
+        tiles = tiles_of.pipe_tiles(n, 64, programs, 1)
+        if tiles not in seen:
+            seen.add(tiles)
+            for dtype, lse, counts, dim in ((HALF, False, [n] * 14, 64), (BRAIN, True, [n, n - 1, 0, n], 32)):
+                if counts[1] == n or n in (80, 197, 208):
+                    yield f"gluon n={n} {dict(tiles.shape)} {counts[:2]}", gluon, (programs, counts, dim, dtype, lse)
+
+
+def gluon(device, programs, counts, dim, dtype, lse):
+    from ragged.kernels import hopper
+
+    n, rows, room = max(counts), sum(counts), len(counts) * max(counts) - sum(counts)
+    q, k, v = numbers(device, dtype, rows + room, 3, HEADS, dim).unbind(1)
+    cu = offsets(counts, device)
+    arguments = (*(x[:rows].cpu() for x in (q, k, v)), cu.cpu(), cu.cpu(), n, n)
+    want, want_lse = varlen_attention_ref(*arguments, return_lse=True)
+    choice = lambda n, dim, _, processors: tiles_of.pipe_tiles(n, dim, programs, processors)  # noqa: E731
+    with mock.patch.object(hopper, "pipe_tiles", choice), mock.patch.object(hopper.launch, "processors", lambda _: 3):
+        for _ in range(2):
+            out, sums = hopper.attend(q, k, v, cu, cu, n, dim**-0.5, lse)
+            close(out[:rows], want, dtype)
+            if lse:
+                torch.testing.assert_close(sums.cpu()[:, :rows].double(), want_lse, rtol=1e-5, atol=1e-4)
 
 
 def paper(device, dtype, dim):
@@ -199,13 +232,17 @@ def mistakes(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case, from the i-th on")
+    parser.add_argument("--only", default="", help="cases with this word in their name")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--wrong", action="store_true", help="make mistakes on purpose")
     options = parser.parse_args()
     if options.wrong:
         return mistakes(options.device)
     part, parts = map(int, options.part.split("/"))
-    cases = [*attention_cases(), *special_cases()][part::parts]
+    cases = [*attention_cases(), *special_cases()]
+    if BACKENDS["gluon"].why_not(options.device, HALF, 64) is None:
+        cases += gluon_cases()
+    cases = [case for case in cases if options.only in case[0]][part::parts]
     for name, run, arguments in cases:
         try:
             run(options.device, *arguments)

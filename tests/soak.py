@@ -28,7 +28,7 @@ import ragged
 from ragged import launch
 from ragged.bench.pipelines import Replay, noted_pass
 from ragged.pruners import GivenLengths
-from ragged.tiles import choose_tiles
+from ragged.tiles import choose_tiles, pipe_tiles, prefers_gluon
 
 KINDS = ["attention"] * 10 + ["eager"] * 5 + ["captured"] * 4 + ["compiled"]
 MOST = 256  # images in a batch
@@ -115,10 +115,11 @@ class Soak:
         """Every tile choice that a length, a batch and a pruner can lead to, for both kinds of queries that there are:
         views of the projection, and (where only query rows are dropped) what came through a cut beside the tokens."""
         seen = set()
-        lengths = range(1, self.tokens + 1)
+        lengths, processors = range(1, self.tokens + 1), launch.processors(torch.cuda.current_device())
         pairs = [(q, k) for k in lengths for q in {k, *range(1, k + 1, 32)}]
         for images, equal, (max_q, max_k) in itertools.product(range(1, self.most + 1), (False, True), pairs):
-            tiles = choose_tiles.__wrapped__(max_q, max_k, self.headdim, images * self.heads, equal, 2)
+            kind = (max_q, max_k, self.headdim, images * self.heads, equal, 2)
+            tiles = choose_tiles.__wrapped__(*kind), prefers_gluon(*kind) and pipe_tiles(max_q, *kind[2:4], processors)
             rows = images * max_q - (not equal)  # of a single one PyTorch makes up the stride
             if (tiles, max_q == max_k) not in seen and (equal or images > 1) and rows > 1:
                 seen.add((tiles, max_q == max_k))
@@ -131,10 +132,12 @@ class Soak:
         side = 2 * self.vit.embed_dim  # a row of tokens with its queries beside it
         wide = self.qkv.flatten()[: sum(counts_q) * side].view(-1, side)[:, side // 2 :].unflatten(-1, (self.heads, -1))
         _, k, v = self.qkv[: sum(counts_k)].unbind(1)
-        ragged.varlen_attention(wide, k, v, self.offsets(counts_q), self.offsets(counts_k), max_q, max_k)
-        if max_q == max_k:
-            cu = self.offsets(counts_k)
-            ragged.varlen_attention(self.qkv[: sum(counts_k), 0], k, v, cu, cu, max_k, max_k)
+        cu = self.offsets(counts_k)
+        for name in ("auto", "triton"):  # which a model asks for where it does not know whether counts are equal
+            ragged.varlen_attention(wide, k, v, self.offsets(counts_q), cu, max_q, max_k, backend=name)
+            if max_q == max_k:
+                q = self.qkv[: sum(counts_k), 0]
+                ragged.varlen_attention(q, k, v, cu, cu, max_k, max_k, backend=name)
 
     def sync(self):
         if self.cuda:

@@ -68,7 +68,7 @@ def known(lengths=(3, 5), heads=2, dim=16, dtype=HALF, lengths_k=None, function=
     q, k, v, cu_q, cu_k, longest, longest_k = inputs([*lengths], heads, dim, dtype, lengths_k=lengths_k)
     tiles = tiles_of(q, k, cu_q, longest)
     launch.remember(q, k, v, cu_q, cu_k, tiles, launch.direct(compiled(TYPES, function=function), ()))
-    call = [q, k, v, cu_q, cu_k, longest, longest_k, None]
+    call = [q, k, v, cu_q, cu_k, longest, longest_k, None, "triton"]
     assert launch.quick(*call) is not None  # Python finds the grid, and tells C++
     return call
 
@@ -85,7 +85,7 @@ def test_a_known_call_is_started_as_python_would(started, separate, scale):
     function, grid, threads, shared, stream, read, extra = started.calls[1]
     assert (function, threads, shared, stream, extra) == (77, (128, 1, 1), 512, None, None)
     (plan,) = launch._plans[cu_k is cu_q]
-    assert grid == (*plan.ways[5, 5, 2, False][1:], 1)
+    assert grid == (*plan.ways[5, 5, 2, False, "triton"][1:], 1)
     assert read[:7] == [x.data_ptr() for x in (q, k, v, out, out, cu_q, cu_k)]
     assert read[8:] == [8, 5, 5, 0, 0]
     assert math.isclose(read[7], (scale or 0.25) * launch.LOG2_E, rel_tol=1e-6)
@@ -114,7 +114,7 @@ def other_calls():
         "max 0": (5, 0), "max -1": (5, -1), "max True": (5, True), "max float": (6, 5.0), "max NumPy": (6, np.int64(5)),
         "max tensor": (6, torch.tensor(5)), "max 2**31": (5, 2**31), "max 2**70": (5, 2**70), "another max": (5, 300),
         "scale 0": (7, 0.0), "scale -1": (7, -1.0), "scale nan": (7, math.nan), "scale inf": (7, math.inf),
-        "scale int": (7, 1), "scale tensor": (7, torch.tensor(0.5)),
+        "scale int": (7, 1), "scale tensor": (7, torch.tensor(0.5)), "backend": (8, "auto"), "no backend": (8, None),
     }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_a_kernel_with_other_parameters_is_left_to_python(started):
     kernel = compiled([*TYPES, "i32"])
     launch.remember(q, k, v, cu, cu, tiles_of(q, k, cu, longest), launch.direct(kernel, ()))
     for _ in range(2):
-        launch.quick(q, k, v, cu, cu, longest, longest, None)
+        launch.quick(q, k, v, cu, cu, longest, longest, None, "triton")
     assert started.calls == ["Python"] * 2
 
 
@@ -176,7 +176,7 @@ def test_threads_share_the_compiled_records(started, restless):  # noqa: F811
         for _ in range(300):
             launch.remember(q, k, v, cu, cu, tiles_of(q, k, cu, longest), launcher)
             for _ in range(2):
-                out = launch.quick(q, k, v, cu, cu, longest, longest, None)
+                out = launch.quick(q, k, v, cu, cu, longest, longest, None, "triton")
                 assert out is None or (out.shape == q.shape and out.dtype == q.dtype)
             pointers[q.data_ptr()] = 100 + number
             alive.append(q)

@@ -58,7 +58,20 @@ def errors(text):
     """Errors a tool counted; a run that ended without its summary proves nothing."""
     found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error", text)
     assert found, f"no summary:\n{text[-3000:]}"
-    return sum(int(a or b) for a, b in found)
+    return sum(int(a or b) for a, b in found) - handovers(text)
+
+
+def handovers(text):
+    """Reports that are no errors: how Triton hands work to specialised warps, through a word in shared memory and a
+    barrier that racecheck does not follow. It says the same of a kernel that does nothing but specialise. Both ends of
+    such a report lie in the kernel's first line or in `gl.warp_specialize`; of tiles, none does."""
+    lines = (HERE.parent / "ragged" / "kernels" / "hopper.py").read_text("utf-8").splitlines()
+    (kernel,) = (i for i, line in enumerate(lines) if line.startswith("def hopper_kernel"))
+    (split,) = (i for i, line in enumerate(lines) if "gl.warp_specialize(" in line)
+    harmless = {str(i + 1) for i in (kernel - 1, kernel, split)}
+    places = [re.findall(r"(?:Read|Write) access at \S+ in (\S+):(\d+)", report) for report in
+              re.split(r"Error: Race reported between ", text)[1:]]  # fmt: skip
+    return sum({file for file, _ in ends} == {"hopper.py"} and {n for _, n in ends} <= harmless for ends in places)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +89,16 @@ def test_no_error_is_reported(compiled, tool, request):
     for part, (status, text) in enumerate(results):
         assert errors(text) == 0, f"{tool}, part {part}:\n{text[:6000]}"
         assert status == 0 and "cases right" in text, f"{tool}, part {part}:\n{text[-3000:]}"
+
+
+def test_a_race_between_tiles_would_count():
+    first = "Error: Race reported between Read access at hopper_kernel+0x160 in hopper.py:"
+    lines = (HERE.parent / "ragged" / "kernels" / "hopper.py").read_text("utf-8").splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("def hopper_kernel"))
+    text = f"{first}{head}\n and Write access at hopper_kernel+0x54e0 in hopper.py:{head} [4 hazards]\n"
+    assert handovers(text) == 1 and handovers(text + text) == 2
+    elsewhere = (text.replace(f":{head} [", f":{head - 99} ["), text.replace("hopper.py", "rows.py"))
+    assert not any(map(handovers, elsewhere))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "initcheck"])

@@ -80,6 +80,13 @@ def test_a_schedule_names_every_image_once_and_its_end():
     assert figure.layout.xaxis.range == figure.layout.xaxis2.range
 
 
+def test_a_schedule_can_have_rows_of_another_kind():
+    plans = {"all": [(0, 0, 3, 0), (1, 3, 4, 0)]}
+    figure = plots.program_schedule(plans, slots=2, rows=["copy", "compute"], each="item")
+    assert list(figure.layout.yaxis.ticktext) == ["copy", "compute"] and figure.layout.yaxis.title.text is None
+    assert {bar.name for bar in figure.data} == {"item 0"}
+
+
 def test_an_error_over_the_budget_looks_different():
     markers = {trace.name: trace.marker.symbol for trace in plots.error_budget(ERRORS, 1e-3).data}
     assert markers == {"good": "circle", "bad": "x"}

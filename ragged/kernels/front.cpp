@@ -49,7 +49,7 @@ struct Plan {
   bool shared;  // the offsets of queries and keys are one tensor
   std::vector<Kind> kinds;
   float scale;  // the default, times log2(e)
-  std::map<std::tuple<int64_t, int64_t, int64_t, bool>, Way> ways;
+  std::map<std::tuple<int64_t, int64_t, int64_t, bool, PyObject*>, Way> ways;  // the last: a backend's name
 };
 
 std::vector<Plan> plans;
@@ -98,19 +98,22 @@ PyObject* add_plan(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
-// way(number, max_q, max_k, images, equal, function, x, y, threads, shared)
+// way(number, max_q, max_k, images, equal, backend, function, x, y, threads, shared)
 PyObject* add_way(PyObject*, PyObject* args) {
   long long number, max_q, max_k, images;
   unsigned long long function;
   int equal;
+  PyObject* backend;
   Way way;
-  if (!PyArg_ParseTuple(args, "LLLLpKIIII", &number, &max_q, &max_k, &images, &equal, &function, &way.x, &way.y,
-                        &way.threads, &way.shared)) return nullptr;
+  if (!PyArg_ParseTuple(args, "LLLLpUKIIII", &number, &max_q, &max_k, &images, &equal, &backend, &function, &way.x,
+                        &way.y, &way.threads, &way.shared)) return nullptr;
+  Py_INCREF(backend);  // compared by address: names in a program's text are one object, others take the long way
+  PyUnicode_InternInPlace(&backend);
   way.function = reinterpret_cast<void*>(function);
   for (auto& plan : plans) {
     if (plan.number != number) continue;
     if (plan.ways.size() >= kMostWays) plan.ways.clear();
-    plan.ways[{max_q, max_k, images, equal != 0}] = way;
+    plan.ways[{max_q, max_k, images, equal != 0, backend}] = way;
   }
   Py_RETURN_NONE;
 }
@@ -122,11 +125,11 @@ bool read_length(PyObject* object, int64_t& n) {  // a plain int from 1 to 2^31 
   return !overflow && n > 0 && n <= kHighestInt;
 }
 
-// attend(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> the output, or None
+// attend(q, k, v, cu_q, cu_k, max_q, max_k, scale, backend) -> the output, or None
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   int64_t max_q, max_k;
-  if (count != 8 || !read_length(args[5], max_q) || !read_length(args[6], max_k)) Py_RETURN_NONE;
+  if (count != 9 || !read_length(args[5], max_q) || !read_length(args[6], max_k)) Py_RETURN_NONE;
   const bool shared = args[3] == args[4];
   Plan* plan = nullptr;
   for (auto& candidate : plans) {
@@ -144,7 +147,8 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor &cu_q = THPVariable_Unpack(args[3]), &cu_k = THPVariable_Unpack(args[4]);
   const int64_t total = q.size(0), total_k = k.size(0), images = cu_q.size(0) - 1;
   if (v.size(0) != total_k || cu_k.size(0) != images + 1 || total <= 0 || total > kHighestInt) Py_RETURN_NONE;
-  const auto found = plan->ways.find({max_q, max_k, images, total == images * max_q && total_k == images * max_k});
+  const bool equal = total == images * max_q && total_k == images * max_k;
+  const auto found = plan->ways.find({max_q, max_k, images, equal, args[8]});
   if (found == plan->ways.end()) Py_RETURN_NONE;
   const Way way = found->second;
   float scale = plan->scale;

@@ -79,7 +79,7 @@ class Front:
         """The number under which C++ keeps this kind of call."""
         return self._plan(tensors, shared, scale)
 
-    def way(self, plan: int | None, lengths: tuple[int, int, int, bool], launcher: Any, x: int, y: int) -> None:
+    def way(self, plan: int | None, lengths: tuple[int, int, int, bool, str], launcher: Any, x: int, y: int) -> None:
         """Note which kernel and grid compute a kind of call at these lengths, if its parameters are as expected."""
         driver = getattr(launcher, "driver", None)
         if plan is None or driver is None:

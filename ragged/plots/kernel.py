@@ -97,10 +97,12 @@ def tile_waste(curves, *, strong=(), title="Arithmetic wasted at the edge of the
     return figure.update_yaxes(title_text="wasted share of the arithmetic, %", range=[0, 100])
 
 
-def program_schedule(plans, *, slots, title="Programs on the processors of a GPU", below="", unit="tile steps"):
+def program_schedule(plans, *, slots, title="Programs on the processors of a GPU", below="", unit="tile steps",
+                     rows=None, each="image"):  # fmt: skip
     """Which program runs where and when: a row per processor, a bar per program, a colour per image.
 
     plans: name -> list of (slot, start, length, image). The last moment of every plan is written above its panel.
+    rows: names of the slots, if they are no processors.  each: what has a colour, if it is no image.
     """
     if not plans or any(not bars for bars in plans.values()):
         raise ValueError("plans: expected at least one plan with at least one program")
@@ -114,12 +116,14 @@ def program_schedule(plans, *, slots, title="Programs on the processors of a GPU
             mine = [bar for bar in bars if bar[3] == image]
             figure.add_bar(
                 y=[slot for slot, *_ in mine], base=[start for _, start, *_ in mine], x=[bar[2] for bar in mine],
-                orientation="h", width=0.9, name=f"image {image}", legendgroup=str(image),
+                orientation="h", width=0.9, name=f"{each} {image}", legendgroup=str(image),
                 showlegend=image not in named, row=i + 1, col=1,
                 marker=dict(color=PROGRAM_COLOURS[image % len(PROGRAM_COLOURS)], line=dict(color="white", width=1)),
             )  # fmt: skip
             named.add(image)
     figure.update_yaxes(range=[slots - 0.5, -0.5], dtick=max(1, slots // 4), title_text="processor", showgrid=False)
+    if rows:
+        figure.update_yaxes(tickvals=list(range(slots)), ticktext=rows, title_text=None)
     figure.update_xaxes(range=[0, 1.02 * max(ends.values())], title_text=unit)
     return figure.update_layout(barmode="overlay", margin_t=104)
 

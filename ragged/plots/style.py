@@ -35,6 +35,7 @@ LOOKS = {
     "flex": Look("flex_attention", "#8c6d1f", "solid", "hexagram"),
     "paper_triton": Look("paper's kernel", "#e69f00", "dash", "circle-open"),
     "triton": Look("ours (Triton)", "#d55e00", "solid", "circle"),
+    "gluon": Look("ours (Gluon, Hopper)", "#d55e00", "dash", "circle-open"),
     "grouped": Look("one batch for each size", "#0072b2", "dash", "cross"),
     "resized": Look("resized to the largest", "#e69f00", "dot", "star"),
     "one_by_one": Look("one by one", "#999999", "dashdot", "x-thin-open"),

@@ -19,6 +19,7 @@ from ... import data
 from ...attention import varlen_attention, varlen_attention_ref
 from ...backends import BACKENDS, masked_sdpa, pad_rows
 from ...rows import offsets
+from ...tiles import GLUON_LENGTHS
 from ..rounds import CALL_CLOCKS, Subject
 from ..runner import Candidate, Case, Options, Skip, Wrong
 from ..timing import as_graph, syncs
@@ -26,8 +27,8 @@ from ..timing import as_graph, syncs
 HEADS, HEADDIM = 12, 64  # DeiT-B
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}  # ‖out - ref‖ / ‖ref‖
 DENSE = {"dense_flash": "FLASH_ATTENTION", "dense_cudnn": "CUDNN_ATTENTION", "dense_efficient": "EFFICIENT_ATTENTION"}
-VARLEN = ("triton", "flash_attn", "torch_varlen", "flash_attn_3", "efficient_varlen", "sdpa_padded", "paper_triton",
-          "paper_padded")  # fmt: skip
+VARLEN = ("triton", "gluon", "flash_attn", "torch_varlen", "flash_attn_3", "efficient_varlen", "sdpa_padded",
+          "paper_triton", "paper_padded")  # fmt: skip
 
 
 class Inputs:
@@ -73,8 +74,12 @@ def varlen(name: str, x: Inputs, qkv: tuple) -> Callable[[], Tensor]:
     if why is not None:
         raise Skip(why)
     places = (x.cu, x.cu, x.longest, x.longest)
-    if name == "triton":
-        return lambda: varlen_attention(q, k, v, *places, backend="triton")
+    if BACKENDS[name].equal_only and not x.equal:
+        raise Skip(f"{name}: equal counts only")
+    if name in ("triton", "gluon"):
+        if name == "gluon" and x.longest not in GLUON_LENGTHS:
+            raise Skip(f"gluon: {GLUON_LENGTHS[0]} to {GLUON_LENGTHS[-1]} tokens only")
+        return lambda: varlen_attention(q, k, v, *places, backend=name)
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
