@@ -22,7 +22,7 @@ from ..speculation.suite import speculation
 from . import commandline, options, processes
 from .report import report, write_summary
 from .rounds import Broken
-from .runner import Case, Options, Recorder, machine, settle
+from .runner import Case, Options, Recorder, chosen, machine, settle
 from .suites.accuracy import accuracy, imagenet
 from .suites.attention import attention
 from .suites.checks import equivalence, memory
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 def run_suite(name: str, wanted: Options, recorder: Recorder) -> None:
     """All cases of a suite, with a progress bar; stops in between when the time is up."""
     start, rows, bad = time.monotonic(), 0, 0
-    cases = SUITES[name](wanted)
+    cases = chosen(SUITES[name](wanted), wanted)
     for case in progress(cases, name):
         if recorder.late():
             print(f"{name}: the time is up, run the same command again to go on", file=sys.stderr)
