@@ -47,7 +47,7 @@ MENDABLE = (ImportError, OSError, Wrong)
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for. models, batches: only these; empty means what the suite calls for.  counts: only
-    what needs no clock.  networks: folders of trained networks, for `seeds`.  images, weights: for `fidelity`.  pruners,
+    what needs no clock.  networks: folders of trained networks, for `seeds`.  images, weights: for `fidelity`. pruners,
     backends: see `chosen`."""
 
     device: str = "cuda"
