@@ -34,13 +34,16 @@ Setting = float | Sequence[float]  # one for all stages, or one for each
 class Pruner(nn.Module):
     """Base class. name: as in `PRUNERS`.  at: block indices, one stage each.  where: before, inside or after the block.
 
-    needs: extra parts of the `View`, of "attention" and "values".  rows_only: an inside cut drops query rows before the
-    attention product, and the dropped tokens still serve as keys and values there.  adaptive: counts vary by image.
+    needs: extra parts of the `View`, of "attention", "values" and "importance".  scores_only: `select` looks at those
+    and at no token, so that a recorded pass may ask it while attention still runs.  rows_only: an inside cut drops
+    query rows before the attention product, and the dropped tokens still serve as keys and values there.  adaptive:
+    counts vary by image.
 
     Settings, which are what the constructor takes, are fixed once a pruner is made: models and recordings rely on them.
     """
 
     needs: frozenset[str] = frozenset()
+    scores_only = False
     rows_only = False
     adaptive = False
     trained: bool | None = None  # whether learned parts were trained; None where nothing is learned
@@ -179,6 +182,7 @@ class EViT(Pruner):
     Source: arXiv 2202.07800."""
 
     needs = frozenset({"attention"})
+    scores_only = True
 
     def __init__(self, keep: Setting = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
         super().__init__("evit", at, where)
@@ -204,7 +208,8 @@ class ATS(Pruner):
     """Draws at most `samples` patches, one number or one for every stage, from the distribution of CLS attention times
     value norm, so that a plain image keeps fewer. at, where: as for `Pruner`. Source: arXiv 2111.15667."""
 
-    needs = frozenset({"attention", "values"})
+    needs = frozenset({"importance"})
+    scores_only = True
     rows_only = True
     adaptive = True
 
@@ -213,7 +218,9 @@ class ATS(Pruner):
         self.samples = per_stage("samples", samples, len(self.at), functools.partial(check_int, least=1))
 
     def select(self, view: View) -> Selection | None:
-        scores = view.cls_attention.sum(-1) * view.value_norm
+        scores = view.importance
+        if scores is None:  # a view made by hand
+            scores = view.cls_attention.sum(-1) * view.value_norm
         return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.lengths)
 
 

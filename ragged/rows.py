@@ -74,6 +74,27 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
     return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
 
 
+def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, width: int) -> Tensor:
+    """How much CLS attends to a row, over all heads, times the norm of the row's values: float32 (batch, width), zero
+    where an image has no row. probs: float32 (rows, nheads), what `cls_attention` returns.  v: (rows, nheads, headdim),
+    any strides.  starts, lengths, width: as there."""
+    rows, heads, dim = v.shape
+    batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
+    if _in_pytorch(v) or _in_pytorch(probs):
+        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=torch.float32)
+        column = torch.arange(width, device=v.device)
+        real = (column < (equal or lengths[:, None])).expand(batch, -1)
+        return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
+    from .kernels.rows import importance_kernel
+
+    out = probs.new_empty(batch, width)
+    constants = launch.strides_of(V=v.stride()) | launch.head_of(heads, dim) | {"N": 16}
+    grid, key = (batch * -(-width // 16), 1), (v.dtype, *constants.values())
+    tensors = (probs, v, starts, starts if equal else lengths, out)
+    launch.start(importance_kernel, key, grid, tensors, (equal, width), constants, {})
+    return out
+
+
 # ---- which rows ----
 
 

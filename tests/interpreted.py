@@ -132,6 +132,24 @@ def test_attention_of_cls_leaves_padding_alone():
     assert not probs[4:10].any() and probs.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [16, 48])
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 18], [17, 17]], ids=str)
+def test_importance(lengths, dim, dtype, monkeypatch):
+    q, k, v, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
+    probs = torch.rand(len(q), 3)
+    known = lengths[0] if len(set(lengths)) == 1 else cu.diff()
+    found = row_ops.importance(probs, v, cu[:-1], known, max(lengths))
+    assert found.shape == (len(lengths), max(lengths)) and found.dtype == torch.float32
+    for b, n in enumerate(lengths):
+        rows = slice(cu[b], cu[b + 1])
+        want = probs[rows].sum(1) * v[rows].float().flatten(1).norm(dim=1)
+        torch.testing.assert_close(found[b, :n], want)
+        assert not found[b, n:].any()
+    monkeypatch.setattr(row_ops.launch, "usable", lambda device: False)
+    torch.testing.assert_close(row_ops.importance(probs, v, cu[:-1], known, max(lengths)), found)
+
+
 # --- copies
 
 

@@ -115,7 +115,8 @@ def record_the_others(recorder, dims, dtypes):
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
-            row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
+            probs = row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
+            row_ops.importance(probs, v, cu[:-1], cu[1:], 16)
             kernels.paper_attend(q, k, v, cu, 16, 0.1)
     return list(recorder)
 

@@ -53,6 +53,31 @@ def cls_kernel(
         tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
 
 
+@triton.jit(do_not_specialize=["count", "width"])
+def importance_kernel(
+    Probs, V, Starts, Lengths, Out, count, width,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Probs float32 (rows, HEADS), summed over the heads, times the norm of the row's values in all heads: Out float32
+    (images, width), zero where an image has no row. count: rows of every image, or 0, and Lengths says it.
+    Grid (images * programs,): a program looks at N rows."""
+    part = tl.cdiv(width, N)
+    image, first = tl.program_id(0) // part, tl.program_id(0) % part * N
+    start = tl.load(Starts + image).to(tl.int64)
+    length = count
+    if count == 0:
+        length = tl.load(Lengths + image)
+    row = first + tl.arange(0, N)
+    squares, total = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    for head in tl.static_range(0, HEADS):
+        v = load_tile(V + start * V_TOKEN + head * V_HEAD, first, N, length, V_TOKEN, V_DIM, D, BLOCK_D, CHECK=True)
+        v = v.to(tl.float32)
+        squares += tl.sum(v * v, 1)
+        total += tl.load(Probs + (start + row) * HEADS + head, mask=row < length, other=0.0)
+    tl.store(Out + image.to(tl.int64) * width + row, total * tl.sqrt(squares), mask=row < width)
+
+
 @triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
 def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
                 DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
