@@ -4,9 +4,10 @@ move, each with its ids in the same launch. Triton where it runs, PyTorch elsewh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import launch
 
@@ -16,6 +17,8 @@ CHUNK = 128  # counts that a program of `take_rows` adds up at a time
 MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
 # Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
 MOST_RANKED = 1024
+FEW_SCORED, MOST_SCORED = 1024, 1 << 30  # patches of a batch: small tiles up to here, and PyTorch from there on
+WIDEST = 1024  # tokens that `patch_scores` takes
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -92,6 +95,40 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
     grid, key = (batch * -(-width // 16), 1), (v.dtype, *constants.values())
     tensors = (probs, v, starts, starts if equal else lengths, out)
     launch.start(importance_kernel, key, grid, tensors, (equal, width), constants, {})
+    return out
+
+
+def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
+                 layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
+    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), in two launches; -inf where an image has no
+    patch. None where the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts, and
+    images stand one behind the other.  prefix: so many first rows are no patches.  patches: no image has more.  norm,
+    layers: of a `Predictor`, its four products."""
+    dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
+    equal = lengths if isinstance(lengths, int) else 0
+    batch = x.shape[0] // equal if equal else lengths.shape[0]
+    fits = patches > 0 and dim % 8 == 0 and dim <= WIDEST and batch * patches <= MOST_SCORED
+    plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
+    if _in_pytorch(x) or not fits or not plain or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(t.requires_grad for t in weights)):
+        return None
+    from .kernels.scorer import scorer_in_kernel, scorer_out_kernel
+
+    x, few = x.contiguous(), batch * patches <= FEW_SCORED
+    side = 16 if few else 64
+    tiles = batch * -(-patches // side)
+    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(tiles, dim // 2, dtype=torch.float32)
+    out = x.new_empty(batch, patches, dtype=torch.float32)
+    places = (x, x) if equal else (starts, lengths)
+    shared = {"DIM": dim, "PREFIX": prefix, "M": side, "N": 64, "K": 64}
+    first = shared | {"WHOLE": 1 << (dim - 1).bit_length()}
+    last = shared | {"LAST": max(16, 1 << (dim // 4 - 1).bit_length())}
+    key, options = (x.dtype, bool(equal), dim, prefix, side), {"num_warps": 4 if few else 8}
+    launch.start(scorer_in_kernel, key, (tiles, -(-dim // 64)), (x, *places, *weights[:4], hidden, sums),
+                 (equal, patches, norm.eps), first, options)  # fmt: skip
+    launch.start(scorer_out_kernel, key, (tiles, 1), (hidden, sums, *places, *weights[4:], out), (equal, patches), last,
+                 options)  # fmt: skip
     return out
 
 

@@ -14,9 +14,11 @@ import torch
 from attention_cases import SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
 
 import ragged
-from ragged import launch, tiles
+from ragged import launch, packing, tiles
 from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
+from ragged.pruners import Predictor
+from ragged.rules import View
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -358,3 +360,35 @@ def test_the_sanitizers_cases():
     assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 6
     for (run, _), arguments in kinds.items():
         run("cpu", *arguments)
+
+
+# --- the network of DynamicViT
+
+
+@pytest.mark.parametrize("dim", [48, 192])
+@pytest.mark.parametrize("few", [0, 1024], ids=["large tiles", "small tiles"])
+def test_scores_of_a_predictor(dim, few, monkeypatch):
+    monkeypatch.setattr(row_ops, "FEW_SCORED", few)
+    torch.manual_seed(dim)
+    predictor, x = Predictor(dim).half().eval(), torch.randn(3, 70, dim).half()
+    dense = packing.Padded(x, torch.arange(70).expand(3, 70), 70, count=70)
+    counts = [70, 7, 2]
+    chosen = packing.Selection(dense.ids, torch.tensor(counts, dtype=torch.int32))
+    for state in (dense, dense.flat(), packing.take_packed(dense, chosen), packing.take_padded(dense, chosen)):
+        found = predictor.scores(View(state, 2, 0))
+        for b, n in enumerate([70] * 3 if state.count else counts):
+            want = predictor(x[b : b + 1, 2:n])[0, :, 0].float()
+            torch.testing.assert_close(found[b, : n - 2], want, rtol=2e-3, atol=2e-3)
+            assert (found[b, n - 2 :] == -math.inf).all()
+
+
+def test_a_predictor_that_is_not_plain_is_called():
+    state = packing.Padded(torch.randn(1, 9, 48).half(), torch.arange(9)[None], 9, count=9)
+    predictor = Predictor(48).half()
+    assert predictor.scores(View(state, 1, 0)) is not None
+    handle = predictor.out_conv[2].register_forward_hook(lambda *a: None)
+    assert predictor.scores(View(state, 1, 0)) is None
+    handle.remove()
+    predictor.in_conv[1] = torch.nn.Sequential(predictor.in_conv[1])
+    assert predictor.scores(View(state, 1, 0)) is None
+    assert Predictor(48).scores(View(state, 1, 0)) is None, "other weights than tokens"
