@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
 def run_suite(name: str, wanted: Options, recorder: Recorder) -> None:
     """All cases of a suite, with a progress bar; stops in between when the time is up."""
     start, rows, bad = time.monotonic(), 0, 0
-    cases = chosen(SUITES[name](wanted), wanted)
+    cases = SUITES[name](wanted)
+    if name in options.USE_CHOICE:
+        cases = chosen(cases, wanted)
     for case in progress(cases, name):
         if recorder.late():
             print(f"{name}: the time is up, run the same command again to go on", file=sys.stderr)
