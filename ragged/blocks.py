@@ -31,7 +31,7 @@ from .packing import (
     take_packed,
     take_padded,
 )
-from .rules import run_module
+from .rules import run_module, through
 
 State = Packed | Padded
 
@@ -65,20 +65,21 @@ def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
     projection."""
     attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
-    q, k, v = qkv.unbind(-3)
-    return attn.q_norm(q), attn.k_norm(k), v
+    qkv = through(attn.qkv, block.norm1(x))  # (..., 3 * dim)
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return through(attn.q_norm, q), through(attn.k_norm, k), v
 
 
 def finish_attention(block: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
     """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim)."""
     attn, out = block.attn, heads.flatten(-2)  # (..., dim)
-    return x + block.ls1(attn.proj(attn.norm(out) if hasattr(attn, "norm") else out))
+    out = through(attn.norm, out) if hasattr(attn, "norm") else out
+    return x + through(block.ls1, through(attn.proj, out))
 
 
 def finish_block(block: nn.Module, x: Tensor) -> Tensor:
     """The MLP half of a block on x (..., dim)."""
-    return x + block.ls2(block.mlp(block.norm2(x)))
+    return x + through(block.ls2, block.mlp(block.norm2(x)))
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,

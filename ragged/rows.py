@@ -41,12 +41,14 @@ def _in_pytorch(x: Tensor) -> bool:
 # ---- scores ----
 
 
-def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
+                  fill: bool = True) -> Tensor:  # fmt: skip
     """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
 
     q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
     starts[b] + lengths[b]; one int where all are equally long.  width: no image is longer.  Returns float32 (rows,
-    nheads); rows that no image owns are zero. One row of the attention matrix per head: O(n), never O(n²).
+    nheads); rows that no image owns are zero, or without `fill` undefined. One row of the attention matrix per head:
+    O(n), never O(n²).
     """
     rows, heads, dim = q.shape
     equal = lengths if isinstance(lengths, int) else 0
@@ -55,12 +57,14 @@ def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, w
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
     from .kernels.rows import cls_kernel
 
-    all_owned = equal * starts.shape[0] == rows
+    all_owned = equal * starts.shape[0] == rows or not fill
     probs = (torch.empty if all_owned else torch.zeros)((rows, heads), device=q.device, dtype=torch.float32)
-    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim) | {"N": 64}
-    key = (q.dtype, *constants.values())
+    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim)
+    once = 64 < width <= 256 and dim <= 64  # then all keys fit into one tile, and nothing is read twice
+    constants |= {"N": 256 if once else 64, "ONCE": once}
+    key, options = (q.dtype, *constants.values()), {"num_warps": 8 if once else 4}
     tensors, numbers = (q, k, probs, starts, starts if equal else lengths), (scale * launch.LOG2_E, equal)
-    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, {})
+    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, options)
     return probs
 
 
@@ -120,7 +124,7 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     tiles = batch * -(-patches // side)
     hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(tiles, dim // 2, dtype=torch.float32)
     out = x.new_empty(batch, patches, dtype=torch.float32)
-    places = (x, x) if equal else (starts, lengths)
+    places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
     shared = {"DIM": dim, "PREFIX": prefix, "M": side, "N": 64, "K": 64}
     first = shared | {"WHOLE": 1 << (dim - 1).bit_length()}
     last = shared | {"LAST": max(16, 1 << (dim // 4 - 1).bit_length())}
@@ -159,7 +163,7 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
     width, options = _lanes(patches, prefix)
     constants = {"PREFIX": prefix, "SKIP": skip, "HEADS": 1, "IN_PLACE": in_place, "REST": rest, "N": width,
-                 "CHUNK": 32}  # fmt: skip
+                 "CHUNK": 64 if width == 256 else 32}  # fmt: skip
     if scores.dim() == 3:
         scores = scores if scores.stride(2) == 1 else scores.contiguous()
         constants["HEADS"] = scores.shape[2]

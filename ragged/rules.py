@@ -24,6 +24,15 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
     return module(*inputs)
 
 
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """What module makes of x. Identities and plain products are not called: at batch 1 the host is what takes time, a
+    call of a module costs it a microsecond, and no hook hangs on a block that runs in pieces."""
+    kind = type(module)
+    if kind is nn.Identity:
+        return x
+    return nn.functional.linear(x, module.weight, module.bias) if kind is nn.Linear else module(x)
+
+
 @dataclass(frozen=True)
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
@@ -44,7 +53,8 @@ class View:
     def lengths(self) -> Tensor | int:
         """Rows of every image: one int where all have as many, else int32 (batch,)."""
         state = self.state
-        return state.width if state.count == state.width or state.lengths is None else state.lengths
+        lengths = None if state.count == state.width else state.lengths  # of packed images, a launch
+        return state.width if lengths is None else lengths
 
     def scored(self, needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
         """This view with the parts that `needs` names, made of a block's q, k, v (..., nheads, headdim); scale: what
@@ -52,7 +62,7 @@ class View:
         state, lead, parts = self.state, q.shape[:-2], {}
         heads, places = [x.flatten(0, -3) for x in (q, k, v)], (state.starts, self.lengths, state.width)
         if needs & {"attention", "importance"}:
-            probs = cls_attention(*heads[:2], *places, scale)  # (rows, nheads)
+            probs = cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
         if "attention" in needs:
             parts["cls_attention"] = state.grid(probs.view(*lead, -1))  # (batch, n, nheads)
         if "importance" in needs:

@@ -106,17 +106,22 @@ class Chain:
 
 
 class Recorder:
-    """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns."""
+    """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns.
+
+    What is tried out runs on a stream of its own. A matrix product may need memory to work in, which PyTorch allocates
+    once for each stream: had the recording's stream got it before, it would not come from the pool, and somebody else
+    might give it away while the graphs still write there, as torch.compile(mode="reduce-overhead") does."""
 
     def __init__(self, model: nn.Module):
         self.model, self.stream, self.pool = model, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.trial = torch.cuda.Stream()
 
     def try_out(self, work: Work) -> object:
         """Run `work` outside any recording: it compiles, tunes cuBLAS and fills caches."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.trial.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.trial):
             result = work(lambda: None)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(self.trial)
         return result
 
     def record(self, work: Work) -> Chain:

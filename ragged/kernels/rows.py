@@ -16,13 +16,14 @@ def cls_kernel(
     Q, K, Probs, Starts, Lengths, scale_log2, count,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS). count: rows
     of every image, or 0, and Lengths says it.
 
     One row of the attention matrix instead of all of them. Grid (HEADS * batch,). Two passes over the keys: the first
-    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
+    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then. ONCE: no
+    image has more than N rows, and one pass is enough.
     """
     head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
@@ -36,6 +37,12 @@ def cls_kernel(
     q = q.to(tl.float32) * scale_log2
     k_head = K + start * K_TOKEN + head * K_HEAD
     lane = tl.arange(0, N)
+    if ONCE:
+        k = load_tile(k_head, 0, N, length, K_TOKEN, K_DIM, D, BLOCK_D, CHECK=True)
+        score = tl.where(lane < length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        weight = tl.exp2(score - tl.max(score, 0))
+        tl.store(Probs + (start + lane) * HEADS + head, weight / tl.sum(weight, 0), mask=lane < length)
+        return
     top = tl.full([N], float("-inf"), tl.float32)
     total = tl.zeros([N], tl.float32)
     for j in range(0, number(length), N):
