@@ -25,12 +25,20 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
-    """What module makes of x. Identities and plain products are not called: at batch 1 the host is what takes time, a
-    call of a module costs it a microsecond, and no hook hangs on a block that runs in pieces."""
+    """What module makes of x. Identities and plain products on which nothing hangs are not called: at batch 1 the host
+    is what takes time, and a call of a module costs it a microsecond."""
     kind = type(module)
-    if kind is nn.Identity:
-        return x
-    return nn.functional.linear(x, module.weight, module.bias) if kind is nn.Linear else module(x)
+    if (kind is not nn.Identity and kind is not nn.Linear) or torch.compiler.is_compiling():
+        return module(x)
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return module(x)
+    if "forward" in own or kind.forward is not PLAIN[kind]:  # somebody put another in its place
+        return module(x)
+    return x if kind is nn.Identity else nn.functional.linear(x, module.weight, module.bias)
+
+
+PLAIN = {kind: kind.forward for kind in (nn.Identity, nn.Linear)}
 
 
 @dataclass(frozen=True)
