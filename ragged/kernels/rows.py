@@ -261,24 +261,33 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
     cdf = tl.where(i < patches, cdf, 2.0)  # past every height
     start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
+    # of equal steps the first counts: as many values as there are different ones, in order
     tl.debug_barrier()  # all have read the scores that stood here
     tl.store(steps + i, cdf, mask=i < patches)
     tl.debug_barrier()
-    picked = tl.zeros([N], tl.int32)
-    for j in range(0, number(samples), CHUNK):
-        sample = j + tl.arange(0, CHUNK)
-        height = start + (1.0 - start) * (sample.to(tl.float32) / tl.maximum(samples - 1, 1).to(tl.float32))
-        above = tl.sum((cdf[None, :] < height[:, None]).to(tl.int32), 1)  # the first step that reaches it
-        above = tl.maximum(tl.minimum(above, last), 0)
-        wanted = (sample < samples) & (patches > 0)
-        upper = tl.load(steps + above, mask=wanted, other=0.0)
-        lower = tl.load(steps + tl.maximum(above - 1, 0), mask=wanted, other=0.0)
-        below = tl.sum((cdf[None, :] < lower[:, None]).to(tl.int32), 1)  # the first of equal steps
-        below = tl.maximum(tl.minimum(below, last), 0)
-        nearest = tl.where(tl.abs(upper - height) < tl.abs(height - lower), above, below)
-        hit = (nearest[:, None] == i[None, :]) & wanted[:, None]
-        picked = tl.maximum(picked, tl.max(hit.to(tl.int32), 0))
-    picked = tl.where(i < patches, picked, 0)
+    before = tl.load(steps + i - 1, mask=(i > 0) & (i < patches), other=0.0)
+    first = ((i == 0) | (cdf > before)) & (i < patches)
+    run, runs = tl.cumsum(first.to(tl.int32), 0) - 1, tl.sum(first.to(tl.int32), 0)
+    tl.debug_barrier()
+    tl.store(steps + run, cdf, mask=first)
+    tl.debug_barrier()
+    lower = tl.load(steps + run - 1, mask=first & (run > 0), other=-1.0)
+    upper = tl.load(steps + run + 1, mask=first & (run + 1 < runs), other=3.0)
+    # a step is the nearest for the heights from half-way below it to half-way above it: the first such height is one of
+    # four, and if that one does not count for it, none does
+    gap, most = 1.0 - start, tl.maximum(samples - 1, 1).to(tl.float32)
+    middle = tl.where(run > 0, 0.5 * (lower + cdf), cdf)
+    near = tl.floor((middle - start) / tl.maximum(gap, 1.1754943508222875e-38) * most)
+    near = tl.minimum(tl.maximum(near, -1.0), most + 1.0).to(tl.int32)
+    hit = (i == 0) & (runs == 1)  # all scores are zero, or none is a number
+    for more in tl.static_range(0, 4):
+        sample = tl.minimum(tl.maximum(near - 1 + more, 0), samples - 1)
+        height = start + gap * (sample.to(tl.float32) / most)
+        above = (run > 0) & (height > lower) & ((height <= cdf) | (run + 1 == runs))
+        below = (run + 1 < runs) & (height > cdf) & ((height <= upper) | (run + 2 == runs))
+        hit |= above & (tl.abs(cdf - height) < tl.abs(height - lower))
+        hit |= below & ((tl.abs(upper - height) < tl.abs(height - cdf)) == 0)
+    picked = (hit & first).to(tl.int32)
     drawn, place = tl.sum(picked, 0), tl.cumsum(picked, 0)  # place: drawn ones up to and with this one
     target = tl.where(picked != 0, place - 1, drawn + i - place)
     out = Index + image * width
