@@ -275,9 +275,10 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     upper = tl.load(steps + run + 1, mask=first & (run + 1 < runs), other=3.0)
     # a step is the nearest for the heights from half-way below it to half-way above it: the first such height is one of
     # four, and if that one does not count for it, none does
+    # a gap is 0, or at least a half: each of n sorted scores is at most an n-th of what is left
     gap, most = 1.0 - start, tl.maximum(samples - 1, 1).to(tl.float32)
     middle = tl.where(run > 0, 0.5 * (lower + cdf), cdf)
-    near = tl.floor((middle - start) / tl.maximum(gap, 1.1754943508222875e-38) * most)
+    near = tl.floor((middle - start) / tl.maximum(gap, 1e-6) * most)
     near = tl.minimum(tl.maximum(near, -1.0), most + 1.0).to(tl.int32)
     hit = (i == 0) & (runs == 1)  # all scores are zero, or none is a number
     for more in tl.static_range(0, 4):
