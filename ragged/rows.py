@@ -163,7 +163,7 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
     left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
     width, options = _lanes(patches, prefix)
     constants = {"PREFIX": prefix, "SKIP": skip, "HEADS": 1, "IN_PLACE": in_place, "REST": rest, "N": width,
-                 "CHUNK": 64 if width == 256 else 32}  # fmt: skip
+                 "CHUNK": 32}  # fmt: skip
     if scores.dim() == 3:
         scores = scores if scores.stride(2) == 1 else scores.contiguous()
         constants["HEADS"] = scores.shape[2]

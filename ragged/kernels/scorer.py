@@ -46,9 +46,9 @@ def scorer_in_kernel(
     real = row < length
     x_rows = X + (start + row)[:, None] * DIM
     every = tl.arange(0, WHOLE)
-    x = tl.load(x_rows + every[None, :], mask=real[:, None] & (every < DIM)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / DIM
-    off = tl.where((every < DIM)[None, :], x - mean[:, None], 0.0)
+    whole = tl.load(x_rows + every[None, :], mask=real[:, None] & (every < DIM)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(whole, 1) / DIM
+    off = tl.where((every < DIM)[None, :], whole - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) / DIM + eps)
     column = tl.program_id(1) * N + tl.arange(0, N)
     acc = tl.zeros([M, N], tl.float32)
