@@ -32,7 +32,7 @@ from .packing import (
     take_padded,
 )
 from .rows import host_offsets
-from .rules import run_module
+from .rules import run_module, through
 from .support.training import drop_images
 
 State = Packed | Padded
@@ -67,9 +67,10 @@ def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
     projection."""
     attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
+    qkv = through(attn.qkv, block.norm1(x))  # (..., 3 * dim)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
     q, k, v = split_projection(qkv) if qkv.dim() == 4 and qkv.requires_grad else qkv.unbind(-3)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return through(attn.q_norm, q), through(attn.k_norm, k), v
 
 
 def finish_attention(block: nn.Module, x: Tensor, heads: Tensor, cu: Tensor | None = None,
@@ -77,15 +78,15 @@ def finish_attention(block: nn.Module, x: Tensor, heads: Tensor, cu: Tensor | No
     """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim). drops:
     with what is dropped in training; cu: then the offsets of packed rows."""
     attn, out = block.attn, heads.flatten(-2)  # (..., dim)
-    out = attn.proj(attn.norm(out) if hasattr(attn, "norm") else out)
+    out = through(attn.proj, through(attn.norm, out) if hasattr(attn, "norm") else out)
     if drops:
         return x + drop_images(block.drop_path1, block.ls1(attn.proj_drop(out)), cu)
-    return x + block.ls1(out)
+    return x + through(block.ls1, out)
 
 
 def finish_block(block: nn.Module, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
     """The MLP half of a block on x (..., dim); cu, drops: as in `finish_attention`."""
-    out = block.ls2(block.mlp(block.norm2(x)))
+    out = through(block.ls2, block.mlp(block.norm2(x)))
     return x + (drop_images(block.drop_path2, out, cu) if drops else out)
 
 

@@ -25,11 +25,10 @@ from .checks import (
     wants_gradients,
     weight_of,
 )
-from .graph import Captured, capture
+from .graph import Captured, aside, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner
-from .rows import cls_attention
-from .rules import View, row_norms
+from .rules import View
 from .support import Survey, check_supported, convolves_as_usual, refuse_fixed_programs
 from .support.training import refuse_to_train
 from .support.trial import MODULE_PARTS
@@ -281,8 +280,8 @@ class RaggedViT(nn.Module):
             self._look_again()
             return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
         if isinstance(state, Packed):
-            sizes = (state.cu_seqlens, state.max_seqlen)
-            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), self._named(state, run), run.drops)
+            sizes, name = (state.cu_seqlens, state.max_seqlen), self._named(state, run)
+            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), name, run.drops)
         else:
             unfused = blocks.runs_unfused(state, backend, block)
             x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused, run.drops)
@@ -295,19 +294,20 @@ class RaggedViT(nn.Module):
         if self.pruner.where != "inside" and not self.pruner.needs:
             state = self._whole_block(state, i, run)
             return Cut(state, self._select(state, i), i)
-        block, x = self.vit.blocks[i], state.tokens
+        block, x, pruner = self.vit.blocks[i], state.tokens, self.pruner
         q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
-        if self.pruner.where == "inside" and self.pruner.rows_only:
+        if pruner.where == "inside" and pruner.rows_only:
             selection = self._select(state, i, q, k, v)
             queries_too = replace(state, tokens=torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
             return Cut(queries_too, selection, i, "attention", k, v)
         drops = _images_of(state, run.drops)
+        early = aside(lambda: self._select(state, i, q, k, v), q.is_cuda) if pruner.scores_only else None
         x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run), *drops)
-        if self.pruner.where == "inside":
-            state = replace(state, tokens=x)
-            return Cut(state, self._select(state, i, q, k, v), i, "mlp")
-        state = replace(state, tokens=self._run["finish_block"](block, x, *drops))
-        return Cut(state, self._select(state, i, q, k, v), i)
+        if pruner.where != "inside":
+            x = self._run["finish_block"](block, x, *drops)
+        after = replace(state, tokens=x)
+        selection = early() if early else self._select(after, i, q, k, v)
+        return Cut(after, selection, i, "mlp" if pruner.where == "inside" else "")
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
@@ -346,13 +346,8 @@ class RaggedViT(nn.Module):
                 v: Tensor | None = None) -> Selection | None:  # fmt: skip
         """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim)."""
         view = View(state, self.prefix, self._cuts[i], apply=self._run["run_module"])
-        if "attention" in self.pruner.needs:
-            lead, lengths = state.tokens.shape[:-1], view.lengths
-            rows = (x.flatten(0, -3) for x in (q, k))  # (rows, nheads, headdim)
-            probs = cls_attention(*rows, state.starts, lengths, state.width, scale_of(self.vit.blocks[i]))
-            view = replace(view, cls_attention=state.grid(probs.view(*lead, -1)))  # (batch, n, nheads)
-        if "values" in self.pruner.needs:
-            view = replace(view, value_norm=state.grid(row_norms(v.flatten(-2))))  # (batch, n)
+        if self.pruner.needs:
+            view = view.scored(self.pruner.needs, q, k, v, scale_of(self.vit.blocks[i]))
         selection = self.pruner.select(view)
         if selection is not None:
             check_selection(selection, self.pruner.name, state, self.prefix, self.pruner.adaptive)

@@ -20,7 +20,7 @@ from .checks import Registry, check_blocks, check_int, check_positive, check_sha
 from .data import expand
 from .loading import load_predictors, private_random
 from .packing import Counts, Selection
-from .rows import with_prefix
+from .rows import patch_scores, with_prefix
 from .rules import View, at_least, chance, chosen_rows, inverse_cdf, row_norms, top_k
 
 PLACES = ("before", "inside", "after")
@@ -34,13 +34,16 @@ Setting = float | Sequence[float]  # one for all stages, or one for each
 class Pruner(nn.Module):
     """Base class. name: as in `PRUNERS`.  at: block indices, one stage each.  where: before, inside or after the block.
 
-    needs: extra parts of the `View`, of "attention" and "values".  rows_only: an inside cut drops query rows before the
-    attention product, and the dropped tokens still serve as keys and values there.  adaptive: counts vary by image.
+    needs: extra parts of the `View`, of "attention", "values" and "importance".  scores_only: `select` looks at those
+    and at no token, so that a recorded pass may ask it while attention still runs.  rows_only: an inside cut drops
+    query rows before the attention product, and the dropped tokens still serve as keys and values there.  adaptive:
+    counts vary by image.
 
     Settings, which are what the constructor takes, are fixed once a pruner is made: models and recordings rely on them.
     """
 
     needs: frozenset[str] = frozenset()
+    scores_only = False
     rows_only = False
     adaptive = False
     trained: bool | None = None  # whether learned parts were trained; None where nothing is learned
@@ -106,6 +109,11 @@ class ThresholdL2(Pruner):
         return at_least(norms, view.prefix, self.setting("tau", view.stage) * mean[:, None], real)
 
 
+def hangs(module: nn.Module) -> bool:
+    """Whether hooks hang on module, or a `forward` of its own: then it has to be called as it is."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 class Predictor(nn.Module):
     """DynamicViT's scorer: x (batch, patches, dim) -> log-probabilities (batch, patches, 2); entry 0 means "keep".
     real: bool (batch, patches), which of them are patches, where that differs between images."""
@@ -117,6 +125,18 @@ class Predictor(nn.Module):
             nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2),
             nn.LogSoftmax(dim=-1),
         )  # fmt: skip
+
+    def scores(self, view: View) -> Tensor | None:
+        """The log-probabilities of "keep" of a view's patches (batch, patches), in two launches; None where the kernels
+        do not run, or where something hangs on this network."""
+        parts = [*self.in_conv, *self.out_conv]
+        kinds = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
+        if [type(part) for part in parts] != kinds or any(map(hangs, (self, self.in_conv, self.out_conv, *parts))):
+            return None
+        state, lengths = view.state, view.lengths
+        starts = None if isinstance(lengths, int) else state.starts
+        patches = view.columns - view.prefix
+        return patch_scores(state.tokens.flatten(0, -2), starts, lengths, view.prefix, patches, parts[0], parts[1::2])
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         x = self.in_conv(x)
@@ -164,13 +184,15 @@ class DynamicViT(Pruner):
         count = view.share("dynamicvit", share, of_all=True)
         if count is None:
             return None
-        patches = view.state.grid(view.state.tokens)[:, view.prefix : view.columns]
-        if isinstance(count, Counts):
-            real = view.real()
-            scores = view.apply(self.score_predictor[view.stage], patches, real[:, view.prefix :])[..., 0]
-            return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
-        scores = view.apply(self.score_predictor[view.stage], patches)[..., 0]
-        return top_k(scores, view.prefix, count, patches_only=True)
+        predictor, real = self.score_predictor[view.stage], view.real() if isinstance(count, Counts) else None
+        scores = predictor.scores(view)
+        if scores is None:
+            patches = view.state.grid(view.state.tokens)[:, view.prefix : view.columns]
+            every = (patches,) if real is None else (patches, real[:, view.prefix :])
+            scores = view.apply(predictor, *every)[..., 0]
+        if real is None:
+            return top_k(scores, view.prefix, count, patches_only=True)
+        return top_k(nn.functional.pad(scores, (view.prefix, 0)), view.prefix, count, real=real)
 
 
 class EViT(Pruner):
@@ -179,6 +201,7 @@ class EViT(Pruner):
     Source: arXiv 2202.07800."""
 
     needs = frozenset({"attention"})
+    scores_only = True
 
     def __init__(self, keep: Setting = 0.7, at: Blocks = (3, 6, 9), fuse: bool = True, where: str = "inside"):
         super().__init__("evit", at, where)
@@ -204,7 +227,8 @@ class ATS(Pruner):
     """Draws at most `samples` patches, one number or one for every stage, from the distribution of CLS attention times
     value norm, so that a plain image keeps fewer. at, where: as for `Pruner`. Source: arXiv 2111.15667."""
 
-    needs = frozenset({"attention", "values"})
+    needs = frozenset({"importance"})
+    scores_only = True
     rows_only = True
     adaptive = True
 
@@ -213,7 +237,9 @@ class ATS(Pruner):
         self.samples = per_stage("samples", samples, len(self.at), functools.partial(check_int, least=1))
 
     def select(self, view: View) -> Selection | None:
-        scores = view.cls_attention.sum(-1) * view.value_norm
+        scores = view.importance
+        if scores is None:  # a view made by hand
+            scores = view.cls_attention.sum(-1) * view.value_norm
         return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.lengths)
 
 

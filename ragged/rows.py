@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import launch
 from .kernels import flow
@@ -20,6 +20,8 @@ CHUNK = 128  # counts that a program of `take_rows` adds up at a time
 MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
 # Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
 MOST_RANKED = 1024
+FEW_SCORED, MOST_SCORED = 1024, 1 << 30  # patches of a batch: small tiles up to here, and PyTorch from there on
+WIDEST = 1024  # tokens that `patch_scores` takes
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -43,20 +45,22 @@ def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 # ---- scores ----
 
 
-def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
+                  fill: bool = True) -> Tensor:  # fmt: skip
     """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
 
     q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
     starts[b] + lengths[b]; one int where all are equally long.  width: no image is longer.  Returns float32 (rows,
-    nheads), float64 of such; rows that no image owns are zero. One row of the attention matrix per head: O(n), never
-    O(n²).
+    nheads), float64 of such; rows that no image owns are zero, or without `fill` undefined. One row of the attention
+    matrix per head: O(n), never O(n²).
     """
     if flow.wanted(q, k):
         return flow.Looked.apply(q, k, _cls_attention, starts, lengths, width, scale)
-    return _cls_attention(q, k, starts, lengths, width, scale)
+    return _cls_attention(q, k, starts, lengths, width, scale, fill)
 
 
-def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float) -> Tensor:
+def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
+                   fill: bool = True) -> Tensor:  # fmt: skip
     rows, heads, dim = q.shape
     equal = lengths if isinstance(lengths, int) else 0
     if not launch.usable(q.device) or q.dtype == torch.float64:
@@ -64,12 +68,14 @@ def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, 
         return _cls_attention_torch(q, k, starts, lengths, width, scale)
     from .kernels.rows import cls_kernel
 
-    all_owned = equal * starts.shape[0] == rows
+    all_owned = equal * starts.shape[0] == rows or not fill
     probs = (torch.empty if all_owned else torch.zeros)((rows, heads), device=q.device, dtype=torch.float32)
-    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim) | {"N": 64}
-    key = (q.dtype, *constants.values())
+    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim)
+    once = 64 < width <= 256 and dim <= 64  # then all keys fit into one tile, and nothing is read twice
+    constants |= {"N": 256 if once else 64, "ONCE": once}
+    key, options = (q.dtype, *constants.values()), {"num_warps": 8 if once else 4}
     tensors, numbers = (q, k, probs, starts, starts if equal else lengths), (scale * launch.LOG2_E, equal)
-    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, {})
+    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, options)
     return probs
 
 
@@ -85,6 +91,61 @@ def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, 
     out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=exact)
     # padding columns all land in one extra row, which is cut off
     return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
+
+
+def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, width: int) -> Tensor:
+    """How much CLS attends to a row, over all heads, times the norm of the row's values: float32 (batch, width), zero
+    where an image has no row. probs: float32 (rows, nheads), what `cls_attention` returns.  v: (rows, nheads, headdim),
+    any strides.  starts, lengths, width: as there."""
+    rows, heads, dim = v.shape
+    batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
+    if not launch.usable(v.device) or v.dtype == torch.float64 or flow.wanted(v, probs):
+        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=torch.float32)
+        column = torch.arange(width, device=v.device)
+        real = (column < (equal or lengths[:, None])).expand(batch, -1)
+        return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
+    from .kernels.rows import importance_kernel
+
+    out = probs.new_empty(batch, width)
+    constants = launch.strides_of(V=v.stride()) | launch.head_of(heads, dim) | {"N": 16}
+    grid, key = (batch * -(-width // 16), 1), (v.dtype, *constants.values())
+    tensors = (probs, v, starts, starts if equal else lengths, out)
+    launch.start(importance_kernel, key, grid, tensors, (equal, width), constants, {})
+    return out
+
+
+def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
+                 layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
+    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), in two launches; -inf where an image has no
+    patch. None where the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts, and
+    images stand one behind the other.  prefix: so many first rows are no patches.  patches: no image has more.  norm,
+    layers: of a `Predictor`, its four products."""
+    dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
+    equal = lengths if isinstance(lengths, int) else 0
+    batch = x.shape[0] // equal if equal else lengths.shape[0]
+    fits = patches > 0 and dim % 8 == 0 and dim <= WIDEST and batch * patches <= MOST_SCORED
+    plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
+    if not launch.usable(x.device) or flow.wanted(x) or not fits or not plain or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(t.requires_grad for t in weights)):
+        return None
+    from .kernels.scorer import scorer_in_kernel, scorer_out_kernel
+
+    x, few = x.contiguous(), batch * patches <= FEW_SCORED
+    side = 16 if few else 64
+    tiles = batch * -(-patches // side)
+    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(tiles, dim // 2, dtype=torch.float32)
+    out = x.new_empty(batch, patches, dtype=torch.float32)
+    places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
+    shared = {"DIM": dim, "PREFIX": prefix, "M": side, "N": 64, "K": 64}
+    first = shared | {"WHOLE": 1 << (dim - 1).bit_length()}
+    last = shared | {"LAST": max(16, 1 << (dim // 4 - 1).bit_length())}
+    key, options = (x.dtype, bool(equal), dim, prefix, side), {"num_warps": 4 if few else 8}
+    launch.start(scorer_in_kernel, key, (tiles, -(-dim // 64)), (x, *places, *weights[:4], hidden, sums),
+                 (equal, patches, norm.eps), first, options)  # fmt: skip
+    launch.start(scorer_out_kernel, key, (tiles, 1), (hidden, sums, *places, *weights[4:], out), (equal, patches), last,
+                 options)  # fmt: skip
+    return out
 
 
 # ---- which rows ----

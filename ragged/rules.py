@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .packing import Counts, Packed, Padded, Selection
-from .rows import best_rows, equal_offsets, kept_rows, sampled_rows, with_prefix
+from .rows import best_rows, cls_attention, equal_offsets, importance, kept_rows, sampled_rows, with_prefix
 
 
 def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -24,12 +24,30 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
     return module(*inputs)
 
 
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """What module makes of x. Identities and plain products on which nothing hangs are not called: at batch 1 the host
+    is what takes time, and a call of a module costs it a microsecond."""
+    kind = type(module)
+    if (kind is not nn.Identity and kind is not nn.Linear) or torch.compiler.is_compiling():
+        return module(x)
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return module(x)
+    if "forward" in own or kind.forward is not PLAIN[kind]:  # somebody put another in its place
+        return module(x)
+    return x if kind is nn.Identity else nn.functional.linear(x, module.weight, module.bias)
+
+
+PLAIN = {kind: kind.forward for kind in (nn.Identity, nn.Linear)}
+
+
 @dataclass(frozen=True)
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
     stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
-    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated. The last two only where
-    the pruner `needs` them; both are zero in padding.  apply: `run_module`, compiled where the model is."""
+    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated.  importance: float32
+    (batch, n), the attention of CLS summed over heads, times that norm. The last three only where the pruner `needs`
+    them; they are zero in padding.  apply: `run_module`, compiled where the model is."""
 
     state: Packed | Padded
     prefix: int
@@ -37,12 +55,31 @@ class View:
     cls_attention: Tensor | None = None
     value_norm: Tensor | None = None
     apply: Callable[..., Tensor] = run_module
+    importance: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Tensor | int:
         """Rows of every image: one int where all have as many, else int32 (batch,)."""
         state = self.state
-        return state.width if state.count == state.width or state.lengths is None else state.lengths
+        lengths = None if state.count == state.width else state.lengths  # of packed images, a launch
+        return state.width if lengths is None else lengths
+
+    def scored(self, needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
+        """This view with the parts that `needs` names, made of a block's q, k, v (..., nheads, headdim); scale: what
+        its scores are multiplied by."""
+        state, lead, parts = self.state, q.shape[:-2], {}
+        heads, places = [x.flatten(0, -3) for x in (q, k, v)], (state.starts, self.lengths, state.width)
+        if needs & {"attention", "importance"}:
+            probs = cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
+        if "attention" in needs:
+            parts["cls_attention"] = state.grid(probs.view(*lead, -1))  # (batch, n, nheads)
+        if "importance" in needs:
+            parts["importance"] = importance(probs, heads[2], *places)  # (batch, n)
+        if "values" in needs:
+            parts["value_norm"] = state.grid(row_norms(v.flatten(-2)))  # (batch, n)
+        view = replace(self, **parts)
+        vars(view)["lengths"] = self.lengths  # to find them may be a launch
+        return view
 
     def real(self) -> Tensor:
         """bool (batch, n): which entries of the grid are rows, and which are padding."""

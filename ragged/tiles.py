@@ -36,8 +36,8 @@ def choose_tiles(max_q: int, max_k: int, headdim: int, programs: int, equal: boo
     few dozen shapes, and each of them is compiled once.
     """
     tiles, flat = -(-max_q // 64), int(programs > HIGHEST_GRID)
-    if itemsize == 4:  # IEEE float32 dots are ordinary multiply-adds: small tiles, or the registers spill
-        return _stream(32, 32, 16, 1, flat)
+    if itemsize == 4:  # every product is three: small tiles where heads are wide, or the registers spill
+        return _stream(*((32, 32) if headdim > 64 else (64, 32 if max_k <= 64 else 64)), 16, 1, flat)
     if headdim > 64:
         return _stream(64, 32, 16, 2, flat)
     few = programs <= FEW

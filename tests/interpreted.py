@@ -23,10 +23,12 @@ from attention_cases import (
 )
 
 import ragged
-from ragged import launch, tiles
+from ragged import launch, packing, tiles
 from ragged import rows as row_ops
 from ragged.gradients import split_projection
 from ragged.kernels import attention as kernels
+from ragged.pruners import Predictor
+from ragged.rules import View
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -208,6 +210,24 @@ def test_attention_of_cls_leaves_padding_alone():
     k[4:10] = math.nan
     probs = row_ops.cls_attention(q, k, starts, lengths, 10, 0.25)
     assert not probs[4:10].any() and probs.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [16, 48])
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 18], [17, 17]], ids=str)
+def test_importance(lengths, dim, dtype, monkeypatch):
+    q, k, v, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
+    probs = torch.rand(len(q), 3)
+    known = lengths[0] if len(set(lengths)) == 1 else cu.diff()
+    found = row_ops.importance(probs, v, cu[:-1], known, max(lengths))
+    assert found.shape == (len(lengths), max(lengths)) and found.dtype == torch.float32
+    for b, n in enumerate(lengths):
+        rows = slice(cu[b], cu[b + 1])
+        want = probs[rows].sum(1) * v[rows].float().flatten(1).norm(dim=1)
+        torch.testing.assert_close(found[b, :n], want)
+        assert not found[b, n:].any()
+    monkeypatch.setattr(row_ops.launch, "usable", lambda device: False)
+    torch.testing.assert_close(row_ops.importance(probs, v, cu[:-1], known, max(lengths)), found)
 
 
 # --- copies
@@ -487,3 +507,35 @@ def test_a_nan_of_one_image_reaches_no_other_gradient(monkeypatch):
         out = row_ops.move_rows(x, torch.arange(14), torch.tensor([0, 7]).int(), index, blend)[0]
         of_x, of_blend = torch.autograd.grad(out[3:].square().sum() + out[:2].nan_to_num().sum(), (x, blend))
     assert of_x[7:].isfinite().all() and of_blend[1].isfinite().all()
+
+
+# --- the network of DynamicViT
+
+
+@pytest.mark.parametrize("dim", [48, 192])
+@pytest.mark.parametrize("few", [0, 1024], ids=["large tiles", "small tiles"])
+def test_scores_of_a_predictor(dim, few, monkeypatch):
+    monkeypatch.setattr(row_ops, "FEW_SCORED", few)
+    torch.manual_seed(dim)
+    predictor, x = Predictor(dim).half().eval(), torch.randn(3, 70, dim).half()
+    dense = packing.Padded(x, torch.arange(70).expand(3, 70), 70, count=70)
+    counts = [70, 7, 2]
+    chosen = packing.Selection(dense.ids, torch.tensor(counts, dtype=torch.int32))
+    for state in (dense, dense.flat(), packing.take_packed(dense, chosen), packing.take_padded(dense, chosen)):
+        found = predictor.scores(View(state, 2, 0))
+        for b, n in enumerate([70] * 3 if state.count else counts):
+            want = predictor(x[b : b + 1, 2:n])[0, :, 0].float()
+            torch.testing.assert_close(found[b, : n - 2], want, rtol=2e-3, atol=2e-3)
+            assert (found[b, n - 2 :] == -math.inf).all()
+
+
+def test_a_predictor_that_is_not_plain_is_called():
+    state = packing.Padded(torch.randn(1, 9, 48).half(), torch.arange(9)[None], 9, count=9)
+    predictor = Predictor(48).half()
+    assert predictor.scores(View(state, 1, 0)) is not None
+    handle = predictor.out_conv[2].register_forward_hook(lambda *a: None)
+    assert predictor.scores(View(state, 1, 0)) is None
+    handle.remove()
+    predictor.in_conv[1] = torch.nn.Sequential(predictor.in_conv[1])
+    assert predictor.scores(View(state, 1, 0)) is None
+    assert Predictor(48).scores(View(state, 1, 0)) is None, "other weights than tokens"

@@ -12,6 +12,7 @@ from ragged.bench import __main__ as bench
 from ragged.bench import flops, networks, pipelines, runner
 from ragged.bench.rounds import Subject, measure
 from ragged.bench.suites.attention import Inputs
+from ragged.bench.suites.model import model
 from ragged.packing import Selection
 from ragged.pruners import PRUNERS
 
@@ -235,6 +236,26 @@ def test_the_report_shows_the_paper_beside_what_is_there(tmp_path, capsys, atten
     assert text.count("\n## ") == 6
     bench.main(["report", "--out", str(tmp_path / "empty")])
     assert "v1, A100" in capsys.readouterr().out
+
+
+def test_pruners_and_backends_can_be_chosen():
+    asked = runner.Options("cpu", quick=True, pruners=("evit", "ats"), backends=("triton",))
+    (case,) = runner.chosen(model(asked), asked)
+    there = {(c.columns["pruner"], c.columns["backend"]) for c in case.candidates}
+    assert there == {("none", "unpruned"), ("none", "timm"), ("evit", "triton"), ("ats", "triton")}
+    assert {c.columns["tokens"] for c in case.candidates if c.columns["pruner"] == "ats"} == {"published", "one cut"}
+    with pytest.raises(ValueError, match="--pruner: expected .*evit.*, got evitt"):
+        runner.chosen(model(asked), runner.Options("cpu", pruners=("evit", "evitt")))
+
+
+def test_timm_s_own_model_stands_beside_ours():
+    bench = pipelines.Workbench("deit_tiny", 1, torch.float32, "cpu")
+    pipeline = pipelines.TimmPipeline(lambda: bench, "eager")
+    subject = pipeline.build()
+    torch.testing.assert_close(subject.calls[0](), bench.model(None, "sdpa_padded")(bench.images[0]))
+    assert pipeline.values(subject) == {"kept_tokens": 197, "capacity_waste": 0.0, "flops_ratio": 1.0}
+    with pytest.raises(runner.Skip, match="CUDA"):
+        pipelines.TimmPipeline(lambda: bench, "compile+graph").build()
 
 
 @pytest.mark.gpu

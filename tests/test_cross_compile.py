@@ -19,6 +19,7 @@ from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
 from ragged.kernels import backward as backward_kernels
 from ragged.kernels import patches
+from ragged.pruners import Predictor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")
@@ -118,6 +119,11 @@ def record_backward(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256), chip=
     return [one for key, one in recorder.asked.items() if key not in before]
 
 
+def predictor_parts(width, dtype):
+    parts = [*(predictor := Predictor(width).to(dtype)).in_conv, *predictor.out_conv]
+    return parts[0], parts[1::2]
+
+
 def record_the_others(recorder, dims, dtypes):
     cu = torch.tensor([0, 16], dtype=torch.int32)
     for dtype in dtypes:
@@ -134,9 +140,15 @@ def record_the_others(recorder, dims, dtypes):
             row_ops.best_rows(torch.empty(1, n, 6), 1, n // 2, rest=True)
             row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
+        for width in (192, 384, 768) if dtype != torch.float32 else ():
+            norm, layers = predictor_parts(width, dtype)
+            x = torch.empty(32, width, dtype=dtype)
+            row_ops.patch_scores(x, None, 16, 1, 15, norm, layers)
+            row_ops.patch_scores(x, cu[:-1], cu[1:], 1, 15, norm, layers)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
-            row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
+            probs = row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
+            row_ops.importance(probs, v, cu[:-1], cu[1:], 16)
             kernels.paper_attend(q, k, v, cu, 16, 0.1)
     return list(recorder)
 

@@ -22,7 +22,7 @@ from ..speculation.suite import speculation
 from . import commandline, options, processes
 from .report import report, write_summary
 from .rounds import Broken
-from .runner import Case, Options, Recorder, machine, settle
+from .runner import Case, Options, Recorder, chosen, machine, settle
 from .suites.accuracy import accuracy, imagenet
 from .suites.attention import attention
 from .suites.backward import backward
@@ -106,6 +106,8 @@ def run_suite(name: str, wanted: Options, recorder: Recorder) -> None:
     """All cases of a suite, with a progress bar; stops in between when the time is up."""
     start, rows, bad = time.monotonic(), 0, 0
     cases = SUITES[name](wanted)
+    if name in options.USE_CHOICE:
+        cases = chosen(cases, wanted)
     for case in progress(cases, name):
         if recorder.late():
             print(f"{name}: the time is up, run the same command again to go on", file=sys.stderr)

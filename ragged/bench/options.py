@@ -29,11 +29,13 @@ NEEDS = {
 }  # fmt: skip
 FOR_IMAGENET = ("weights", "sha256", "predictors", "predictors_sha256", "class_map", "workers")
 FOR_REPORT = ("markdown", "readme")
-FOR_MEASURING = ("model", "batch", "redo", "budget", "repeats", "counts")  # and not for the report alone
+# and not for the report alone
+FOR_MEASURING = ("model", "batch", "pruner", "backend", "redo", "budget", "repeats", "counts")
 NOT_FOR_IMAGENET = ("quick", "repeats", "budget", "counts")  # one pass, counted and not timed, and it goes on by itself
 # suites that take --model
 USE_MODEL = ("model", "sparsity", "resolution", "mixed", "memory", "equivalence", "accuracy", "fidelity", "training")
 USE_BATCH = (*USE_MODEL[:5], "attention", "backward", "pack", "accuracy", "fidelity", "training", "speculation")
+USE_CHOICE = ("model", "sparsity")  # suites that take --pruner and --backend
 
 EXIT_CODES = """exit codes: 0 everything was measured, or has a row that says why it cannot be here (also when --budget
 ended the run); 1 the reader of the output went away; 2 nothing was measured: a wrong option, a missing package, a file
@@ -51,6 +53,10 @@ def parser(suites: Sequence[str], description: str) -> argparse.ArgumentParser:
                    "recorded results; with --quick: quick_results)")  # fmt: skip
     p.add_argument("--model", nargs="+", default=(), help="only these models, such as deit_small")
     p.add_argument("--batch", nargs="+", type=commandline.positive, default=(), help="only these batch sizes")
+    p.add_argument("--pruner", nargs="+", default=(), help="with `model` and `sparsity`: only these pruners, and what "
+                   "prunes nothing")  # fmt: skip
+    p.add_argument("--backend", nargs="+", default=(), help="with `model` and `sparsity`: only these backends, and "
+                   "what prunes nothing")  # fmt: skip
     p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already; with "
                    "--imagenet, forget an interrupted count and begin anew")  # fmt: skip
     p.add_argument("--budget", type=float, metavar="SECONDS",
@@ -118,6 +124,8 @@ def effects(asked: argparse.Namespace) -> None:
         refuse(("model",), f"has no effect here; the suites that take it are {', '.join(USE_MODEL)}")
     if not suites & {*USE_BATCH}:
         refuse(("batch",), f"has no effect here; the suites that take it are {', '.join(USE_BATCH)}")
+    if not suites & {*USE_CHOICE}:
+        refuse(("pruner", "backend"), f"has no effect here; the suites that take it are {', '.join(USE_CHOICE)}")
     for name, suite in (("counts", "accuracy"), ("networks", "seeds"), ("images", "fidelity")):
         if suite not in suites:
             refuse((name,), f"is for the suite {suite}, which is not asked for")
@@ -167,6 +175,7 @@ def wanted(asked: argparse.Namespace) -> Options:
     return Options(
         asked.device, asked.quick, tuple(asked.model), tuple(asked.batch), asked.counts,
         tuple(map(Path, asked.networks)), Path(asked.images) if asked.images else None, asked.weights,
+        tuple(asked.pruner), tuple(asked.backend),
     )  # fmt: skip
 
 

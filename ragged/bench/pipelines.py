@@ -133,11 +133,13 @@ class Pipeline:
     def __init__(self, bench, pruner, backend: str, mode: str):
         self.bench, self.pruner, self.backend, self.mode = bench, pruner, backend, mode
         self.run = self.trace = self.facts = None
+        self.rows_only = False
 
     def build(self) -> Subject:
         bench, pruner = self.bench(), self.pruner() if self.pruner is not None else None
         name = "auto" if self.backend == "unpruned" else self.backend
         need(bench.vit, name)
+        self.rows_only = pruner is not None and pruner.rows_only
         if self.mode != "eager" and bench.device != "cuda":
             raise Skip("CUDA graphs need a CUDA device")
         model = bench.model(pruner, name)
@@ -175,7 +177,7 @@ class Pipeline:
         return {
             "kept_tokens": sum(counts) / len(counts),
             "capacity_waste": self._waste(counts),
-            "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch),
+            "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch, self.rows_only),
         }
 
     def counts(self) -> list[int]:
@@ -195,6 +197,35 @@ class Pipeline:
         if self.facts.pads:
             return max(counts) * len(counts) / sum(counts) - 1
         return 0.0
+
+
+class TimmPipeline:
+    """timm's own model, without this package: eager, or (compile+graph) torch.compile with mode="reduce-overhead"."""
+
+    def __init__(self, bench, mode: str):
+        self.bench, self.mode = bench, mode
+
+    def build(self) -> Subject:
+        bench = self.bench()
+        run = bench.vit
+        if self.mode != "eager":
+            if bench.device != "cuda":
+                raise Skip("CUDA graphs need a CUDA device")
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            run = torch.compile(run, mode="reduce-overhead", dynamic=False)
+        exact, allowed = bench.expected(None, [])
+        for _ in range(3):  # compiled, recorded, replayed
+            error = rms(run(bench.images[0]) - exact)
+            if not error <= allowed:
+                raise Wrong(f"root mean square error of the logits {error:.2g}, allowed {allowed:.2g}")
+        calls = [functools.partial(run, images) for images in bench.images]
+        return Subject(calls, None, len(calls), torch.no_grad, PIPELINE_CLOCKS)
+
+    def values(self, subject: Subject) -> dict[str, float]:
+        """As those of `Pipeline`: every token stays."""
+        vit = self.bench().vit
+        return {"kept_tokens": vit.patch_embed.num_patches + vit.num_prefix_tokens, "capacity_waste": 0.0,
+                "flops_ratio": 1.0}  # fmt: skip
 
 
 def _each(calls) -> None:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -47,7 +47,8 @@ MENDABLE = (ImportError, OSError, Wrong)
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for. models, batches: only these; empty means what the suite calls for.  counts: only
-    what needs no clock.  networks: folders of trained networks, for `seeds`.  images, weights: for `fidelity`."""
+    what needs no clock.  networks: folders of trained networks, for `seeds`.  images, weights: for `fidelity`. pruners,
+    backends: see `chosen`."""
 
     device: str = "cuda"
     quick: bool = False
@@ -57,6 +58,8 @@ class Options:
     networks: tuple[Path, ...] = ()
     images: Path | None = None
     weights: str | None = None
+    pruners: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +99,22 @@ class Case:
     @property
     def name(self) -> str:
         return " ".join(str(self.columns.get(c, "")) for c in ("suite", "model", "batch", "tokens", "dtype"))
+
+
+def chosen(cases: Iterable[Case], options: Options) -> list[Case]:
+    """The cases with only the pruners and backends that were asked for; whatever prunes nothing stays, to compare with.
+    ValueError for a name that no candidate has."""
+    cases = list(cases)
+    for column in ("pruner", "backend"):
+        asked = getattr(options, f"{column}s")
+        there = {str(c.columns.get(column, case.columns.get(column, ""))) for case in cases for c in case.candidates}
+        if unknown := [name for name in asked if name not in there]:
+            raise ValueError(f"--{column}: expected {', '.join(sorted(there))}, got {', '.join(unknown)}")
+        if asked:
+            keep = {*asked, "none"} if column == "pruner" else {*asked, "unpruned", "timm"}
+            cases = [replace(case, candidates=[c for c in case.candidates if c.columns.get(
+                column, case.columns.get(column)) in keep]) for case in cases]  # fmt: skip
+    return cases
 
 
 class Recorder:

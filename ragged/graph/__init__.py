@@ -25,10 +25,10 @@ from ..backends import BACKENDS
 from ..checks import weight_of
 from .batch import Captured, capture_batch
 from .lists import CapturedList, CapturedTokens, capture_list
-from .parts import FEW_ROWS, SMALLEST, STEP, WIDTH_STEP, bucket_sizes
+from .parts import FEW_ROWS, SMALLEST, STEP, WIDTH_STEP, aside, bucket_sizes
 
-__all__ = ["FEW_ROWS", "SMALLEST", "STEP", "WIDTH_STEP", "Captured", "CapturedList", "CapturedTokens", "bucket_sizes",
-           "capture"]  # fmt: skip
+__all__ = ["FEW_ROWS", "SMALLEST", "STEP", "WIDTH_STEP", "Captured", "CapturedList", "CapturedTokens", "aside",
+           "bucket_sizes", "capture"]  # fmt: skip
 
 
 def capture(

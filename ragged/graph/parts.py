@@ -9,6 +9,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
 WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
 
+Result = TypeVar("Result")
 Work = Callable[[Callable[[], None]], object]  # what is recorded; it gets a function to call after each block
 
 
@@ -45,6 +47,30 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def aside(work: Callable[[], Result], on_gpu: bool) -> Callable[[], Result]:
+    """Something to ask for the result of `work` later. While a pass is recorded, the kernels of `work` become a branch
+    of the graph, beside whatever is recorded until somebody asks; otherwise work is done when somebody asks. on_gpu:
+    whether its tensors are."""
+    if not on_gpu or not torch.cuda.is_current_stream_capturing():
+        return work
+    here, branch = torch.cuda.current_stream(), _branch(torch.cuda.current_device())
+    branch.wait_stream(here)
+    with torch.cuda.stream(branch):
+        result = work()
+
+    def joined() -> Result:
+        here.wait_stream(branch)
+        return result
+
+    return joined
+
+
+@functools.cache
+def _branch(device: int) -> torch.cuda.Stream:
+    """Where branches are recorded. Nothing ever runs there."""
+    return torch.cuda.Stream(device)
 
 
 class Chain:
@@ -80,17 +106,22 @@ class Chain:
 
 
 class Recorder:
-    """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns."""
+    """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns.
+
+    What is tried out runs on a stream of its own. A matrix product may need memory to work in, which PyTorch allocates
+    once for each stream: had the recording's stream got it before, it would not come from the pool, and somebody else
+    might give it away while the graphs still write there, as torch.compile(mode="reduce-overhead") does."""
 
     def __init__(self, model: nn.Module):
         self.model, self.stream, self.pool = model, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.trial = torch.cuda.Stream()
 
     def try_out(self, work: Work) -> object:
         """Run `work` outside any recording: it compiles, tunes cuBLAS and fills caches."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.trial.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.trial):
             result = work(lambda: None)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(self.trial)
         return result
 
     def record(self, work: Work) -> Chain:

@@ -326,7 +326,9 @@ def resident_kernel(
 
 # ---- the host's side ----
 
-PRECISION = {torch.float32: "ieee"}  # of a product in float32; products of 16-bit numbers are exact anyway
+# Of a product in float32: three on tensor cores, as precise as one of ordinary multiply-adds and in two fifths of its
+# time. Products of 16-bit numbers are exact anyway.
+PRECISION = {torch.float32: "tf32x3"}
 
 
 @functools.cache

@@ -16,13 +16,14 @@ def cls_kernel(
     Q, K, Probs, Starts, Lengths, scale_log2, count,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, Q_DIM: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, K_DIM: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of every image's first row (CLS) over its own keys: Probs float32 (rows, HEADS). count: rows
     of every image, or 0, and Lengths says it.
 
     One row of the attention matrix instead of all of them. Grid (HEADS * batch,). Two passes over the keys: the first
-    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then.
+    finds the maximum and the sum, the second writes; the keys of one head are still in the cache by then. ONCE: no
+    image has more than N rows, and one pass is enough.
     """
     head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
@@ -36,6 +37,12 @@ def cls_kernel(
     q = q.to(tl.float32) * scale_log2
     k_head = K + start * K_TOKEN + head * K_HEAD
     lane = tl.arange(0, N)
+    if ONCE:
+        k = load_tile(k_head, 0, N, length, K_TOKEN, K_DIM, D, BLOCK_D, CHECK=True)
+        score = tl.where(lane < length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        weight = tl.exp2(score - tl.max(score, 0))
+        tl.store(Probs + (start + lane) * HEADS + head, weight / tl.sum(weight, 0), mask=lane < length)
+        return
     top = tl.full([N], float("-inf"), tl.float32)
     total = tl.zeros([N], tl.float32)
     for j in range(0, number(length), N):
@@ -51,6 +58,31 @@ def cls_kernel(
         k = load_tile(k_head, j, N, length, K_TOKEN, K_DIM, D, BLOCK_D, CHECK=True)
         score = tl.sum(k.to(tl.float32) * q[None, :], 1)
         tl.store(Probs + (start + j + lane) * HEADS + head, tl.exp2(score - best) / norm, mask=j + lane < length)
+
+
+@triton.jit(do_not_specialize=["count", "width"])
+def importance_kernel(
+    Probs, V, Starts, Lengths, Out, count, width,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Probs float32 (rows, HEADS), summed over the heads, times the norm of the row's values in all heads: Out float32
+    (images, width), zero where an image has no row. count: rows of every image, or 0, and Lengths says it.
+    Grid (images * programs,): a program looks at N rows."""
+    part = tl.cdiv(width, N)
+    image, first = tl.program_id(0) // part, tl.program_id(0) % part * N
+    start = tl.load(Starts + image).to(tl.int64)
+    length = count
+    if count == 0:
+        length = tl.load(Lengths + image)
+    row = first + tl.arange(0, N)
+    squares, total = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    for head in tl.static_range(0, HEADS):
+        v = load_tile(V + start * V_TOKEN + head * V_HEAD, first, N, length, V_TOKEN, V_DIM, D, BLOCK_D, CHECK=True)
+        v = v.to(tl.float32)
+        squares += tl.sum(v * v, 1)
+        total += tl.load(Probs + (start + row) * HEADS + head, mask=row < length, other=0.0)
+    tl.store(Out + image.to(tl.int64) * width + row, total * tl.sqrt(squares), mask=row < width)
 
 
 @triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
@@ -229,24 +261,34 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
     cdf = tl.where(i < patches, cdf, 2.0)  # past every height
     start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
+    # of equal steps the first counts: as many values as there are different ones, in order
     tl.debug_barrier()  # all have read the scores that stood here
     tl.store(steps + i, cdf, mask=i < patches)
     tl.debug_barrier()
-    picked = tl.zeros([N], tl.int32)
-    for j in range(0, number(samples), CHUNK):
-        sample = j + tl.arange(0, CHUNK)
-        height = start + (1.0 - start) * (sample.to(tl.float32) / tl.maximum(samples - 1, 1).to(tl.float32))
-        above = tl.sum((cdf[None, :] < height[:, None]).to(tl.int32), 1)  # the first step that reaches it
-        above = tl.maximum(tl.minimum(above, last), 0)
-        wanted = (sample < samples) & (patches > 0)
-        upper = tl.load(steps + above, mask=wanted, other=0.0)
-        lower = tl.load(steps + tl.maximum(above - 1, 0), mask=wanted, other=0.0)
-        below = tl.sum((cdf[None, :] < lower[:, None]).to(tl.int32), 1)  # the first of equal steps
-        below = tl.maximum(tl.minimum(below, last), 0)
-        nearest = tl.where(tl.abs(upper - height) < tl.abs(height - lower), above, below)
-        hit = (nearest[:, None] == i[None, :]) & wanted[:, None]
-        picked = tl.maximum(picked, tl.max(hit.to(tl.int32), 0))
-    picked = tl.where(i < patches, picked, 0)
+    before = tl.load(steps + i - 1, mask=(i > 0) & (i < patches), other=0.0)
+    first = ((i == 0) | (cdf > before)) & (i < patches)
+    run, runs = tl.cumsum(first.to(tl.int32), 0) - 1, tl.sum(first.to(tl.int32), 0)
+    tl.debug_barrier()
+    tl.store(steps + run, cdf, mask=first)
+    tl.debug_barrier()
+    lower = tl.load(steps + run - 1, mask=first & (run > 0), other=-1.0)
+    upper = tl.load(steps + run + 1, mask=first & (run + 1 < runs), other=3.0)
+    # a step is the nearest for the heights from half-way below it to half-way above it: the first such height is one of
+    # four, and if that one does not count for it, none does
+    # a gap is 0, or at least a half: each of n sorted scores is at most an n-th of what is left
+    gap, most = 1.0 - start, tl.maximum(samples - 1, 1).to(tl.float32)
+    middle = tl.where(run > 0, 0.5 * (lower + cdf), cdf)
+    near = tl.floor((middle - start) / tl.maximum(gap, 1e-6) * most)
+    near = tl.minimum(tl.maximum(near, -1.0), most + 1.0).to(tl.int32)
+    hit = (i == 0) & (runs == 1)  # all scores are zero, or none is a number
+    for more in tl.static_range(0, 4):
+        sample = tl.minimum(tl.maximum(near - 1 + more, 0), samples - 1)
+        height = start + gap * (sample.to(tl.float32) / most)
+        above = (run > 0) & (height > lower) & ((height <= cdf) | (run + 1 == runs))
+        below = (run + 1 < runs) & (height > cdf) & ((height <= upper) | (run + 2 == runs))
+        hit |= above & (tl.abs(cdf - height) < tl.abs(height - lower))
+        hit |= below & ((tl.abs(upper - height) < tl.abs(height - cdf)) == 0)
+    picked = (hit & first).to(tl.int32)
     drawn, place = tl.sum(picked, 0), tl.cumsum(picked, 0)  # place: drawn ones up to and with this one
     target = tl.where(picked != 0, place - 1, drawn + i - place)
     out = Index + image * width

@@ -202,6 +202,8 @@ def shapes(options: Options) -> list[tuple[int, str, torch.dtype]]:
         plan = [(b, t, half) for b, t in sizes]
         plan += [(b, "U(20,197)", half) for b in options.batches_or((64, 256))]
         plan += [(b, t, half) for b in options.batches_or((32,)) for t in ("288", "577")]
+        # the best counts of rivals that work in tiles of 128 or 64: the others leave much of a tile empty
+        plan += [(b, t, half) for b in options.batches_or((64,)) for t in ("140", "192")]
         if half == torch.float16:
             plan += [(b, t, torch.bfloat16) for b in options.batches_or((32,)) for t in ("39", "99", "197")]
     return list(dict.fromkeys(plan))

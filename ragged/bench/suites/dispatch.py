@@ -6,7 +6,8 @@ A row's backend is `<provider>` for the public Python function and `<provider>:<
                  custom_op (what torch.compile calls), quick (arguments of a known kind), guard (how it is told),
                  checked (other arguments, after their checks), argument_packing, output_allocation,
                  cached_launch (launch.start), direct_launch (the launcher it keeps), compiled_run (Triton's
-                 CompiledKernel.run), cuLaunchKernel (the driver through ctypes);
+                 CompiledKernel.run), cuLaunchKernel (the driver through ctypes), cuda_bindings (the driver through the
+                 package cuda-bindings);
                  beside them jit_launch, Triton's own kernel[grid](...), which is not taken
     flash_attn   custom_op (torch.ops.flash_attn), binding (the C++ function), aten (the same kernel inside PyTorch)
     torch_varlen custom_op (torch.ops.torch_attn), aten
@@ -86,6 +87,25 @@ class Started:
         call.alive = values  # the array only points into them
         return call
 
+    def bindings_launch(self) -> Callable[[], object]:
+        """cuLaunchKernel through the package cuda-bindings, which packs the arguments in every call."""
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise Skip(f"cuda-bindings: {error}") from None
+        values = (*self.pointers, *self.numbers, 0, 0)
+        kinds = tuple(ctypes.c_float if isinstance(n, float) else ctypes.c_int32 for n in self.numbers)
+        types = (ctypes.c_void_p,) * len(self.pointers) + kinds + (ctypes.c_void_p,) * 2
+        meta = self.compiled.metadata
+        shape = (*self.grid, 1, meta.num_warps * 32, 1, 1, meta.shared)
+        function, stream = driver.CUfunction(self.compiled.function), driver.CUstream(self.stream)
+
+        def call() -> None:
+            if driver.cuLaunchKernel(function, *shape, stream, (values, types), 0)[0]:
+                raise RuntimeError("cuLaunchKernel failed")
+
+        return call
+
 
 def triton_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
     q, k, v = x.sets[0]
@@ -114,6 +134,7 @@ def triton_layers(x: Inputs) -> dict[str, Callable[[], Callable]]:
         "direct_launch": lambda: started().direct_launch(),
         "compiled_run": lambda: started().compiled_run(),
         "cuLaunchKernel": lambda: started().driver_launch(),
+        "cuda_bindings": lambda: started().bindings_launch(),
         "jit_launch": lambda: started().jit,
     }
 
@@ -226,7 +247,7 @@ def _layer(x: Callable[[], Inputs], provider: str, layer: str, options: Options)
 
 LAYERS = {
     "triton": ("compiled", "custom_op", "quick", "guard", "checked", "argument_packing", "output_allocation",
-               "cached_launch", "direct_launch", "compiled_run", "cuLaunchKernel", "jit_launch"),
+               "cached_launch", "direct_launch", "compiled_run", "cuLaunchKernel", "cuda_bindings", "jit_launch"),
     "flash_attn": ("custom_op", "binding", "aten"), "torch_varlen": ("custom_op", "aten"),
     "paper_triton": ("contiguous_copies", "output_allocation", "jit_launch"),
     "torch": ("empty", "empty_like", "new_empty", "nothing"),

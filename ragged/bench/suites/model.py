@@ -3,6 +3,9 @@
 backend unpruned    the same network without a cut
 tokens 99           equal counts: threshold_l2 at keep 0.5, the paper's single cut after the fourth block
 tokens U(30,168)    truly ragged: prescribed random lengths, mean 99, which the host is not told
+tokens published    a pruner with the schedule and the share of its paper
+tokens one cut      the same pruner with one cut, after the fourth block, to a half
+backend timm        timm's own model; its mode compile+graph is torch.compile(mode="reduce-overhead")
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from collections.abc import Callable
 
 from ... import data
 from ...pruners import PRUNERS, GivenLengths
-from ..pipelines import METRICS, MODES, Pipeline, Workbench
+from ..pipelines import METRICS, MODES, Pipeline, TimmPipeline, Workbench
 from ..runner import Candidate, Case, Options
 
 MODELS = ("deit_base", "deit_small", "deit_tiny")
 CONTESTANTS = ("triton", "sdpa_padded", "flash_attn", "torch_varlen", "paper_triton", "paper_padded")
 SINGLE_CUT = {"at": (3,), "where": "after"}
+BATCHES = (64, 256, 1, 16, 4, 2, 8, 32, 128)  # where the paper's claims are first, for a recording cut short
+REAL = ("dynamicvit", "evit", "ats")  # threshold_l2's published schedule is the stand-in with equal counts
+REAL_MODES = ("eager", "compile+graph")
 SWEPT = (0.5, 0.1, 0.3, 0.7, 0.9, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -42,20 +48,41 @@ def _unpruned(bench, modes, patches: int = 196) -> list[Candidate]:
     return [_candidate(bench, None, columns | {"mode": mode}) for mode in modes]
 
 
+def _timm(bench, patches: int = 196) -> list[Candidate]:
+    columns = {"pruner": "none", "backend": "timm", "tokens": str(patches + 1), "keep": 1.0}
+    found = []
+    for mode in REAL_MODES:
+        pipeline = TimmPipeline(bench, mode)
+        found.append(Candidate(columns | {"mode": mode}, pipeline.build, METRICS, pipeline.values))
+    return found
+
+
+def _real(bench) -> list[Candidate]:
+    """The pruners themselves, as published and in one cut to a half, by our kernel."""
+    found = []
+    for name, tokens in itertools.product(REAL, ("published", "one cut")):
+        how = {} if tokens == "published" else {"samples": 98} if name == "ats" else {"keep": 0.5}
+        make = functools.partial(PRUNERS[name], **how, **({} if tokens == "published" else SINGLE_CUT))
+        keep = "" if name == "ats" else 0.7 if tokens == "published" else 0.5
+        columns = {"pruner": name, "backend": "triton", "tokens": tokens, "keep": keep}
+        found += [_candidate(bench, make, columns | {"mode": mode}) for mode in REAL_MODES]
+    return found
+
+
 def equal_counts(keep: float) -> Callable:
     """A constructor of threshold_l2 in the paper's single cut."""
     return functools.partial(PRUNERS["threshold_l2"], keep=keep, **SINGLE_CUT)
 
 
 def model(options: Options) -> list[Case]:
-    """DeiT-Ti, -S and -B, unpruned and pruned to a half, by every backend in every mode."""
+    """DeiT-Ti, -S and -B, unpruned and pruned to a half, by every backend in every mode; beside them the published
+    pruners by our kernel, and timm's own model."""
     cases = []
     quick = options.quick
-    # where the paper's claims are first, so that a recording cut short holds them
     for name in options.models_or(("deit_tiny",) if quick else MODELS):
-        for batch in options.batches_or((4,) if quick else (64, 256, 1, 16, 4)):
+        for batch in options.batches_or((4,) if quick else BATCHES):
             bench = _bench(name, batch, options)
-            candidates = _unpruned(bench, MODES)
+            candidates = _unpruned(bench, MODES) + _timm(bench) + _real(bench)
             columns = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
             for backend, mode in itertools.product(("dense", *CONTESTANTS), MODES):
                 candidates.append(_candidate(bench, equal_counts(0.5), columns | {"backend": backend, "mode": mode}))

@@ -1,0 +1,126 @@
+"""DynamicViT's scorer as two kernels: one up to what all patches of an image have in common, one from there on.
+
+A scorer is four small products with a layer norm, three activations and a mean between them: a dozen launches for work
+that takes the GPU no longer than one. Here a program owns a few patches and keeps everything about them to itself. What
+needs all patches of an image, the mean, ends the first kernel. Numbers are rounded where PyTorch's modules round them.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention import number
+
+
+@triton.jit
+def _gelu(x, dtype: tl.constexpr):
+    """GELU of x, as a module of this dtype gets it and returns it."""
+    x = x.to(dtype).to(tl.float32)
+    return (0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))).to(dtype)
+
+
+@triton.jit
+def _place(Starts, Lengths, image, count, PREFIX: tl.constexpr):
+    """First patch of an image, and how many it has."""
+    start, length = image.to(tl.int64) * count, count
+    if count == 0:
+        start, length = tl.load(Starts + image).to(tl.int64), tl.load(Lengths + image)
+    return start + PREFIX, tl.maximum(length - PREFIX, 0)
+
+
+@triton.jit(do_not_specialize=["count", "patches", "eps"])
+def scorer_in_kernel(
+    X, Starts, Lengths, Gamma, Beta, Weight, Bias, Hidden, Sums, count, patches, eps,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Layer norm, product and GELU: Hidden (images * patches, DIM) of the tokens X (rows, DIM), and of the columns in
+    its second half the sums Sums (images, tiles, DIM // 2) over the patches of a tile.
+
+    count: rows of every image, or 0, then Starts and Lengths say which are whose. patches: the most that an image has.
+    Grid (images * tiles, column tiles): a program makes M patches by N columns.
+    """
+    dtype: tl.constexpr = X.dtype.element_ty
+    tiles = tl.cdiv(patches, M)
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    start, length = _place(Starts, Lengths, image, count, PREFIX)
+    row = tile * M + tl.arange(0, M)
+    real = row < length
+    x_rows = X + (start + row)[:, None] * DIM
+    every = tl.arange(0, WHOLE)
+    whole = tl.load(x_rows + every[None, :], mask=real[:, None] & (every < DIM)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(whole, 1) / DIM
+    off = tl.where((every < DIM)[None, :], whole - mean[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) / DIM + eps)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    acc = tl.zeros([M, N], tl.float32)
+    for j in range(0, DIM, K):
+        k = j + tl.arange(0, K)
+        there = k < DIM
+        x = tl.load(x_rows + k[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
+        gamma = tl.load(Gamma + k, mask=there, other=0.0).to(tl.float32)
+        beta = tl.load(Beta + k, mask=there, other=0.0).to(tl.float32)
+        normed = ((x - mean[:, None]) * scale[:, None] * gamma[None, :] + beta[None, :]).to(dtype)
+        weight = tl.load(Weight + column[:, None] * DIM + k[None, :],
+                         mask=(column < DIM)[:, None] & there[None, :], other=0.0)  # fmt: skip
+        acc = tl.dot(normed, tl.trans(weight), acc)
+    acc += tl.load(Bias + column, mask=column < DIM, other=0.0).to(tl.float32)[None, :]
+    hidden = _gelu(acc, dtype)
+    target = image.to(tl.int64) * patches + row
+    tl.store(Hidden + target[:, None] * DIM + column[None, :], hidden,
+             mask=(row < patches)[:, None] & (column < DIM)[None, :])  # fmt: skip
+    half: tl.constexpr = DIM // 2
+    sums = tl.sum(tl.where(real[:, None], hidden.to(tl.float32), 0.0), 0)
+    tl.store(Sums + tl.program_id(0).to(tl.int64) * half + column - half, sums,
+             mask=(column >= half) & (column < DIM))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "patches"])
+def scorer_out_kernel(
+    Hidden, Sums, Starts, Lengths, W1, B1, W2, B2, W3, B3, Out, count, patches,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The rest: the second half of Hidden gives way to its mean over the image, then come two products with GELU, a
+    third one of two columns, and a log-softmax over those. Out float32 (images, patches): its first column, "keep".
+
+    Of the hidden columns of the first product N are made at a time, and used up at once in the second one, of LAST
+    columns. Grid (images * tiles,): a program makes M patches. The other arguments are those of `scorer_in_kernel`.
+    """
+    dtype: tl.constexpr = Hidden.dtype.element_ty
+    half: tl.constexpr = DIM // 2
+    quarter: tl.constexpr = DIM // 4
+    tiles = tl.cdiv(patches, M)
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    start, length = _place(Starts, Lengths, image, count, PREFIX)
+    row = tile * M + tl.arange(0, M)
+    there = row < patches
+    mine = Hidden + (image.to(tl.int64) * patches + row)[:, None] * DIM
+    last = tl.arange(0, LAST)
+    acc = tl.zeros([M, LAST], tl.float32)
+    for c in range(0, half, N):
+        column = c + tl.arange(0, N)
+        own = tl.zeros([M, N], tl.float32)
+        shared = tl.zeros([N], tl.float32)
+        for j in range(0, half, K):
+            k = j + tl.arange(0, K)
+            inside = (column < half)[:, None] & (k < half)[None, :]
+            x = tl.load(mine + k[None, :], mask=there[:, None] & (k < half)[None, :], other=0.0)
+            own = tl.dot(x, tl.trans(tl.load(W1 + column[:, None] * DIM + k[None, :], mask=inside, other=0.0)), own)
+            total = tl.zeros([K], tl.float32)
+            for t in range(0, number(tiles)):
+                total += tl.load(Sums + (image * tiles + t).to(tl.int64) * half + k, mask=k < half, other=0.0)
+            mean = (total / tl.maximum(length, 1)).to(dtype).to(tl.float32)
+            weight = tl.load(W1 + column[:, None] * DIM + half + k[None, :], mask=inside, other=0.0)
+            shared += tl.sum(weight.to(tl.float32) * mean[None, :], 1)
+        own += (shared + tl.load(B1 + column, mask=column < half, other=0.0).to(tl.float32))[None, :]
+        weight = tl.load(W2 + last[:, None] * half + column[None, :],
+                         mask=(last < quarter)[:, None] & (column < half)[None, :], other=0.0)  # fmt: skip
+        acc = tl.dot(_gelu(own, dtype), tl.trans(weight), acc)
+    acc += tl.load(B2 + last, mask=last < quarter, other=0.0).to(tl.float32)[None, :]
+    hidden = _gelu(acc, dtype).to(tl.float32)
+    keep = tl.load(W3 + last, mask=last < quarter, other=0.0).to(tl.float32)
+    drop = tl.load(W3 + quarter + last, mask=last < quarter, other=0.0).to(tl.float32)
+    keep = tl.sum(hidden * keep[None, :], 1) + tl.load(B3).to(tl.float32)
+    drop = tl.sum(hidden * drop[None, :], 1) + tl.load(B3 + 1).to(tl.float32)
+    ahead = keep - drop
+    score = tl.minimum(ahead, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(ahead)))
+    score = tl.where(ahead != ahead, ahead, score)
+    tl.store(Out + image.to(tl.int64) * patches + row, tl.where(row < length, score, float("-inf")), mask=there)
