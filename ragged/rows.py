@@ -100,7 +100,8 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
     rows, heads, dim = v.shape
     batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
     if not launch.usable(v.device) or v.dtype == torch.float64 or flow.wanted(v, probs):
-        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=torch.float32)
+        exact = torch.promote_types(v.dtype, torch.float32)
+        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=exact)
         column = torch.arange(width, device=v.device)
         real = (column < (equal or lengths[:, None])).expand(batch, -1)
         return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
@@ -125,7 +126,8 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     batch = x.shape[0] // equal if equal else lengths.shape[0]
     fits = patches > 0 and dim % 8 == 0 and dim <= WIDEST and batch * patches <= MOST_SCORED
     plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
-    if not launch.usable(x.device) or flow.wanted(x) or not fits or not plain or x.dtype not in (torch.float16, torch.bfloat16):
+    plain &= fits and x.dtype in (torch.float16, torch.bfloat16)
+    if not launch.usable(x.device) or flow.wanted(x) or not plain:
         return None
     if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(t.requires_grad for t in weights)):
         return None
