@@ -17,8 +17,8 @@ CHUNK = 128  # counts that a program of `take_rows` adds up at a time
 MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
 # Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
 MOST_RANKED = 1024
-FEW_SCORED, MOST_SCORED = 1024, 1 << 30  # patches of a batch: small tiles up to here, and PyTorch from there on
-WIDEST = 1024  # tokens that `patch_scores` takes
+# Patches of a batch, and their width, up to which `patch_scores` does it: its programs read all weights anew.
+MOST_SCORED, WIDEST = 1024, 384
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -119,21 +119,25 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
         return None
     from .kernels.scorer import scorer_in_kernel, scorer_out_kernel
 
-    x, few = x.contiguous(), batch * patches <= FEW_SCORED
-    side = 16 if few else 64
-    tiles = batch * -(-patches // side)
-    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(tiles, dim // 2, dtype=torch.float32)
+    x, side = x.contiguous(), 16
+    tiles = -(-patches // side)
+    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(batch * tiles, dim // 2, dtype=torch.float32)
     out = x.new_empty(batch, patches, dtype=torch.float32)
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
-    shared = {"DIM": dim, "PREFIX": prefix, "M": side, "N": 64, "K": 64}
-    first = shared | {"WHOLE": 1 << (dim - 1).bit_length()}
-    last = shared | {"LAST": max(16, 1 << (dim // 4 - 1).bit_length())}
-    key, options = (x.dtype, bool(equal), dim, prefix, side), {"num_warps": 4 if few else 8}
-    launch.start(scorer_in_kernel, key, (tiles, -(-dim // 64)), (x, *places, *weights[:4], hidden, sums),
+    shared = {"DIM": dim, "PREFIX": prefix, "M": side}
+    first = shared | {"N": 32, "WHOLE": _power(dim)}
+    last = shared | {"N": 64, "HALF": _power(dim // 2), "LAST": _power(dim // 4), "TILES": _power(tiles)}
+    key, options = (x.dtype, bool(equal), dim, prefix, last["TILES"]), {"num_warps": 4}
+    launch.start(scorer_in_kernel, key, (batch * tiles, -(-dim // 32)), (x, *places, *weights[:4], hidden, sums),
                  (equal, patches, norm.eps), first, options)  # fmt: skip
-    launch.start(scorer_out_kernel, key, (tiles, 1), (hidden, sums, *places, *weights[4:], out), (equal, patches), last,
-                 options)  # fmt: skip
+    launch.start(scorer_out_kernel, key, (batch * tiles, 1), (hidden, sums, *places, *weights[4:], out),
+                 (equal, patches), last, options)  # fmt: skip
     return out
+
+
+def _power(n: int) -> int:
+    """The power of two that holds n, and at least what a tensor core takes."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 # ---- which rows ----

@@ -366,9 +366,7 @@ def test_the_sanitizers_cases():
 
 
 @pytest.mark.parametrize("dim", [48, 192])
-@pytest.mark.parametrize("few", [0, 1024], ids=["large tiles", "small tiles"])
-def test_scores_of_a_predictor(dim, few, monkeypatch):
-    monkeypatch.setattr(row_ops, "FEW_SCORED", few)
+def test_scores_of_a_predictor(dim):
     torch.manual_seed(dim)
     predictor, x = Predictor(dim).half().eval(), torch.randn(3, 70, dim).half()
     dense = packing.Padded(x, torch.arange(70).expand(3, 70), 70, count=70)
