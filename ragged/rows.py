@@ -126,7 +126,7 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
     shared = {"DIM": dim, "PREFIX": prefix, "M": side}
     first = shared | {"N": 32, "WHOLE": _power(dim)}
-    last = shared | {"N": 64, "HALF": _power(dim // 2), "LAST": _power(dim // 4), "TILES": _power(tiles)}
+    last = shared | {"N": 32, "HALF": _power(dim // 2), "LAST": _power(dim // 4), "TILES": _power(tiles)}
     key, options = (x.dtype, bool(equal), dim, prefix, last["TILES"]), {"num_warps": 4}
     launch.start(scorer_in_kernel, key, (batch * tiles, -(-dim // 32)), (x, *places, *weights[:4], hidden, sums),
                  (equal, patches, norm.eps), first, options)  # fmt: skip
