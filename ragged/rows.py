@@ -87,8 +87,9 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
     any strides.  starts, lengths, width: as there."""
     rows, heads, dim = v.shape
     batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
-    if _in_pytorch(v) or _in_pytorch(probs):
-        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=torch.float32)
+    if _in_pytorch(v) or _in_pytorch(probs) or v.dtype == torch.float64:
+        wide = torch.promote_types(v.dtype, torch.float32)
+        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=wide).float()
         column = torch.arange(width, device=v.device)
         real = (column < (equal or lengths[:, None])).expand(batch, -1)
         return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
