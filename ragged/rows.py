@@ -16,12 +16,12 @@ from .kernels import flow
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
-CHUNK = 128  # counts that a program of `take_rows` adds up at a time
-MASK_CHUNK = 256  # mask entries that a program of `kept_rows` looks at at a time
+CHUNK, MASK_CHUNK = 128, 256  # counts, or entries of a mask, that a program adds up at once
 # Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
 MOST_RANKED = 1024
-FEW_SCORED, MOST_SCORED = 1024, 1 << 30  # patches of a batch: small tiles up to here, and PyTorch from there on
-WIDEST = 1024  # tokens that `patch_scores` takes
+# Patches of a batch, and their width, up to which `patch_scores` does it. None: its first form was no faster than the
+# compiled predictor, and its present one has not run on a GPU.
+MOST_SCORED, WIDEST = 0, 384
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
     rows, heads, dim = v.shape
     batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
     if not launch.usable(v.device) or v.dtype == torch.float64 or flow.wanted(v, probs):
-        exact = torch.promote_types(v.dtype, torch.float32)
-        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=exact)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=wide).float()
         column = torch.arange(width, device=v.device)
         real = (column < (equal or lengths[:, None])).expand(batch, -1)
         return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
@@ -117,37 +117,37 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
 
 def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
                  layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
-    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), in two launches; -inf where an image has no
-    patch. None where the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts, and
-    images stand one behind the other.  prefix: so many first rows are no patches.  patches: no image has more.  norm,
-    layers: of a `Predictor`, its four products."""
+    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch; None where
+    the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many first
+    rows are no patches.  patches: no image has more.  norm, layers: of a `Predictor`, its four products."""
     dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
     equal = lengths if isinstance(lengths, int) else 0
     batch = x.shape[0] // equal if equal else lengths.shape[0]
     fits = patches > 0 and dim % 8 == 0 and dim <= WIDEST and batch * patches <= MOST_SCORED
     plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
     plain &= fits and x.dtype in (torch.float16, torch.bfloat16)
-    if not launch.usable(x.device) or flow.wanted(x) or not plain:
-        return None
-    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and any(t.requires_grad for t in weights)):
+    if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
         return None
     from .kernels.scorer import scorer_in_kernel, scorer_out_kernel
 
-    x, few = x.contiguous(), batch * patches <= FEW_SCORED
-    side = 16 if few else 64
-    tiles = batch * -(-patches // side)
-    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(tiles, dim // 2, dtype=torch.float32)
+    x, side, tiles = x.contiguous(), 16, -(-patches // 16)
+    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(batch * tiles, dim // 2, dtype=torch.float32)
     out = x.new_empty(batch, patches, dtype=torch.float32)
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
-    shared = {"DIM": dim, "PREFIX": prefix, "M": side, "N": 64, "K": 64}
-    first = shared | {"WHOLE": 1 << (dim - 1).bit_length()}
-    last = shared | {"LAST": max(16, 1 << (dim // 4 - 1).bit_length())}
-    key, options = (x.dtype, bool(equal), dim, prefix, side), {"num_warps": 4 if few else 8}
-    launch.start(scorer_in_kernel, key, (tiles, -(-dim // 64)), (x, *places, *weights[:4], hidden, sums),
-                 (equal, patches, norm.eps), first, options)  # fmt: skip
-    launch.start(scorer_out_kernel, key, (tiles, 1), (hidden, sums, *places, *weights[4:], out), (equal, patches), last,
-                 options)  # fmt: skip
+    shared = {"DIM": dim, "PREFIX": prefix, "M": side}
+    first = shared | {"N": 32, "WHOLE": _power(dim)}
+    last = shared | {"N": 32, "HALF": _power(dim // 2), "LAST": _power(dim // 4), "TILES": _power(tiles)}
+    key, options = (x.dtype, bool(equal), dim, prefix, last["TILES"]), {"num_warps": 4}
+    tensors = (x, *places, *weights[:4], hidden, sums), (hidden, sums, *places, *weights[4:], out)
+    grid, numbers = (batch * tiles, -(-dim // 32)), (equal, patches)
+    launch.start(scorer_in_kernel, key, grid, tensors[0], (*numbers, norm.eps), first, options)
+    launch.start(scorer_out_kernel, key, (batch * tiles, 1), tensors[1], numbers, last, options)
     return out
+
+
+def _power(n: int) -> int:
+    """The power of two that holds n, and at least what a tensor core takes."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 # ---- which rows ----

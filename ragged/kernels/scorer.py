@@ -8,8 +8,6 @@ needs all patches of an image, the mean, ends the first kernel. Numbers are roun
 import triton
 import triton.language as tl
 
-from .attention import number
-
 
 @triton.jit
 def _gelu(x, dtype: tl.constexpr):
@@ -30,13 +28,13 @@ def _place(Starts, Lengths, image, count, PREFIX: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "patches", "eps"])
 def scorer_in_kernel(
     X, Starts, Lengths, Gamma, Beta, Weight, Bias, Hidden, Sums, count, patches, eps,
-    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Layer norm, product and GELU: Hidden (images * patches, DIM) of the tokens X (rows, DIM), and of the columns in
     its second half the sums Sums (images, tiles, DIM // 2) over the patches of a tile.
 
     count: rows of every image, or 0, then Starts and Lengths say which are whose. patches: the most that an image has.
-    Grid (images * tiles, column tiles): a program makes M patches by N columns.
+    Grid (images * tiles, column tiles): a program makes M patches by N columns. WHOLE: a power of two that holds DIM.
     """
     dtype: tl.constexpr = X.dtype.element_ty
     tiles = tl.cdiv(patches, M)
@@ -51,17 +49,12 @@ def scorer_in_kernel(
     off = tl.where((every < DIM)[None, :], whole - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) / DIM + eps)
     column = tl.program_id(1) * N + tl.arange(0, N)
-    acc = tl.zeros([M, N], tl.float32)
-    for j in range(0, DIM, K):
-        k = j + tl.arange(0, K)
-        there = k < DIM
-        x = tl.load(x_rows + k[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
-        gamma = tl.load(Gamma + k, mask=there, other=0.0).to(tl.float32)
-        beta = tl.load(Beta + k, mask=there, other=0.0).to(tl.float32)
-        normed = ((x - mean[:, None]) * scale[:, None] * gamma[None, :] + beta[None, :]).to(dtype)
-        weight = tl.load(Weight + column[:, None] * DIM + k[None, :],
-                         mask=(column < DIM)[:, None] & there[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(normed, tl.trans(weight), acc)
+    gamma = tl.load(Gamma + every, mask=every < DIM, other=0.0).to(tl.float32)
+    beta = tl.load(Beta + every, mask=every < DIM, other=0.0).to(tl.float32)
+    weight = tl.load(Weight + column[:, None] * DIM + every[None, :],
+                     mask=(column < DIM)[:, None] & (every < DIM)[None, :], other=0.0)  # fmt: skip
+    normed = (off * scale[:, None] * gamma[None, :] + beta[None, :]).to(dtype)
+    acc = tl.dot(normed, tl.trans(weight))
     acc += tl.load(Bias + column, mask=column < DIM, other=0.0).to(tl.float32)[None, :]
     hidden = _gelu(acc, dtype)
     target = image.to(tl.int64) * patches + row
@@ -76,13 +69,16 @@ def scorer_in_kernel(
 @triton.jit(do_not_specialize=["count", "patches"])
 def scorer_out_kernel(
     Hidden, Sums, Starts, Lengths, W1, B1, W2, B2, W3, B3, Out, count, patches,
-    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, LAST: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """The rest: the second half of Hidden gives way to its mean over the image, then come two products with GELU, a
     third one of two columns, and a log-softmax over those. Out float32 (images, patches): its first column, "keep".
 
     Of the hidden columns of the first product N are made at a time, and used up at once in the second one, of LAST
-    columns. Grid (images * tiles,): a program makes M patches. The other arguments are those of `scorer_in_kernel`.
+    columns. All that a step needs is loaded at once: with so few programs nothing hides a wait for memory. HALF, LAST
+    and TILES: powers of two that hold DIM // 2, DIM // 4, and the tiles of an image. Grid (images * tiles,): a program
+    makes M patches. The other arguments are those of `scorer_in_kernel`.
     """
     dtype: tl.constexpr = Hidden.dtype.element_ty
     half: tl.constexpr = DIM // 2
@@ -93,27 +89,21 @@ def scorer_out_kernel(
     row = tile * M + tl.arange(0, M)
     there = row < patches
     mine = Hidden + (image.to(tl.int64) * patches + row)[:, None] * DIM
-    last = tl.arange(0, LAST)
+    k, last, part = tl.arange(0, HALF), tl.arange(0, LAST), tl.arange(0, TILES)
+    x = tl.load(mine + k[None, :], mask=there[:, None] & (k < half)[None, :], other=0.0)
+    sums = tl.load(Sums + (image * tiles + part).to(tl.int64)[:, None] * half + k[None, :],
+                   mask=(part < tiles)[:, None] & (k < half)[None, :], other=0.0)  # fmt: skip
+    mean = (tl.sum(sums, 0) / tl.maximum(length, 1)).to(dtype).to(tl.float32)
     acc = tl.zeros([M, LAST], tl.float32)
     for c in range(0, half, N):
         column = c + tl.arange(0, N)
-        own = tl.zeros([M, N], tl.float32)
-        shared = tl.zeros([N], tl.float32)
-        for j in range(0, half, K):
-            k = j + tl.arange(0, K)
-            inside = (column < half)[:, None] & (k < half)[None, :]
-            x = tl.load(mine + k[None, :], mask=there[:, None] & (k < half)[None, :], other=0.0)
-            own = tl.dot(x, tl.trans(tl.load(W1 + column[:, None] * DIM + k[None, :], mask=inside, other=0.0)), own)
-            total = tl.zeros([K], tl.float32)
-            for t in range(0, number(tiles)):
-                total += tl.load(Sums + (image * tiles + t).to(tl.int64) * half + k, mask=k < half, other=0.0)
-            mean = (total / tl.maximum(length, 1)).to(dtype).to(tl.float32)
-            weight = tl.load(W1 + column[:, None] * DIM + half + k[None, :], mask=inside, other=0.0)
-            shared += tl.sum(weight.to(tl.float32) * mean[None, :], 1)
-        own += (shared + tl.load(B1 + column, mask=column < half, other=0.0).to(tl.float32))[None, :]
+        inside = (column < half)[:, None] & (k < half)[None, :]
+        weight = tl.load(W1 + column[:, None] * DIM + half + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        shared = tl.sum(weight * mean[None, :], 1) + tl.load(B1 + column, mask=column < half, other=0.0).to(tl.float32)
+        own = tl.dot(x, tl.trans(tl.load(W1 + column[:, None] * DIM + k[None, :], mask=inside, other=0.0)))
         weight = tl.load(W2 + last[:, None] * half + column[None, :],
                          mask=(last < quarter)[:, None] & (column < half)[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(_gelu(own, dtype), tl.trans(weight), acc)
+        acc = tl.dot(_gelu(own + shared[None, :], dtype), tl.trans(weight), acc)
     acc += tl.load(B2 + last, mask=last < quarter, other=0.0).to(tl.float32)[None, :]
     hidden = _gelu(acc, dtype).to(tl.float32)
     keep = tl.load(W3 + last, mask=last < quarter, other=0.0).to(tl.float32)
