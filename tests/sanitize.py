@@ -8,7 +8,8 @@ hand: what a program does is decided by its tiles, not by how many programs ther
 made on the host and every tensor has an allocation of its own, so that one row too many is seen; results are read back
 whole and compared with float64, so that a row too few is seen, too.
 
---part i/n runs every n-th case.  --device cpu works with TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
+--part i/n runs every n-th case.  --only TEXT those with TEXT in their name.  --device cpu works with
+TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.kernels import attention as kernels
-from ragged.tiles import choose_tiles
+from ragged.kernels import backward as backward_kernels
+from ragged.tiles import choose_backward, choose_tiles
 
 HEADS = 2
 HALF, SINGLE = torch.float16, torch.float32
@@ -93,6 +95,63 @@ def attention_cases():
                 yield name + " wrong guess", attention, (tiles, [less_q, max_q], [less_k, max_k], dim, dtype, room)
             else:
                 yield name, attention, (tiles, [1, max_q, 0, 3], [2, max_k, 1, 0], dim, dtype)
+
+
+@functools.cache
+def backward_choices():
+    """{tiles: (shortest call, longest call)} over everything `choose_backward` can answer; a call is (max_q, max_k,
+    headdim, itemsize)."""
+    found = {}
+    for headdim, itemsize in ((64, 2), (80, 2), (64, 4)):
+        for programs in (2, 300):
+            for max_q in (1, 16, 17, 39, 64, 65, 128, 129, 197, 256, 257):
+                for max_k in (1, 17, 33, 65, 130):
+                    tiles = choose_backward(max_q, max_k, headdim, programs, itemsize, True)
+                    call = (max_q, max_k, headdim, itemsize)
+                    found[tiles] = (found.get(tiles, (call,))[0], call)
+    return found
+
+
+def backward_cases():
+    for tiles, calls in backward_choices().items():
+        shape = " ".join(f"{t.kernel} {dict(t.shape)}" for t in tiles)
+        for max_q, max_k, dim, itemsize in dict.fromkeys(calls):
+            name, dtype = f"backward {shape} q={max_q} k={max_k} D={dim}", HALF if itemsize == 2 else SINGLE
+            yield name, backward, (tiles, [1, max_q, 0, 3], [2, max_k, 1, 0], dim, dtype, 5)
+        if dim == 64:
+            yield name + " lse", backward, (tiles, [max_q, 1], [max_k, 2], 24, dtype, 0, True)
+            yield name + " one projection", backward, (tiles, [max_q, 1], [max_q, 1], dim, dtype, 3, False, True)
+
+
+def backward(device, tiles, counts_q, counts_k, dim, dtype, room=0, dlse=False, together=False):
+    """One backward pass with given tiles against float64; the arguments as in `attention`."""
+    total_q, total_k = sum(counts_q) + room, sum(counts_k) + room
+    if together:
+        q, k, v = numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
+    else:
+        q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
+        k, v = (numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3))
+    sizes = (offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
+    dout = numbers(device, dtype, total_q, HEADS, dim, seed=4)
+    extra = numbers(device, SINGLE, HEADS, total_q, seed=5) if dlse else None
+    cpu = [x.cpu() if torch.is_tensor(x) else x for x in (q, k, v, *sizes)]
+    rows = [sum(counts_q), sum(counts_k), sum(counts_k)]
+    with torch.enable_grad():
+        leaves = [x.requires_grad_() for x in cpu[:3]]
+        out, lse = varlen_attention_ref(*leaves, *cpu[3:], return_lse=True)
+        loss = (out[: rows[0]] * dout.cpu()[: rows[0]]).sum()
+        if dlse:
+            some = lse.isfinite() & (torch.arange(total_q) < rows[0])
+            loss = loss + (lse[some] * extra.cpu()[some]).sum()
+        want = [dx.double() for dx in torch.autograd.grad(loss, leaves)]
+    given = (out.detach().to(dtype).to(device), lse.detach().float().to(device))
+    with mock.patch.object(backward_kernels, "choose_backward", lambda *_: tiles):
+        for _ in range(2):
+            got = backward_kernels.attend_backward(dout, extra, q, k, v, *given, *sizes, dim**-0.5, True)
+            for mine, exact, n in zip(got, want, rows):
+                scale = max(1.0, float(exact.abs().max()))
+                close(mine[:n] / scale, exact[:n] / scale, dtype)
+                assert not mine[n:].cpu().any()
 
 
 def special_cases():
@@ -200,12 +259,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case, from the i-th on")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--wrong", action="store_true", help="make mistakes on purpose")
     options = parser.parse_args()
     if options.wrong:
         return mistakes(options.device)
     part, parts = map(int, options.part.split("/"))
-    cases = [*attention_cases(), *special_cases()][part::parts]
+    every = [*attention_cases(), *special_cases(), *backward_cases()]
+    cases = [case for case in every if options.only in case[0]][part::parts]
     for name, run, arguments in cases:
         try:
             run(options.device, *arguments)
