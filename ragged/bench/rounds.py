@@ -19,8 +19,8 @@ CALL_CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "syncs")  # those of 
 @dataclass
 class Subject:
     """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` captured calls at once,
-    while the GPU sleeps for sleep_us; None where the call cannot be captured.  around: a context in which the calls run.  clocks: which to read.
-    found: values that are known before any clock runs, by metric."""
+    while the GPU sleeps for sleep_us; None where the call cannot be captured.  around: a context in which the calls
+    run.  clocks: which to read.  found: values that are known before any clock runs, by metric."""
 
     calls: list[Call]
     replay: Call | None = None

@@ -121,11 +121,10 @@ def backward_subject(inputs: Callable[[], GradientInputs], make: Callable, mode:
 
 def backward(options: Options) -> list[Case]:
     """Forward and backward in one call (mode eager; graph: that call alone in a CUDA graph), and the backward pass
-    alone (mode backward). gpu_us is taken of calls that were enqueued while the GPU slept; of a graph, of 20 calls in
-    one; with a provider that waits for the GPU, its waits count. Only ours is captured: PyTorch's autograd of others may
-    break a capture, and with it the process. q, k and v want a gradient each; with `:projection` behind
-    the provider it is their projection that wants one, made by `split_projection` for ours and by `unbind` for others.
-    """
+    alone (mode backward). gpu_us is taken of ten calls that were enqueued while the GPU slept; of a graph, of 20 calls
+    in one; where a provider waits for the GPU, its waits count. Only ours is captured: what others do in autograd may
+    break a capture, and with it the process. q, k and v want a gradient each; with `:projection` behind the provider it
+    is their projection that wants one, made by `split_projection` for ours and by `unbind` for the other."""
     found = []
     for batch, tokens, dtype in shapes(options):
         columns = {"suite": "backward", "model": "deit_base", "pruner": "none", "batch": batch, "tokens": tokens,
