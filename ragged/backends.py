@@ -364,7 +364,7 @@ _ALL = (  # in the order in which "auto" tries them
     Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True,
             backward=by_autograd(_torch_varlen)),
     Backend("efficient_varlen", _efficient_varlen, _why_not_efficient, "PyTorch's memory-efficient kernel, ragged",
-            has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True)),
+            has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True, leaves_gaps=True)),
     Backend("flash_attn_3", _flash_attn_3, _why_not_flash_3, "FlashAttention-3", has_lse=True,
             no_backward="its package fa3-fwd holds the forward pass only"),
     Backend("nested", _nested, _why_not_nested, "NestedTensor SDPA, zero-copy construction", recordable=False,
