@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from ragged import launch
 from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
@@ -172,6 +173,7 @@ def special_cases():
             yield f"copies {dtype} dim={width}", copies, (dtype, width)
         for batch in (1, 3, 150):
             yield f"take {dtype} batch={batch}", takes, (dtype, batch)
+            yield f"return {dtype} batch={batch}", returns, (dtype, batch)
         for n in (5, 197, 577):
             yield f"rank {dtype} n={n}", ranks, (dtype, n)
 
@@ -233,6 +235,31 @@ def takes(device, dtype, batch):
         assert torch.equal(got[: len(rows)].cpu(), x.cpu()[rows]) and not got[len(rows) :].any()
         assert got_ids.cpu().tolist() == rows.tolist() + [-1] * surplus
         assert torch.equal(cu.cpu(), row_ops.offsets(counts))
+
+
+def returns(device, dtype, batch):
+    """Gradients of rows that were taken, of rows that were moved with a fused token, and of the row of CLS, against
+    those that PyTorch finds without the kernels."""
+    n = 23
+    x, ids = numbers(device, dtype, batch * n, 200), torch.arange(batch * n).to(device)
+    starts, counts = torch.arange(0, batch * n, n, dtype=torch.int32), torch.arange(batch, dtype=torch.int32) % (n + 1)
+    index, starts, counts = (t.to(device) for t in (torch.arange(n).flip(0).repeat(batch, 1), starts, counts))
+    blend = torch.rand(batch, n).to(device).scatter(1, index[:, :7], 0.0)
+    q, k = (numbers(device, dtype, batch * n, 2, 24) for _ in range(2))
+    calls = (
+        (lambda x: row_ops.take_rows(x, ids, starts, index, counts, int(counts.sum()) + 5, n)[0], (x,)),
+        (lambda x, b: row_ops.move_rows(x, ids, starts, index[:, :7], b)[0], (x, blend)),
+        (lambda q, k: row_ops.cls_attention(q, k, starts, counts, n, 0.3), (q, k)),
+    )
+    for call, leaves in calls:
+        found = []
+        for usable in (launch.usable, lambda device: False):
+            with mock.patch.object(launch, "usable", usable), torch.enable_grad():
+                mine = [leaf.clone().requires_grad_() for leaf in leaves]
+                out = call(*mine)
+                found.append(torch.autograd.grad(out.float().cos().sum(), mine))
+        for got, want in zip(*found):
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 def ranks(device, dtype, n):
