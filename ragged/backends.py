@@ -394,7 +394,7 @@ _ALL = (  # in the order in which "auto" tries them
     Backend("torch_varlen", _torch_varlen, _why_not_torch_varlen, "PyTorch's varlen_attn", has_lse=True, auto=True,
             backward=by_autograd(_torch_varlen)),
     Backend("efficient_varlen", _efficient_varlen, _why_not_efficient, "PyTorch's memory-efficient kernel, ragged",
-            has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True)),
+            has_lse=True, auto=True, backward=by_autograd(_efficient_varlen, always_lse=True, leaves_gaps=True)),
     Backend("gluon", _gluon, _why_not_gluon, f"for Hopper: images of one length, {GLUON_LENGTHS[0]} to "
             f"{GLUON_LENGTHS[-1]}", packs_first=True, equal_only=True, has_lse=True,
             no_backward="it is for inference; backend 'triton' has one"),

@@ -24,10 +24,10 @@ def by_kernel(*arguments: object) -> Gradients:
     return attend_backward(*arguments)
 
 
-def by_autograd(run: Callable, always_lse: bool = False) -> Callable[..., Gradients]:
+def by_autograd(run: Callable, always_lse: bool = False, leaves_gaps: bool = False) -> Callable[..., Gradients]:
     """The backward pass that PyTorch finds for a backend's `run`: it runs once more and is recorded this time. That
     costs a second forward pass, and nothing of the first has to be kept. always_lse: `run` is differentiable only while
-    it computes the log-sum-exp."""
+    it computes the log-sum-exp.  leaves_gaps: where no query meets a key it leaves the gradient unwritten."""
 
     def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, packed) -> Gradients:
         own = torch.arange(q.shape[0], device=q.device) < cu_q[-1]  # what stands in other rows has no gradient
@@ -40,9 +40,20 @@ def by_autograd(run: Callable, always_lse: bool = False) -> Callable[..., Gradie
             pairs = [(x, dx.to(x)) for x, dx in pairs if x.requires_grad]  # without any row nothing depends on anything
             outputs, grads = zip(*pairs, strict=True) if pairs else ((), ())
             found = torch.autograd.grad(outputs, given, grads, allow_unused=True) if pairs else (None, None, None)
-        return tuple(torch.zeros_like(x) if dx is None else dx for x, dx in zip(given, found, strict=True))
+        found = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(given, found, strict=True)]
+        if leaves_gaps:
+            met = (cu_q.diff() > 0) & (cu_k.diff() > 0)
+            found = [_only_rows_of(met, cu, dx) for cu, dx in zip((cu_q, cu_k, cu_k), found, strict=True)]
+        return tuple(found)
 
     return backward
+
+
+def _only_rows_of(met: Tensor, cu: Tensor, dx: Tensor) -> Tensor:
+    """dx (total, nheads, headdim) with zeros in rows of other sequences than those marked by met, bool (batch,)."""
+    row = torch.arange(dx.shape[0], device=dx.device)
+    sequence = torch.searchsorted(cu[1:], row, right=True).clamp_(max=met.shape[0] - 1)
+    return torch.where((met[sequence] & (row < cu[-1]))[:, None, None], dx, 0)
 
 
 @contextmanager

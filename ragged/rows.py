@@ -117,7 +117,7 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
 
 def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
                  layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
-    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch; None where
+    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch, or None:
     the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many first
     rows are no patches.  patches: no image has more.  norm, layers: of a `Predictor`, its four products."""
     dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]

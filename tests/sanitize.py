@@ -9,7 +9,7 @@ in Gluon gets as many as take it round its stages more than once, on three multi
 made on the host and every tensor has an allocation of its own, so that one row too many is seen; results are read back
 whole and compared with float64, so that a row too few is seen, too.
 
---part i/n runs every n-th case.  --only WORD: those with the word in their name.  --device cpu works with
+--part i/n runs every n-th case.  --only TEXT those with TEXT in their name.  --device cpu works with
 TRITON_INTERPRET=1.  --wrong makes mistakes on purpose.
 """
 
@@ -20,12 +20,14 @@ from unittest import mock
 
 import torch
 
+from ragged import launch
 from ragged import rows as row_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.backends import BACKENDS
 from ragged.kernels import attention as kernels
-from ragged.tiles import choose_tiles
+from ragged.kernels import backward as backward_kernels
+from ragged.tiles import choose_backward, choose_tiles
 
 HEADS = 2
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -99,6 +101,63 @@ def attention_cases():
                 yield name, attention, (tiles, [1, max_q, 0, 3], [2, max_k, 1, 0], dim, dtype)
 
 
+@functools.cache
+def backward_choices():
+    """{tiles: (shortest call, longest call)} over everything `choose_backward` can answer; a call is (max_q, max_k,
+    headdim, itemsize)."""
+    found = {}
+    for headdim, itemsize in ((64, 2), (80, 2), (64, 4)):
+        for programs in (2, 300):
+            for max_q in (1, 16, 17, 39, 64, 65, 128, 129, 197, 256, 257):
+                for max_k in (1, 17, 33, 65, 130):
+                    tiles = choose_backward(max_q, max_k, headdim, programs, itemsize, True)
+                    call = (max_q, max_k, headdim, itemsize)
+                    found[tiles] = (found.get(tiles, (call,))[0], call)
+    return found
+
+
+def backward_cases():
+    for tiles, calls in backward_choices().items():
+        shape = " ".join(f"{t.kernel} {dict(t.shape)}" for t in tiles)
+        for max_q, max_k, dim, itemsize in dict.fromkeys(calls):
+            name, dtype = f"backward {shape} q={max_q} k={max_k} D={dim}", HALF if itemsize == 2 else SINGLE
+            yield name, backward, (tiles, [1, max_q, 0, 3], [2, max_k, 1, 0], dim, dtype, 5)
+        if dim == 64:
+            yield name + " lse", backward, (tiles, [max_q, 1], [max_k, 2], 24, dtype, 0, True)
+            yield name + " one projection", backward, (tiles, [max_q, 1], [max_q, 1], dim, dtype, 3, False, True)
+
+
+def backward(device, tiles, counts_q, counts_k, dim, dtype, room=0, dlse=False, together=False):
+    """One backward pass with given tiles against float64; the arguments as in `attention`."""
+    total_q, total_k = sum(counts_q) + room, sum(counts_k) + room
+    if together:
+        q, k, v = numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
+    else:
+        q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
+        k, v = (numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3))
+    sizes = (offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
+    dout = numbers(device, dtype, total_q, HEADS, dim, seed=4)
+    extra = numbers(device, SINGLE, HEADS, total_q, seed=5) if dlse else None
+    cpu = [x.cpu() if torch.is_tensor(x) else x for x in (q, k, v, *sizes)]
+    rows = [sum(counts_q), sum(counts_k), sum(counts_k)]
+    with torch.enable_grad():
+        leaves = [x.requires_grad_() for x in cpu[:3]]
+        out, lse = varlen_attention_ref(*leaves, *cpu[3:], return_lse=True)
+        loss = (out[: rows[0]] * dout.cpu()[: rows[0]]).sum()
+        if dlse:
+            some = lse.isfinite() & (torch.arange(total_q) < rows[0])
+            loss = loss + (lse[some] * extra.cpu()[some]).sum()
+        want = [dx.double() for dx in torch.autograd.grad(loss, leaves)]
+    given = (out.detach().to(dtype).to(device), lse.detach().float().to(device))
+    with mock.patch.object(backward_kernels, "choose_backward", lambda *_: tiles):
+        for _ in range(2):
+            got = backward_kernels.attend_backward(dout, extra, q, k, v, *given, *sizes, dim**-0.5, True)
+            for mine, exact, n in zip(got, want, rows):
+                scale = max(1.0, float(exact.abs().max()))
+                close(mine[:n] / scale, exact[:n] / scale, dtype)
+                assert not mine[n:].cpu().any()
+
+
 def special_cases():
     """Narrow heads, views of a projection, log-sum-exp, and the other kernels."""
     choices = {(t.kernel, dict(t.shape).get("EQUAL"), dict(t.shape).get("ONE_TILE")): (t, c[0]) for t, c in
@@ -117,6 +176,7 @@ def special_cases():
             yield f"copies {dtype} dim={width}", copies, (dtype, width)
         for batch in (1, 3, 150):
             yield f"take {dtype} batch={batch}", takes, (dtype, batch)
+            yield f"return {dtype} batch={batch}", returns, (dtype, batch)
         for n in (5, 197, 577):
             yield f"rank {dtype} n={n}", ranks, (dtype, n)
 
@@ -209,6 +269,31 @@ def takes(device, dtype, batch):
         assert torch.equal(cu.cpu(), row_ops.offsets(counts))
 
 
+def returns(device, dtype, batch):
+    """Gradients of rows that were taken, of rows that were moved with a fused token, and of the row of CLS, against
+    those that PyTorch finds without the kernels."""
+    n = 23
+    x, ids = numbers(device, dtype, batch * n, 200), torch.arange(batch * n).to(device)
+    starts, counts = torch.arange(0, batch * n, n, dtype=torch.int32), torch.arange(batch, dtype=torch.int32) % (n + 1)
+    index, starts, counts = (t.to(device) for t in (torch.arange(n).flip(0).repeat(batch, 1), starts, counts))
+    blend = torch.rand(batch, n).to(device).scatter(1, index[:, :7], 0.0)
+    q, k = (numbers(device, dtype, batch * n, 2, 24) for _ in range(2))
+    calls = (
+        (lambda x: row_ops.take_rows(x, ids, starts, index, counts, int(counts.sum()) + 5, n)[0], (x,)),
+        (lambda x, b: row_ops.move_rows(x, ids, starts, index[:, :7], b)[0], (x, blend)),
+        (lambda q, k: row_ops.cls_attention(q, k, starts, counts, n, 0.3), (q, k)),
+    )
+    for call, leaves in calls:
+        found = []
+        for usable in (launch.usable, lambda device: False):
+            with mock.patch.object(launch, "usable", usable), torch.enable_grad():
+                mine = [leaf.clone().requires_grad_() for leaf in leaves]
+                out = call(*mine)
+                found.append(torch.autograd.grad(out.float().cos().sum(), mine))
+        for got, want in zip(*found):
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 def ranks(device, dtype, n):
     scores = numbers(device, dtype, 3, n)
     want = scores.cpu()[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : n // 2] + 1
@@ -239,10 +324,10 @@ def main():
     if options.wrong:
         return mistakes(options.device)
     part, parts = map(int, options.part.split("/"))
-    cases = [*attention_cases(), *special_cases()]
+    every = [*attention_cases(), *special_cases(), *backward_cases()]
     if BACKENDS["gluon"].why_not(options.device, HALF, 64) is None:
-        cases += gluon_cases()
-    cases = [case for case in cases if options.only in case[0]][part::parts]
+        every += gluon_cases()
+    cases = [case for case in every if options.only in case[0]][part::parts]
     for name, run, arguments in cases:
         try:
             run(options.device, *arguments)

@@ -18,7 +18,7 @@ from ragged import launch
 from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
 from ragged.kernels import backward as backward_kernels
-from ragged.kernels import patches
+from ragged.kernels import flow, patches
 from ragged.pruners import Predictor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
@@ -133,6 +133,8 @@ def record_the_others(recorder, dims, dtypes):
         row_ops.kept_rows(keep, cu, 16, prefix=1)
         row_ops.grid_rows(x, cu, 16, 0.0)
         row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
+        flow._returned(x, ids)
+        flow._returned(x, ids, torch.zeros(16), ids)
         table = torch.zeros(3, patches.COLUMNS, dtype=torch.int64)
         patches.pixel_rows(table, x, 16, 1, (16, 16))
         patches.place_rows(table, x, x[:1], 16, True)
@@ -150,6 +152,7 @@ def record_the_others(recorder, dims, dtypes):
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
             probs = row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
             row_ops.importance(probs, v, cu[:-1], cu[1:], 16)
+            flow._looked_kernel(q, k, torch.zeros(16, 6), torch.zeros(16, 6), cu[:-1], cu[1:], 0, 0.1)
             kernels.paper_attend(q, k, v, cu, 16, 0.1)
     return list(recorder)
 

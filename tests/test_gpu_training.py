@@ -75,9 +75,11 @@ def test_models_in_mixed_precision_learn_what_they_learn_in_full(name, backend):
     from ragged.bench.pipelines import Noted, Replay
 
     def gradients(vit, pruner, backend, images, half):
-        with torch.enable_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
-            logits = ragged.RaggedViT(vit, pruner, backend).train()(images)
-        (logits.double() * torch.linspace(-1, 2, logits.numel(), device=logits.device).view_as(logits)).sum().backward()
+        with torch.enable_grad():
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                logits = ragged.RaggedViT(vit, pruner, backend).train()(images)
+            weights = torch.linspace(-1, 2, logits.numel(), device=logits.device, dtype=torch.float64)
+            (logits.double().flatten() * weights).sum().backward()
         return {n: p.grad.cpu().double() for n, p in vit.named_parameters()}
 
     noted = Noted(build(name, 0.5, at=(1, 2, 4), **({"fuse": False} if name == "evit" else {})))

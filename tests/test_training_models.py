@@ -210,6 +210,15 @@ def test_what_cannot_be_dropped_is_refused_by_name(part):
     torch.testing.assert_close(model.eval()(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
+def test_checkpoints_of_activations_are_refused_where_they_would_be_made():
+    vit, _ = dropping()
+    model, images = ragged.RaggedViT(vit, backend="sdpa_padded").train(), torch.randn(2, 3, 64, 64)
+    vit.set_grad_checkpointing(True)
+    assert model(images).shape == (2, 10)
+    with torch.enable_grad(), pytest.raises(ValueError, match="grad_checkpointing"):
+        model(images)
+
+
 def test_another_pruner_leaves_the_mode_as_it_is():
     model = ragged.RaggedViT(dropping(drop_path_rate=0.5)[0], None, "sdpa_padded").train()
     model.vit.blocks[1].eval()

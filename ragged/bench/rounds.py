@@ -18,13 +18,14 @@ CALL_CLOCKS = ("host_us", "gpu_us", "wall_us", "event_us", "syncs")  # those of 
 
 @dataclass
 class Subject:
-    """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` captured calls at once;
-    None where the call cannot be captured.  around: a context in which the calls run.  clocks: which to read.
-    found: values that are known before any clock runs, by metric."""
+    """Something to time. calls: the operation on each set of inputs.  replay: enqueues `per` captured calls at once,
+    while the GPU sleeps for sleep_us; None where the call cannot be captured.  around: a context in which the calls
+    run.  clocks: which to read.  found: values that are known before any clock runs, by metric."""
 
     calls: list[Call]
     replay: Call | None = None
     per: int = 1
+    sleep_us: float = field(default=300, kw_only=True)
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     clocks: tuple[str, ...] = CLOCKS
     found: dict = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Subject:
         if cuda:
             readings["event_us"] = lambda: event_us(calls, min(20, fit))
             if self.replay is not None:
-                readings["gpu_us"] = lambda: gpu_us(self.replay, self.per)
+                readings["gpu_us"] = lambda: gpu_us(self.replay, self.per, self.sleep_us)
         for clock in self.clocks:
             if clock in readings:
                 self.times.setdefault(clock, []).extend(readings[clock]())

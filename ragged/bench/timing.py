@@ -115,15 +115,14 @@ def event_us(calls: Sequence[Call], n: int = 20) -> list[float]:
     return times
 
 
-def as_graph(calls: Sequence[Call], n: int = 20, stream: torch.cuda.Stream | None = None) -> Call:
-    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait. stream:
-    where they are captured, for calls that insist on one.
+def as_graph(calls: Sequence[Call], n: int = 20) -> Call:
+    """A CUDA graph of n calls; the function returned enqueues all of them at once. Raises for calls that wait.
 
     The function keeps `calls` alive: a graph reads the memory that its calls read, whoever owns it by then.
     """
     graph = torch.cuda.CUDAGraph()
     wait()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         for call in in_turn(calls, n):
             call()
 
@@ -135,14 +134,14 @@ def as_graph(calls: Sequence[Call], n: int = 20, stream: torch.cuda.Stream | Non
     return replay
 
 
-def gpu_us(replay: Call, n: int = 20) -> list[float]:
+def gpu_us(replay: Call, n: int = 20, sleep_us: float = 300) -> list[float]:
     """GPU time of a call, from one replay of n captured ones (see `as_graph`) between two events. One value.
 
-    A short sleep in front lets the replay be enqueued before the first event passes, so no host time gets in; the
+    A sleep of sleep_us in front lets the replay be enqueued before the first event passes, so no host time gets in; the
     idle moments between two kernels, about 1 µs each, do. Needs CUDA.
     """
     wait()
-    keep_busy(300)
+    keep_busy(sleep_us)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     replay()

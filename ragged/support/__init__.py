@@ -188,7 +188,7 @@ def whole_reason(block: nn.Module, rows: int) -> str | None:
     for name in ("q_norm", "k_norm"):
         if not row_wise(getattr(attn, name), attn.head_dim, rows):
             return f"attn.{name}, {type(getattr(attn, name)).__name__}, does not treat every row by itself"
-    for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # nothing in eval mode, so left out
+    for name in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):  # in eval mode left out
         part = _part(block, name)
         if part is None:
             return f"{name} is missing"

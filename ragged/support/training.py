@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 
 def refuse_to_train(vit: nn.Module, whole: Container[int]) -> None:
-    """ValueError, naming the part, where `vit`, whose blocks are run in pieces but for those in `whole`, drops
-    something in training mode that the pass cannot drop."""
+    """ValueError, naming the part, where `vit`, whose blocks are run in pieces but for those in `whole`, does something
+    in training mode that the pass does not do: drops of other kinds, and checkpoints of activations."""
+    if getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled():
+        raise ValueError("vit: grad_checkpointing is set, and the pass keeps its activations, which are fewer where "
+                         "tokens are dropped; call vit.set_grad_checkpointing(False)")  # fmt: skip
     patches = getattr(vit, "patch_drop", None)
     if getattr(patches, "prob", 0.0) and patches.training:
         raise ValueError(f"vit: patch_drop drops {patches.prob:g} of the patches in training, before any pruner sees "

@@ -198,12 +198,12 @@ def shapes(options: Options) -> list[tuple[int, str, torch.dtype]]:
         plan = [(b, t, half) for b in options.batches_or((1, 32) if half == torch.float16 else (1, 2)) for t in
                 ("39", "U(20,197)")]  # fmt: skip
     else:
-        sizes = itertools.product(options.batches_or((32, 64, 256, 4, 1, 16)), ("39", "99", "197"))
-        plan = [(b, t, half) for b, t in sizes]
+        plan = [(b, t, half) for b in options.batches_or((32,)) for t in ("288", "577")]
         plan += [(b, "U(20,197)", half) for b in options.batches_or((64, 256))]
-        plan += [(b, t, half) for b in options.batches_or((32,)) for t in ("288", "577")]
         # the best counts of rivals that work in tiles of 128 or 64: the others leave much of a tile empty
         plan += [(b, t, half) for b in options.batches_or((64,)) for t in ("140", "192")]
+        sizes = itertools.product(options.batches_or((64, 1, 32, 256, 4, 16)), ("39", "99", "197"))
+        plan += [(b, t, half) for b, t in sizes]
         if half == torch.float16:
             plan += [(b, t, torch.bfloat16) for b in options.batches_or((32,)) for t in ("39", "99", "197")]
     return list(dict.fromkeys(plan))

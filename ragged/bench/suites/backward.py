@@ -6,7 +6,6 @@ The shapes and the providers are those of suite `attention`, each through its ow
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -19,10 +18,11 @@ from ...gradients import split_projection
 from ...rows import offsets
 from ..rounds import CALL_CLOCKS, Subject
 from ..runner import Candidate, Case, Options, Skip, Wrong
-from ..timing import as_graph, syncs
-from .attention import DENSE, HEADDIM, HEADS, Inputs, dense, kernel_context, shapes, varlen
+from ..timing import as_graph, host_us, in_turn, stats, wait
+from .attention import HEADDIM, HEADS, Inputs, dense, kernel_context, shapes, varlen
 
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-4}  # of each gradient, ‖dx - ref‖ / ‖ref‖
+CALLS = 10  # that are enqueued at once
 VARLEN = ("triton", "flash_attn", "torch_varlen", "efficient_varlen", "sdpa_padded")
 
 
@@ -102,32 +102,29 @@ def backward_subject(inputs: Callable[[], GradientInputs], make: Callable, mode:
         ways = [Differentiated(make, x, i, split) for i in range(len(x.sets))]
         found = ways[0].both()
         x.check_gradients(found if split is None else found[0].unbind(1))
-        stream = torch.cuda.Stream() if x.cu.is_cuda else None
         calls = [way.both for way in ways]
-        if mode == "backward":  # autograd goes back on the stream on which it went forward
-            with torch.cuda.stream(stream) if stream else nullcontext():
-                calls = [functools.partial(way.back, way.forward(), True) for way in ways]
+        if mode == "backward":
+            calls = [functools.partial(way.back, way.forward(), True) for way in ways]
         for call in calls:
             call()
-        waits = syncs(calls)
-        if mode == "graph" and waits:
-            raise Skip(f"cannot be captured: it waits for the GPU {waits:g} times a call")
-        if stream is None:
+        if not x.cu.is_cuda:
             if mode == "graph":
                 raise Skip("CUDA graphs need a CUDA device")
             return Subject(calls, around=around, clocks=CALL_CLOCKS)
-        replay = None if waits else as_graph(calls, stream=stream)
         if mode == "graph":
-            return Subject([as_graph([call], 1) for call in calls], replay, 20, clocks=CALL_CLOCKS)
-        clocks = CALL_CLOCKS if mode == "eager" else ("host_us", "gpu_us", "syncs")  # the others wait on one stream
-        return Subject(calls, replay, 20, around, clocks=clocks)
+            return Subject([as_graph([call], 1) for call in calls], as_graph(calls), 20, clocks=CALL_CLOCKS)
+        wait()
+        host = stats(host_us(calls, 5)).median
+        return Subject(calls, lambda: [call() for call in in_turn(calls, CALLS)], CALLS, around, CALL_CLOCKS,
+                       sleep_us=300 + 2 * CALLS * host)  # fmt: skip
 
 
 def backward(options: Options) -> list[Case]:
     """Forward and backward in one call (mode eager; graph: that call alone in a CUDA graph), and the backward pass
-    alone (mode backward). gpu_us is one graph of 20 calls. q, k and v want a gradient each; with `:projection` behind
-    the provider it is their projection that wants one, made by `split_projection` for ours and by `unbind` for others.
-    """
+    alone (mode backward). gpu_us is taken of ten calls that were enqueued while the GPU slept; of a graph, of 20 calls
+    in one; where a provider waits for the GPU, its waits count. Only ours is captured: what others do in autograd may
+    break a capture, and with it the process. q, k and v want a gradient each; with `:projection` behind the provider it
+    is their projection that wants one, made by `split_projection` for ours and by `unbind` for the other."""
     found = []
     for batch, tokens, dtype in shapes(options):
         columns = {"suite": "backward", "model": "deit_base", "pruner": "none", "batch": batch, "tokens": tokens,
@@ -141,12 +138,14 @@ def _providers(inputs: Callable[[], GradientInputs], tokens: str) -> list[Candid
     makes: dict[str, tuple] = {name: (functools.partial(varlen, name), nullcontext, None) for name in VARLEN}
     makes["efficient_varlen"] = (efficient, nullcontext, None)
     if tokens.isdigit():  # equal counts
-        makes |= {name: (dense, kernel_context(name), None) for name in DENSE}
+        makes |= {name: (dense, kernel_context(name), None) for name in ("dense_flash", "dense_cudnn")}
     for name in ("triton", "torch_varlen"):
         split = split_projection if name == "triton" else lambda qkv: qkv.unbind(1)
         makes[f"{name}:projection"] = (functools.partial(varlen, name), nullcontext, split)
     found = []
-    for (name, (make, around, split)), mode in itertools.product(makes.items(), ("eager", "backward", "graph")):
-        build = functools.partial(backward_subject, inputs, make, mode, around, split)
-        found.append(Candidate({"backend": name, "mode": mode}, build, CALL_CLOCKS))
+    for name, (make, around, split) in makes.items():
+        modes = ["eager"] if split else ["eager", "backward"]
+        for mode in modes + ["graph"] * name.startswith("triton"):
+            build = functools.partial(backward_subject, inputs, make, mode, around, split)
+            found.append(Candidate({"backend": name, "mode": mode}, build, CALL_CLOCKS))
     return found
