@@ -39,7 +39,7 @@ class Inputs:
         self.heads, self.kv_heads, self.dim = HEADS[model]
         self.group, self.batch, self.device = self.heads // self.kv_heads, batch, device
         self.past = data.lengths(PAST, batch)
-        self.trees = [Tree(SHAPES[b % len(SHAPES)], device) for b in range(min(batch, len(SHAPES)))]
+        self.trees = [Tree(SHAPES[b % len(SHAPES)]) for b in range(min(batch, len(SHAPES)))]
         self.trees = [self.trees[b % len(SHAPES)] for b in range(batch)]
         self.sees = [tree.sees for tree in self.trees]
         self.nodes = max(tree.nodes for tree in self.trees)
@@ -58,7 +58,7 @@ class Inputs:
         column, length = torch.arange(self.capacity), torch.tensor(self.past)[:, None, None]
         mask = (column < length).repeat(1, self.nodes, 1)
         for b, tree in enumerate(self.trees):
-            mask[b, : tree.nodes, self.past[b] : self.past[b] + tree.nodes] = tree.sees.cpu()
+            mask[b, : tree.nodes, self.past[b] : self.past[b] + tree.nodes] = tree.sees
         return mask.to(self.device)
 
     def plan(self, piece: int | None) -> Plan:
@@ -74,7 +74,7 @@ class Inputs:
             rows = slice(self.starts[b], self.starts[b + 1])
             heads = q[rows].double().unflatten(1, (self.kv_heads, -1))
             scores = torch.einsum("nkgd,mkd->kgnm", heads, keys) * self.dim**-0.5
-            seen = F.pad(tree.sees, (self.past[b], 0), value=True)
+            seen = F.pad(tree.sees, (self.past[b], 0), value=True).to(scores.device)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             truth = torch.einsum("kgnm,mkd->nkgd", weights, values).flatten(1, 2)
             error = ((out[rows].double() - truth).norm() / truth.norm()).item()
