@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import launch
 
-TILE = 4096  # numbers of the largest tile of a program, at most
+TILE, MOST = 4096, 4  # numbers of the largest tile of a program, and its rows, at most
 
 
 @triton.jit(do_not_specialize=["rows", "asked"])
@@ -60,7 +60,7 @@ def join(q: Tensor, k: Tensor, v: Tensor, part: Tensor, lse: Tensor, seen: Tenso
     rows, heads, dim = q.shape
     wide = [1 << max(0, n - 1).bit_length() for n in (seen.shape[1], which.shape[1])]
     constants = launch.strides_of(Q=q.stride(), K=k.stride(), V=v.stride()) | launch.head_of(heads, dim)
-    tile = max(1, min(4, TILE // (max(wide) * constants["BLOCK_D"])))
+    tile = max(1, min(MOST, TILE // (max(wide) * constants["BLOCK_D"])))
     constants |= {"GROUP": group, "KEYS": seen.shape[1], "PARTS": which.shape[1], "A": wide[0], "P": wide[1], "R": tile}
     out = launch.new_output(q, rows, heads, dim)
     tensors, numbers = (q, k, v, part, lse, seen, which, out), (scale * launch.LOG2_E, rows, part.shape[0])
