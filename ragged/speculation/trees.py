@@ -125,8 +125,8 @@ class Plan:
 
     branch: int32 (rows, longest branch), the cache rows that a new row sees beside the past, its own first, -1 for
     none.  place, position: int32 (rows,), where it lies in the cache and in its text.  cu_past_q, cu_past_k,
-    max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: which rows are its queries, one behind
-    the other, None for all rows as they are.  parts: int32 (rows * group, most pieces), where its output holds the
+    max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: its queries, rows and heads of the
+    group, one behind the other; None for all as they are.  parts: int32 (rows * group, most pieces), where its output holds the
     parts of a row, -1 for none.
     """
 
@@ -137,10 +137,11 @@ class Plan:
                 raise ValueError(
                     f"sees: prompt {b} has {length} rows and {mask.shape[1]} on trial, but room for {capacity}"
                 )
-        self.group, shapes = group, {id(mask): _branches(mask) for mask in sees}  # many prompts share a tree
+        masks = {id(mask): mask for mask in sees}  # many prompts share a tree
+        shapes = {key: _branches(mask) for key, mask in masks.items()}
         width = max(branch.shape[1] for branch in shapes.values())
-        for mask, branch in shapes.items():
-            shapes[mask] = np.pad(branch, ((0, 0), (0, width - branch.shape[1])), constant_values=-1)
+        for key, branch in shapes.items():
+            shapes[key] = np.pad(branch, ((0, 0), (0, width - branch.shape[1])), constant_values=-1)
         branch, new = np.concatenate([shapes[id(mask)] for mask in sees]), np.array([len(mask) for mask in sees])
         past = np.array(past)
         first = np.repeat(np.arange(len(past)) * capacity + past, new)  # where a row's prompt begins its trial
@@ -148,8 +149,10 @@ class Plan:
         branch = np.where(branch >= 0, branch + first[:, None], -1)
         numbers = {"branch": branch, "place": branch[:, 0], "position": position}
         numbers |= self._past(past, capacity, new * group, piece)
-        self.asked = None
+        self.group, self.asked = group, None
         self.__dict__.update(_to(device, numbers))
+        if self.asked is not None:
+            self.asked = torch.div(self.asked.long(), group, rounding_mode="floor"), self.asked.long() % group
 
     def _past(self, past: np.ndarray, capacity: int, queries: np.ndarray, piece: int | None) -> dict[str, np.ndarray]:
         pieces = np.ones_like(past) if piece is None else np.maximum(1, -(-past // piece))
@@ -197,42 +200,34 @@ def attend_trees(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "au
     """Attention of the new rows of a `plan`, with no mask. q: (rows, heads, headdim).  k, v: (prompts * capacity,
     kv_heads, headdim), the new rows' own among them.  backend: one that computes the log-sum-exp. Returns rows like q;
     raises what `varlen_attention` raises."""
-    return unfold(attend_folded(fold(q, plan.group), k, v, plan, backend), plan.group)
-
-
-def fold(q: Tensor, group: int) -> Tensor:
-    """Query heads that share a key head as rows: q (rows, heads, headdim) -> (rows * group, kv_heads, headdim)."""
-    return q.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
-
-
-def unfold(rows: Tensor, group: int) -> Tensor:
-    """The inverse of `fold`: rows (rows * group, kv_heads, headdim) -> (rows, heads, headdim)."""
-    return rows.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
-
-
-def attend_folded(rows: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "auto") -> Tensor:
-    """`attend_trees` on `rows` that are folded already, and stay so."""
-    asked = rows if plan.asked is None else rows[plan.asked]
-    part, lse = varlen_attention(asked, k, v, plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k,
-                                 return_lse=True, backend=backend)  # fmt: skip
-    tensors = (rows, k, v, part, lse, plan.branch, plan.parts)
-    if not launch.usable(rows.device) or rows.dtype == torch.float64:
-        return _join(*tensors, plan.group, rows.shape[-1] ** -0.5)
+    rows = q.unflatten(1, (-1, plan.group)).transpose(1, 2)  # (rows, group, kv_heads, headdim)
+    if plan.asked is None:
+        asked = rows.flatten(0, 1)
+    else:
+        asked = rows[plan.asked]
+    sizes = (plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k)
+    part, lse = varlen_attention(asked, k, v, *sizes, return_lse=True, backend=backend)
+    rest = (q, k, v, part, lse, plan.branch, plan.parts, q.shape[-1] ** -0.5)
+    if not launch.usable(q.device) or q.dtype == torch.float64:
+        return _join(*rest)
     from .kernel import join  # imported here: Triton is optional
 
-    return join(*tensors, plan.group, rows.shape[-1] ** -0.5)
+    return join(*rest)
 
 
-def _join(q, k, v, part, lse, seen, which, group, scale) -> Tensor:
-    """`kernel.join` in PyTorch."""
+def _join(q, k, v, part, lse, branch, parts, scale) -> Tensor:
+    """`kernel.join` in PyTorch. Sizes: n rows, g query heads to a key head, h key heads, a keys, p parts."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    seen = seen.repeat_interleave(group, 0)  # (rows, keys)
-    scores = torch.einsum("rhd,rkhd->rhk", q.to(exact), k[seen].to(exact)) * scale
-    scores = torch.cat((scores, lse.T[which].transpose(1, 2)), 2)
-    none = torch.cat((seen, which), 1)[:, None] < 0
-    weights = scores.masked_fill(none, float("-inf")).softmax(-1)  # (rows, heads, keys + parts)
-    values = torch.cat((v[seen], part[which]), 1)
-    return torch.einsum("rhm,rmhd->rhd", weights, values.to(exact)).to(q.dtype)
+    q4 = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2).to(exact)  # (n, g, h, headdim)
+    parts = parts.unflatten(0, q4.shape[:2])  # (n, g, p)
+    scores = torch.einsum("nghd,nahd->ngha", q4, k[branch].to(exact)) * scale
+    sums = lse.T[parts].transpose(2, 3).to(exact)  # (n, g, h, p)
+    none = torch.cat((branch[:, None].expand(*q4.shape[:2], -1), parts), 2)[:, :, None] < 0
+    weights = torch.cat((scores, sums), 3).masked_fill(none, float("-inf")).softmax(-1)
+    keys = branch.shape[1]
+    out = torch.einsum("ngha,nahd->nghd", weights[..., :keys], v[branch].to(exact))
+    out = out + torch.einsum("nghp,ngphd->nghd", weights[..., keys:], part[parts].to(exact))
+    return out.transpose(1, 2).flatten(1, 2).to(q.dtype)
 
 
 # ---- the cache, and reading into it ----
