@@ -1,4 +1,4 @@
-"""The kernel that finishes the attention of a tree's rows: finished parts of a softmax, and a handful of single keys."""
+"""The kernel that finishes the attention of a tree's rows: finished parts of a softmax, and a few single keys."""
 
 import triton
 import triton.language as tl

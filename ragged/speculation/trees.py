@@ -126,8 +126,8 @@ class Plan:
     branch: int32 (rows, longest branch), the cache rows that a new row sees beside the past, its own first, -1 for
     none.  place, position: int32 (rows,), where it lies in the cache and in its text.  cu_past_q, cu_past_k,
     max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: its queries, rows and heads of the
-    group, one behind the other; None for all as they are.  parts: int32 (rows * group, most pieces), where its output holds the
-    parts of a row, -1 for none.
+    group, one behind the other; None for all as they are.  parts: int32 (rows * group, most pieces), where its output
+    holds the parts of a row, -1 for none.
     """
 
     def __init__(self, past: Sequence[int], capacity: int, sees: Sequence[Tensor], group: int,
