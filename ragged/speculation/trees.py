@@ -27,6 +27,7 @@ from ..checks import check_int
 from .llama import Attend, Llama
 
 MOST_NODES = 1024
+LEAST_PIECE = 64  # rows of a past that are cut off, at least
 CHUNK = 64  # rows of a prompt that are read at a time: each row's ancestors are gathered
 
 
@@ -174,6 +175,18 @@ class Plan:
         return found | {"parts": parts}
 
 
+def piece_for(past: Sequence[int], kv_heads: int, device: torch.device | str) -> int | None:
+    """The `piece` of a `Plan` for prompts with so many rows of past and a model with so many key heads: a program works
+    on one sequence and key head, and where there are fewer of these than multiprocessors, pieces are cut so that each
+    gets about two. None, no cutting, otherwise, and where there is no GPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    many = torch.cuda.get_device_properties(device).multi_processor_count
+    if len(past) * kv_heads >= many:
+        return None
+    return max(LEAST_PIECE, -(-sum(past) * kv_heads // (2 * many) // 64) * 64)
+
+
 def _branches(mask: Tensor) -> np.ndarray:
     """The columns that each row of a mask (new, on trial) sees, its own first, filled up with -1."""
     seen, (new, trial) = mask.cpu().numpy().copy(), mask.shape
@@ -271,7 +284,8 @@ class Cache:
 def read(model: Llama, cache: Cache, ids: Tensor, sees: Sequence[Tensor], backend: str = "auto") -> Tensor:
     """Last hidden rows (rows, dim) of `model` for the new tokens ids, int64 (rows,), of all prompts one behind the
     other, which are put on trial in `cache`. sees: as in `Plan`.  backend: of `varlen_attention`."""
-    plan = Plan(cache.past, cache.capacity, sees, model.heads // model.kv_heads, model.device)
+    piece = piece_for(cache.past, model.kv_heads, model.device)
+    plan = Plan(cache.past, cache.capacity, sees, model.heads // model.kv_heads, model.device, piece)
     return model.forward(ids, plan.position, cache.attend(plan, backend))
 
 
