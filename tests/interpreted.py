@@ -17,6 +17,7 @@ import ragged
 from ragged import launch, tiles
 from ragged import rows as row_ops
 from ragged.kernels import attention as kernels
+from ragged.speculation.trees import Plan, Tree, attend_trees
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -103,6 +104,23 @@ def test_every_kind_of_strides(backend):
         assert torch.equal(out, want), kind
     mixed = layouts(q)["head_major"], layouts(k)["every_other_number"], layouts(v)["odd_offset"]
     assert torch.equal(ragged.varlen_attention(*mixed, *sizes, backend=backend), want)
+
+
+# --- trees of guesses
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 16), (6, 2, 24), (9, 3, 64)])
+@pytest.mark.parametrize("piece", [None, 4])
+def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, piece, monkeypatch):
+    past, capacity, trees = [9, 0, 14], 24, [Tree((2, 2)), Tree((3,)), Tree((1, 1, 1))]
+    plan = Plan(past, capacity, [t.sees for t in trees], heads, kv_heads, "cpu", piece)
+    q = torch.randn(sum(t.nodes for t in trees), heads, dim).to(dtype)
+    k, v = torch.randn(2, 3 * capacity, kv_heads, dim).to(dtype)
+    out = attend_trees(q, k, v, plan, "reference")
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    want = attend_trees(q.double(), k.double(), v.double(), plan, "reference")
+    torch.testing.assert_close(out.double(), want, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
 # --- the row of CLS

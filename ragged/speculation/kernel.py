@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .. import launch
 
-TILE = 8192  # numbers that the largest tile of a program holds, at most
-ROWS, WARPS = 8, 4  # rows of a program, at most
+# Rows of a program, at most, its warps, and the numbers that its largest tile holds, at most: 64 a thread. With fewer
+# rows, programs wait more than they work (times: data/results/notes.md).
+ROWS, WARPS, TILE = 16, 4, 8192
 
 
 @triton.jit(do_not_specialize=["rows", "asked"])
@@ -70,7 +71,7 @@ def join(q: Tensor, k: Tensor, v: Tensor, part: Tensor, lse: Tensor, branch: Ten
     constants |= {"GROUP": group, "KEYS": branch.shape[1], "PARTS": parts.shape[1], "A": a, "P": p, "R": tile}
     out = launch.new_output(q, rows, heads, dim)
     tensors, numbers = (q, k, v, part, lse, branch, parts, out), (scale * launch.LOG2_E, rows * group, part.shape[0])
-    key = (q.dtype, part.dtype, WARPS, *constants.values())
+    key = (q.dtype, part.dtype, *constants.values())
     grid = (-(-rows * group // tile), kv_heads)
     launch.start(join_kernel, key, grid, tensors, numbers, constants, {"num_warps": WARPS})
     return out

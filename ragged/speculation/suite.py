@@ -63,8 +63,8 @@ class Inputs:
 
     def plan(self, whole: bool = False) -> Plan:
         """Who sees whom, with the past cut as `read` cuts it, or whole."""
-        piece = None if whole else piece_for(self.past, self.kv_heads, self.device)
-        return Plan(self.past, self.capacity, self.sees, self.group, self.device, piece)
+        piece = None if whole else piece_for(self.batch, self.kv_heads, self.device)
+        return Plan(self.past, self.capacity, self.sees, self.heads, self.kv_heads, self.device, piece)
 
     def check(self, out: Tensor) -> None:
         """Wrong unless the packed rows `out` of the first set are right, for up to 16 prompts in float64."""
@@ -94,7 +94,7 @@ def ragged(backend: str, whole: bool, x: Inputs) -> Build:
     why = BACKENDS[backend].why_not(x.device, x.sets[0][0].dtype, x.dim)
     if why is not None:
         raise Skip(why)
-    if whole and piece_for(x.past, x.kv_heads, x.device) is None:
+    if whole and piece_for(x.batch, x.kv_heads, x.device) is None:
         raise Skip("the past is not cut here: the same as without :whole")
     plan = x.plan(whole)
     return lambda qkv: lambda: attend_trees(*qkv, plan, backend)

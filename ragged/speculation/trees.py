@@ -27,7 +27,7 @@ from ..checks import check_int
 from .llama import Attend, Llama
 
 MOST_NODES = 1024
-LEAST_PIECE = 64  # rows of a past that are cut off, at least
+PIECE = 256  # cached rows to a sequence, where the past is cut; times: data/results/notes.md
 CHUNK = 64  # rows of a prompt that are read at a time: each row's ancestors are gathered
 
 
@@ -121,17 +121,18 @@ class Plan:
 
     past: so many rows of each prompt are cached, from row b * capacity on; the rest of its room is for rows on trial.
     sees: for each prompt bool (new rows, rows on trial), which of the rows on trial, old and new, a new row sees; all
-    see the past.  group: query heads to a key head, which become rows one behind the other.  piece: cut the past into
+    see the past.  heads, kv_heads: of queries and keys; the `group` of query heads that share a key head become rows
+    one behind the other.  piece: cut the past into
     pieces of so many rows, each a sequence of its own, so that few prompts keep a whole GPU busy.
 
     branch: int32 (rows, longest branch), the cache rows that a new row sees beside the past, its own first, -1 for
     none.  place, position: int32 (rows,), where it lies in the cache and in its text.  cu_past_q, cu_past_k,
-    max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: its queries, rows and heads of the
-    group, one behind the other; None for all as they are.  parts: int32 (rows * group, most pieces), where its output
-    holds the parts of a row, -1 for none.
+    max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: its queries, int64 (queries *
+    kv_heads,), as rows of all heads one behind the other; None where all are asked once, as they stand.  parts: int32
+    (rows * group, most pieces), where its output holds the parts of a row, -1 for none.
     """
 
-    def __init__(self, past: Sequence[int], capacity: int, sees: Sequence[Tensor], group: int,
+    def __init__(self, past: Sequence[int], capacity: int, sees: Sequence[Tensor], heads: int, kv_heads: int,
                  device: torch.device | str, piece: int | None = None):  # fmt: skip
         for b, (length, mask) in enumerate(zip(past, sees, strict=True)):
             if length + mask.shape[1] > capacity:
@@ -149,11 +150,13 @@ class Plan:
         position = (branch >= 0).sum(1) - 1 + np.repeat(past, new)
         branch = np.where(branch >= 0, branch + first[:, None], -1)
         numbers = {"branch": branch, "place": branch[:, 0], "position": position}
-        numbers |= self._past(past, capacity, new * group, piece)
-        self.group, self.asked = group, None
+        self.group, self.asked = heads // kv_heads, None
+        numbers |= self._past(past, capacity, new * self.group, piece)
+        if "asked" in numbers:
+            row, head = np.divmod(numbers["asked"], self.group)
+            numbers["asked"] = (row[:, None] * heads + np.arange(kv_heads) * self.group + head[:, None]).ravel()
         self.__dict__.update(_to(device, numbers))
-        if self.asked is not None:
-            self.asked = torch.div(self.asked.long(), group, rounding_mode="floor"), self.asked.long() % group
+        self.asked = None if self.asked is None else self.asked.long()
 
     def _past(self, past: np.ndarray, capacity: int, queries: np.ndarray, piece: int | None) -> dict[str, np.ndarray]:
         pieces = np.ones_like(past) if piece is None else np.maximum(1, -(-past // piece))
@@ -175,16 +178,13 @@ class Plan:
         return found | {"parts": parts}
 
 
-def piece_for(past: Sequence[int], kv_heads: int, device: torch.device | str) -> int | None:
-    """The `piece` of a `Plan` for prompts with so many rows of past and a model with so many key heads: a program works
-    on one sequence and key head, and where there are fewer of these than multiprocessors, pieces are cut so that each
-    gets about two. None, no cutting, otherwise, and where there is no GPU."""
+def piece_for(prompts: int, kv_heads: int, device: torch.device | str) -> int | None:
+    """The `piece` of a `Plan` for so many prompts and a model with so many key heads: a program works on one sequence
+    and key head, so where these are fewer than the GPU's multiprocessors, `PIECE`. None, no cutting, otherwise, and
+    where `device` is no GPU."""
     if torch.device(device).type != "cuda":
         return None
-    many = torch.cuda.get_device_properties(device).multi_processor_count
-    if len(past) * kv_heads >= many:
-        return None
-    return max(LEAST_PIECE, -(-sum(past) * kv_heads // (2 * many) // 64) * 64)
+    return PIECE if prompts * kv_heads < torch.cuda.get_device_properties(device).multi_processor_count else None
 
 
 def _branches(mask: Tensor) -> np.ndarray:
@@ -213,11 +213,10 @@ def attend_trees(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "au
     """Attention of the new rows of a `plan`, with no mask. q: (rows, heads, headdim).  k, v: (prompts * capacity,
     kv_heads, headdim), the new rows' own among them.  backend: one that computes the log-sum-exp. Returns rows like q;
     raises what `varlen_attention` raises."""
-    rows = q.unflatten(1, (-1, plan.group)).transpose(1, 2)  # (rows, group, kv_heads, headdim)
     if plan.asked is None:
-        asked = rows.flatten(0, 1)
+        asked = q.unflatten(1, (-1, plan.group)).transpose(1, 2).flatten(0, 1)  # (rows * group, kv_heads, headdim)
     else:
-        asked = rows[plan.asked]
+        asked = q.flatten(0, 1)[plan.asked].unflatten(0, (-1, k.shape[1]))
     sizes = (plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k)
     part, lse = varlen_attention(asked, k, v, *sizes, return_lse=True, backend=backend)
     rest = (q, k, v, part, lse, plan.branch, plan.parts, q.shape[-1] ** -0.5)
@@ -281,11 +280,19 @@ class Cache:
         self.past = [n + len(path) for n, path in zip(self.past, paths)]
 
 
+def only(running: Sequence[int], prompts: int, mask: Tensor) -> list[Tensor]:
+    """`sees` of a pass in which the prompts in `running`, of so many, get the new rows of a `mask`, and others none."""
+    found = [mask[:0, :0]] * prompts
+    for b in running:
+        found[b] = mask
+    return found
+
+
 def read(model: Llama, cache: Cache, ids: Tensor, sees: Sequence[Tensor], backend: str = "auto") -> Tensor:
     """Last hidden rows (rows, dim) of `model` for the new tokens ids, int64 (rows,), of all prompts one behind the
     other, which are put on trial in `cache`. sees: as in `Plan`.  backend: of `varlen_attention`."""
-    piece = piece_for(cache.past, model.kv_heads, model.device)
-    plan = Plan(cache.past, cache.capacity, sees, model.heads // model.kv_heads, model.device, piece)
+    piece = piece_for(len(cache.past), model.kv_heads, model.device)
+    plan = Plan(cache.past, cache.capacity, sees, model.heads, model.kv_heads, model.device, piece)
     return model.forward(ids, plan.position, cache.attend(plan, backend))
 
 
