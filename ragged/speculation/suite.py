@@ -94,8 +94,6 @@ def ragged(backend: str, whole: bool, x: Inputs) -> Build:
     why = BACKENDS[backend].why_not(x.device, x.sets[0][0].dtype, x.dim)
     if why is not None:
         raise Skip(why)
-    if whole and piece_for(x.batch, x.kv_heads, x.device) is None:
-        raise Skip("the past is not cut here: the same as without :whole")
     plan = x.plan(whole)
     return lambda qkv: lambda: attend_trees(*qkv, plan, backend)
 
@@ -197,7 +195,8 @@ def speculation(options: Options) -> list[Case]:
             makes["flex"] = flex
         for backend in RAGGED:
             makes[backend] = functools.partial(ragged, backend, False)
-            makes[f"{backend}:whole"] = functools.partial(ragged, backend, True)
+            if piece_for(batch, HEADS[model][1], options.device) is not None:
+                makes[f"{backend}:whole"] = functools.partial(ragged, backend, True)
         candidates = [
             Candidate({"backend": name, "mode": mode}, functools.partial(_subject, inputs, make, mode), CALL_CLOCKS)
             for (name, make), mode in itertools.product(makes.items(), ("eager", "graph"))
