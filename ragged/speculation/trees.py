@@ -120,10 +120,10 @@ class Plan:
     """New rows of a batch of prompts, and what each sees; made once a pass and used in every layer.
 
     past: so many rows of each prompt are cached, from row b * capacity on; the rest of its room is for rows on trial.
-    sees: for each prompt bool (new rows, rows on trial), which of the rows on trial, old and new, a new row sees; all
-    see the past.  heads, kv_heads: of queries and keys; the `group` of query heads that share a key head become rows
-    one behind the other.  piece: cut the past into
-    pieces of so many rows, each a sequence of its own, so that few prompts keep a whole GPU busy.
+    sees: for each prompt bool (new rows, rows on trial), which of the rows on trial, old and new, a new row sees beside
+    itself; all see the past.  heads, kv_heads: of queries and keys; the `group` of query heads that share a key head
+    become rows one behind the other.  piece: cut the past into pieces of so many rows, each a sequence of its own, so
+    that few prompts keep a whole GPU busy.
 
     branch: int32 (rows, longest branch), the cache rows that a new row sees beside the past, its own first, -1 for
     none.  place, position: int32 (rows,), where it lies in the cache and in its text.  cu_past_q, cu_past_k,
