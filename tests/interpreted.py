@@ -111,9 +111,9 @@ def test_every_kind_of_strides(backend):
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 16), (6, 2, 24), (9, 3, 64)])
-@pytest.mark.parametrize("piece", [None, 4])
-def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, piece, monkeypatch):
-    past, capacity, trees = [9, 0, 14], 24, [Tree((2, 2)), Tree((3,)), Tree((1, 1, 1))]
+@pytest.mark.parametrize("piece, length", [(None, 3), (4, 3), (None, 40)])
+def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, piece, length, monkeypatch):
+    past, capacity, trees = [9, 0, 14], 64, [Tree((2, 2)), Tree((3,)), Tree((1,) * length)]
     plan = Plan(past, capacity, [t.sees for t in trees], heads, kv_heads, "cpu", piece)
     q = torch.randn(sum(t.nodes for t in trees), heads, dim).to(dtype)
     k, v = torch.randn(2, 3 * capacity, kv_heads, dim).to(dtype)

@@ -28,6 +28,7 @@ from .llama import Attend, Llama
 
 MOST_NODES = 1024
 PIECE = 256  # cached rows to a sequence, where the past is cut; times: data/results/notes.md
+LONGEST = 128  # keys of a branch that a program of the joining kernel holds at once
 CHUNK = 64  # rows of a prompt that are read at a time: each row's ancestors are gathered
 
 
@@ -220,7 +221,7 @@ def attend_trees(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "au
     sizes = (plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k)
     part, lse = varlen_attention(asked, k, v, *sizes, return_lse=True, backend=backend)
     rest = (q, k, v, part, lse, plan.branch, plan.parts, q.shape[-1] ** -0.5)
-    if not launch.usable(q.device) or q.dtype == torch.float64:
+    if not launch.usable(q.device) or q.dtype == torch.float64 or plan.branch.shape[1] > LONGEST:
         return _join(*rest)
     from .kernel import join  # imported here: Triton is optional
 
