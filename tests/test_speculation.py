@@ -371,7 +371,9 @@ def test_the_real_model_says_the_same(smollm, name):
 
 @pytest.mark.slow
 def test_logits_equal_a_second_loader_s(smollm):
-    transformers = pytest.importorskip("transformers", reason="the second loader is transformers, for this test alone")
+    for name in ("accelerate", "transformers"):  # the second reads GGUF files only beside the first
+        transformers = pytest.importorskip(name, reason="the second loader is transformers with accelerate, for this "
+                                                        "test alone")  # fmt: skip
     other = transformers.AutoModelForCausalLM.from_pretrained(
         str(smollm.path.parent), gguf_file=smollm.path.name, dtype=torch.float32
     )
