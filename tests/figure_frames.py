@@ -98,3 +98,53 @@ def mixed_frame():
                 records.append(shared | dict(backend=backend, batch=float(batch), tokens=f"U({low},{high}) px",
                                              value=value, q20=0.98 * value, q80=1.02 * value))  # fmt: skip
     return rows(records)
+
+
+def verification_frame():
+    records = []
+    for model, share in (("smollm2_135m", 1), ("llama_2_7b", 10)):
+        for backend, factor in (("triton", 1.0), ("torch_varlen", 2.8), ("sdpa_padded", 1.6), ("flex", 7.0)):
+            for batch in (1, 4, 16, 64, 256):
+                if backend == "flex" and batch < 16:
+                    continue
+                gpu = factor * (12 + share * batch / 3)
+                for metric, value in (("gpu_us", gpu), ("host_us", 90 * factor)):
+                    records.append(dict(suite="speculation", model=model, backend=backend, batch=float(batch),
+                                        tokens="U(64,1024)", metric=metric, value=value, q20=value * 0.97,
+                                        q80=value * 1.05, unit="us"))  # fmt: skip
+    return rows(records)
+
+
+def tree_frame():
+    """One tree of 14 guesses: the second branch lives, down to its leaf."""
+    parents, found = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], []
+    depth, live = {0: 0}, {0, 2, 5, 12}
+    for node, parent in enumerate(parents, 1):
+        depth[node] = depth[parent] + 1
+        found.append(dict(node=node, parent=parent, depth=depth[node], word=f"word{node}", target_prob=0.5 / node,
+                          reached=int(parent in live), accepted=int(node in live)))  # fmt: skip
+    return pandas.DataFrame(found)
+
+
+def domain_frame():
+    return pandas.DataFrame([
+        dict(draft=draft, domain=domain, measure=measure, value=v, low=v - 0.02, high=v + 0.03)
+        for d, draft in enumerate(("distilled", "skip", "lookup"))
+        for k, domain in enumerate(("code", "math", "logic", "chat"))
+        for measure, v in (("paper", 0.5 + 0.02 * k), ("accepted", 0.45 - 0.1 * d + 0.03 * k), ("length", 1.5))
+    ])  # fmt: skip
+
+
+def profile_frame():
+    return pandas.DataFrame([
+        dict(by=by, at=at, measure=measure, value=v / at, low=v / at - 0.02, high=v / at + 0.02)
+        for by, most in (("depth", 3), ("rank", 2)) for at in range(1, most + 1)
+        for measure, v in (("paper", 0.6), ("accepted", 0.5))
+    ])  # fmt: skip
+
+
+def entropy_frame():
+    return pandas.DataFrame([
+        dict(entropy=h, rank=rank, measure=measure, value=v / (1 + rank * h))
+        for h in (0.1, 0.5, 1.5, 3.0) for rank in (1, 2) for measure, v in (("paper", 0.9), ("accepted", 0.8))
+    ])  # fmt: skip

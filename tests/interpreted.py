@@ -29,6 +29,7 @@ from ragged.gradients import split_projection
 from ragged.kernels import attention as kernels
 from ragged.pruners import Predictor
 from ragged.rules import View
+from ragged.speculation.trees import Plan, Tree, attend_trees
 
 TINY = [3, 0, 1, 18]
 HALF_AND_SINGLE = (torch.float32, torch.float16)
@@ -183,6 +184,23 @@ def test_one_projection_has_one_gradient():
         (whole,) = torch.autograd.grad(out, qkv, dout_like(out.detach()))
     assert whole.data_ptr() == seen[0].data_ptr(), "dq stands in the gradient of the projection"
     assert_gradients_in_budget("triton", (*qkv.detach().unbind(1), cu, cu, 19, 19), whole.unbind(1))
+
+
+# --- trees of guesses
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 16), (6, 2, 24), (9, 3, 64)])
+@pytest.mark.parametrize("piece, length", [(None, 3), (4, 3), (None, 40)])
+def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, piece, length, monkeypatch):
+    past, capacity, trees = [9, 0, 14], 64, [Tree((2, 2)), Tree((3,)), Tree((1,) * length)]
+    plan = Plan(past, capacity, [t.sees for t in trees], heads, kv_heads, "cpu", piece)
+    q = torch.randn(sum(t.nodes for t in trees), heads, dim).to(dtype)
+    k, v = torch.randn(2, 3 * capacity, kv_heads, dim).to(dtype)
+    out = attend_trees(q, k, v, plan, "reference")
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    want = attend_trees(q.double(), k.double(), v.double(), plan, "reference")
+    torch.testing.assert_close(out.double(), want, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
 # --- the row of CLS

@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for every chip of the last years, and fits into its shared memory. No GPU is needed.
 
 The package's own launching code runs with a recorder in place of the launcher, so what is compiled here is what would
-run: the same constants, tile shapes and compiler options, for whatever kernels `ragged/kernels/` holds.
+run: the same constants, tile shapes and compiler options, for whatever kernels `ragged/kernels/` holds, and that of
+trees of guesses.
 """
 
 import importlib
@@ -47,6 +48,7 @@ class Recorder:
             if info.name == "ragged.kernels.hopper":
                 continue  # written in Gluon: tests/test_gluon.py
             self.replace(importlib.import_module(info.name), monkeypatch)
+        self.replace(importlib.import_module("ragged.speculation.kernel"), monkeypatch)
 
     def replace(self, module, monkeypatch):
         for name, fn in list(vars(module).items()):
@@ -154,6 +156,10 @@ def record_the_others(recorder, dims, dtypes):
             row_ops.importance(probs, v, cu[:-1], cu[1:], 16)
             flow._looked_kernel(q, k, torch.zeros(16, 6), torch.zeros(16, 6), cu[:-1], cu[1:], 0, 0.1)
             kernels.paper_attend(q, k, v, cu, 16, 0.1)
+            for keys, parts in ((5, 1), (5, 4), (64, 1)):  # a tree, whole and in pieces, and a prompt that is read
+                branch, which = torch.zeros(16, keys, dtype=torch.int32), torch.zeros(48, parts, dtype=torch.int32)
+                join = importlib.import_module("ragged.speculation.kernel").join
+                join(q, k[:, :2], v[:, :2], q[:, :2], torch.empty(2, 16), branch, which, 0.1)
     return list(recorder)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ragged import data
+from ragged.backends import BACKENDS
 from ragged.speculation import analysis, examples
 from ragged.speculation.drafts import LookupDraft, ModelDraft, load_draft, make_draft, save_draft, skipping
 from ragged.speculation.llama import Llama, check_vocabulary, model_file, read_tokenizer
@@ -89,28 +90,44 @@ def test_shapes_that_are_no_trees(shape):
         Tree(shape)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa_padded", "auto"])
-@pytest.mark.parametrize("piece", [None, 3])
-@pytest.mark.parametrize("group", [1, 3])
-def test_trees_of_many_prompts_equal_one_dense_pass(backend, piece, group):
-    """An empty past, and a prompt without new rows, among them."""
+def trees_of_five(group, device, dtype, backend, piece):
+    """Attention of five prompts' trees, and of one dense pass with a mask in float64. An empty past, and a prompt
+    without new rows, are among them."""
     past, capacity, kv, dim = [9, 0, 14, 1, 7], 24, 2, 16
     trees = [Tree((2, 2)), Tree((3,)), Tree((1, 1, 1)), None, Tree((2, 1, 1))]
     sees = [torch.zeros(0, 0, dtype=torch.bool) if t is None else t.sees for t in trees]
     rows = sum(map(len, sees))
-    q = torch.randn(rows, kv * group, dim)
-    k, v = torch.randn(2, len(past) * capacity, kv, dim)
-    out = attend_trees(q, k, v, Plan(past, capacity, sees, group, "cpu", piece), backend)
+    q = torch.randn(rows, kv * group, dim).to(device, dtype)
+    k, v = torch.randn(2, len(past) * capacity, kv, dim).to(device, dtype)
+    out = attend_trees(q, k, v, Plan(past, capacity, sees, kv * group, kv, device, piece), backend)
     seen, row = torch.zeros(rows, len(k), dtype=torch.bool), 0
     for b, mask in enumerate(sees):
         own, first = slice(row, row + len(mask)), b * capacity
         seen[own, first : first + past[b]] = True
         seen[own, first + past[b] : first + past[b] + len(mask)] = mask
         row += len(mask)
-    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("nhd,mhd->hnm", q.double(), k) * dim**-0.5
-    want = torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
-    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=1e-5)
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q, k) * dim**-0.5
+    return out.double().cpu(), torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa_padded", "auto"])
+@pytest.mark.parametrize("piece", [None, 3])
+@pytest.mark.parametrize("group", [1, 3])
+def test_trees_of_many_prompts_equal_one_dense_pass(backend, piece, group):
+    torch.testing.assert_close(*trees_of_five(group, "cpu", torch.float32, backend, piece), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [name for name, b in BACKENDS.items() if b.has_lse])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_trees_on_a_gpu(backend, dtype, allowed):
+    if reason := BACKENDS[backend].why_not("cuda", dtype, 16):
+        pytest.skip(reason)
+    for piece in (None, 3):
+        for group in (1, 3):
+            torch.testing.assert_close(*trees_of_five(group, "cuda", dtype, backend, piece), atol=allowed, rtol=allowed)
 
 
 # ---- acceptance ----
@@ -354,7 +371,9 @@ def test_the_real_model_says_the_same(smollm, name):
 
 @pytest.mark.slow
 def test_logits_equal_a_second_loader_s(smollm):
-    transformers = pytest.importorskip("transformers", reason="the second loader is transformers, for this test alone")
+    for name in ("accelerate", "transformers"):  # the second reads GGUF files only beside the first
+        transformers = pytest.importorskip(name, reason="the second loader is transformers with accelerate, for this "
+                                                        "test alone")  # fmt: skip
     other = transformers.AutoModelForCausalLM.from_pretrained(
         str(smollm.path.parent), gguf_file=smollm.path.name, dtype=torch.float32
     )

@@ -1,6 +1,8 @@
 """The clocks: what each sees, what it does not, and that two ways to the same number agree."""
 
 import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -120,3 +122,27 @@ def test_waits_are_counted():
     assert timing.syncs([lambda: x.sum().item()]) == 1
     assert timing.syncs([lambda: (x.nonzero(), x.tolist())]) >= 2
     assert timing.syncs([explicit]) == 1
+
+
+@pytest.mark.gpu
+def test_a_program_that_ends_with_the_profiler_ends():
+    """What the profiler leaves behind must not keep a program from exiting."""
+    code = """
+import torch
+from ragged.bench.timing import gpu_us_profiled
+x = torch.randn(2000, 2000, device="cuda")
+assert 10 < gpu_us_profiled([lambda: x @ x])[0] < 1e5
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_the_profiler_s_threads_are_waited_for(monkeypatch):
+    """CUDA is called until at most one of the threads that came is left, and not for ever."""
+    calls = []
+    monkeypatch.setattr(timing, "wait", lambda: calls.append(None))
+    monkeypatch.setattr(timing, "_threads", lambda: {"1", "2"} if len(calls) < 5 else {"1"})
+    timing._let_go(set(), least=0, most=300)
+    assert len(calls) == 5
+    monkeypatch.setattr(timing, "_threads", lambda: {"1", "2"})
+    timing._let_go(set(), least=0, most=0.01)
+    assert len(calls) > 5

@@ -12,7 +12,6 @@ kernel for multiples of 16, and nothing shall be recompiled when a batch is long
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -367,7 +366,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: 
     tiles = choose_tiles(max_q, max_k, dim, images * heads, equal, q.element_size())
     key = (tiles, q.stride(), k.stride(), v.stride(), heads, dim, q.dtype, want_lse)
     out = launch.new_output(q, total, heads, dim)
-    lse = torch.full((heads, total), -math.inf, device=q.device, dtype=torch.float32) if want_lse else out
+    lse = q.new_empty((heads, total), dtype=torch.float32) if want_lse else out
     run = resident_kernel if tiles.kernel == "resident" else stream_kernel
     grid = grid_of(tiles, max_q, heads, images) if total else (0, 0)
     numbers = (scale * LOG2_E, total, max_q, max_k)

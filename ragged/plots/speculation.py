@@ -180,5 +180,5 @@ def verification(frame, *, backends=None, clock="gpu_us", title="Checking trees:
     return figure.update_yaxes(title_text=f"{clock.removesuffix('_us').upper()} time per call, µs (log)", col=1)
 
 
-MODEL_NAMES = {"smollm2_135m": "SmolLM2-135M: 9 heads on 3", "llama_2_7b": "Llama-2-7B: 32 heads"}
+MODEL_NAMES = {"smollm2_135m": "SmolLM2-135M", "llama_2_7b": "Llama-2-7B"}
 LABELS = {"sdpa_padded": "padded, SDPA with a mask", "flex": "padded, flex_attention"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import data_dir, expand, verify_sha256
 from ..data.checkpoints import plain
 from .llama import NAMES, Llama, check_vocabulary
-from .trees import Cache, Tree, choose, read, read_prompts
+from .trees import Cache, Tree, choose, only, read, read_prompts
 
 SKIPPED = range(12, 18)  # of 30 layers; which six can be spared was tried
 LEVELS = 63  # a stored weight is one of the whole numbers from -63 to 63, times a scale of its row
@@ -46,18 +46,12 @@ class ModelDraft:
         tokens = torch.tensor([texts[b][-1] for b in running], device=self.model.device)
         tokens, logits = tokens[:, None].expand(-1, tree.nodes).clone(), []
         for level, following in zip(tree.levels, [*tree.levels[1:], None]):
-            sees = self._sees(tree.sees[level, : level.stop], running)
+            sees = only(running, len(self.cache.past), tree.sees[level, : level.stop])
             x = read(self.model, self.cache, tokens[:, level].flatten(), sees, self.backend)
             if following is not None:  # the last level is read for its keys and values alone
                 logits.append(self.model.logits(x).unflatten(0, (len(running), -1)))
                 tokens[:, following] = pick(logits[-1], tree, level, temperature, generator)
         return tokens, torch.cat(logits, 1)
-
-    def _sees(self, mask: Tensor, running: Sequence[int]) -> list[Tensor]:
-        sees = [mask[:0, :0]] * len(self.cache.past)
-        for b in running:
-            sees[b] = mask
-        return sees
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Of each prompt's tree the nodes in its path stay; paths: one a prompt, empty where it does not run."""

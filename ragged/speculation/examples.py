@@ -30,7 +30,7 @@ def grow(target: Llama, draft: ModelDraft, prompts: Sequence[tuple[str, str]], t
          seed: int = 0) -> list[tuple]:  # fmt: skip
     """Rows with COLUMNS: for each of prompts, (domain, prompt), the answer of `target`, at most `new` tokens, and a
     tree that `draft` guessed on the way, at this temperature with draws from `seed`."""
-    tokenizer, tree, kept = read_tokenizer(target.path), Tree((2, 2, 2), target.device), {}
+    tokenizer, tree, kept = read_tokenizer(target.path), Tree((2, 2, 2)), {}
     ids = [tokenizer.encode(chat(text)).ids for _, text in prompts]
 
     def note(running, step, tokens, p, q, paths):

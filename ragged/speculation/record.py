@@ -27,7 +27,7 @@ from ..checks import check_int
 from ..data import data_dir, read_csv
 from .drafts import LookupDraft, ModelDraft
 from .llama import Llama, chat, check_chat, read_tokenizer
-from .trees import Cache, Tree, accept_greedy, accept_sampled, read, read_prompts
+from .trees import Cache, Tree, accept_greedy, accept_sampled, only, read, read_prompts
 
 COLUMNS = ("domain prompt step node parent depth rank token draft_prob target_prob draft_entropy target_entropy "
            "overlap best reached accepted").split()  # fmt: skip
@@ -45,7 +45,8 @@ def speculate(target: Llama, draft: ModelDraft | LookupDraft, prompts: Sequence[
     paths).  backend: of `varlen_attention`. Raises ValueError for an empty prompt, and where a text would outgrow the
     context.
     """
-    check_prompts(prompts, check_int("new", new, 1))
+    check_prompts(prompts)
+    check_int("new", new, 1)
     texts, ends = [list(prompt) for prompt in prompts], [len(prompt) + new for prompt in prompts]
     capacity, step, running = max(ends) + 2 * tree.nodes, 0, list(range(len(prompts)))
     cache = Cache(target, len(prompts), capacity)
@@ -53,8 +54,7 @@ def speculate(target: Llama, draft: ModelDraft | LookupDraft, prompts: Sequence[
     draft.begin(prompts, capacity)
     while running:
         tokens, q = draft.guess(tree, texts, running, temperature, generator)
-        live, none = set(running), tree.sees[:0, :0]
-        sees = [tree.sees if b in live else none for b in range(len(prompts))]
+        sees = only(running, len(prompts), tree.sees)
         p = target.logits(read(target, cache, tokens.flatten(), sees, backend)).unflatten(0, tokens.shape)
         paths: list[list[int]] = [[] for _ in prompts]
         found = _accept(tree, tokens.tolist(), p, q, temperature, generator)
@@ -71,8 +71,8 @@ def speculate(target: Llama, draft: ModelDraft | LookupDraft, prompts: Sequence[
     return [answer[: answer.index(target.end) + 1] if target.end in answer else answer for answer in answers]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], new: int) -> None:
-    """ValueError unless every prompt has two tokens or more; new: tokens to come."""
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """ValueError unless every one of `prompts` has two tokens or more."""
     if not prompts or min(map(len, prompts)) < 2:
         raise ValueError(f"prompts: expected two tokens or more in each, got lengths {[len(p) for p in prompts]}")
 
@@ -91,14 +91,13 @@ def _accept(tree, tokens, p, q, temperature, generator) -> list[tuple[list[int],
 def decode(target: Llama, prompts: Sequence[Sequence[int]], new: int, backend: str = "auto") -> list[list[int]]:
     """Plain greedy decoding, a token a pass: at most `new` tokens of `target` behind each of prompts (lists of tokens).
     backend: of `varlen_attention`."""
-    check_prompts(prompts, new)
+    check_prompts(prompts)
     cache, one = Cache(target, len(prompts), max(map(len, prompts)) + new), torch.ones(1, 1, dtype=torch.bool)
     read_prompts(target, cache, [prompt[:-1] for prompt in prompts], backend)
     texts, running = [list(prompt) for prompt in prompts], list(range(len(prompts)))
     while running:
         ids = torch.tensor([texts[b][-1] for b in running], device=target.device)
-        live, none = set(running), one[:0, :0]
-        sees = [one if b in live else none for b in range(len(prompts))]
+        sees = only(running, len(prompts), one)
         best = target.logits(read(target, cache, ids, sees, backend)).argmax(-1).tolist()
         cache.keep([[0] if len(mask) else [] for mask in sees])
         for b, token in zip(running, best):
@@ -231,16 +230,15 @@ def costs(target: Llama, draft: ModelDraft | LookupDraft, tree: Tree, prompts: l
     as of `speculate`."""
     capacity = max(map(len, prompts)) + 2 * tree.nodes
     cache, everyone = Cache(target, len(prompts), capacity), range(len(prompts))
-    one = torch.ones(1, 1, dtype=torch.bool)
+    one, whole = ([mask] * len(prompts) for mask in (torch.ones(1, 1, dtype=torch.bool), tree.sees))
     read_prompts(target, cache, [prompt[:-1] for prompt in prompts], backend)
     draft.begin(prompts, capacity)
     last = torch.tensor([prompt[-1] for prompt in prompts], device=target.device)
     calls = {
-        "step": lambda: target.logits(read(target, cache, last, [one for _ in everyone], backend)),
-        "tree": lambda: target.logits(read(target, cache, last.repeat_interleave(tree.nodes),
-                                           [tree.sees for _ in everyone], backend)),
+        "step": lambda: target.logits(read(target, cache, last, one, backend)),
+        "tree": lambda: target.logits(read(target, cache, last.repeat_interleave(tree.nodes), whole, backend)),
         "guess": lambda: draft.guess(tree, prompts, everyone, 0.0),
-    }  # fmt: skip
+    }
     found = {}
     for name, call in calls.items():
         call()

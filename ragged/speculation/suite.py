@@ -1,9 +1,10 @@
 """Suite `speculation`: the attention of one layer while a language model verifies trees of guesses, for a batch of
 prompts of different lengths and with different trees.
 
-Ragged, in two parts without a mask (`ragged.speculation.trees`), against padded with a mask. Both read the same cache
-where it lies. What a pass makes once for all its layers, a plan or a mask, stands outside the clock and has rows of its
-own, `<backend>:plan`. q, k and v are random.
+Ragged, without a mask (`ragged.speculation.trees`), against padded with a mask. Both read the same cache where it lies.
+Padded rows are padded and folded outside the clock, and taken out outside it, too; ragged ones come and go as the
+model's projections make and want them. What a pass makes once for all its layers, a plan or a mask, stands outside the
+clock and has rows of its own, `<backend>:plan`. q, k and v are random.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from ..bench.rounds import CALL_CLOCKS, Subject
 from ..bench.runner import Candidate, Case, Options, Skip, Wrong
 from ..bench.suites.attention import TOLERANCE
 from ..bench.timing import as_graph, syncs
-from .trees import Plan, Tree, attend_trees
+from .trees import Plan, Tree, attend_trees, piece_for
 
 HEADS = {"smollm2_135m": (9, 3, 64), "llama_2_7b": (32, 32, 128)}  # query heads, key heads, headdim
 PAST, SHAPES = "U(64,1024)", ((2, 2, 2), (3, 2, 1, 1), (4, 2), (1, 1, 1, 1, 1))  # 14, 21, 12 and 5 guesses
-RAGGED = ("triton", "flash_attn", "torch_varlen", "efficient_varlen", "sdpa_padded:two_parts")
+RAGGED = ("triton", "flash_attn", "torch_varlen", "efficient_varlen")
 PLAN_CLOCKS = ("host_us", "wall_us")
-PIECE = 256  # cached rows to a sequence where the past is cut into pieces
 
 
 class Inputs:
@@ -39,7 +39,7 @@ class Inputs:
         self.heads, self.kv_heads, self.dim = HEADS[model]
         self.group, self.batch, self.device = self.heads // self.kv_heads, batch, device
         self.past = data.lengths(PAST, batch)
-        self.trees = [Tree(SHAPES[b % len(SHAPES)], device) for b in range(min(batch, len(SHAPES)))]
+        self.trees = [Tree(SHAPES[b % len(SHAPES)]) for b in range(min(batch, len(SHAPES)))]
         self.trees = [self.trees[b % len(SHAPES)] for b in range(batch)]
         self.sees = [tree.sees for tree in self.trees]
         self.nodes = max(tree.nodes for tree in self.trees)
@@ -58,12 +58,13 @@ class Inputs:
         column, length = torch.arange(self.capacity), torch.tensor(self.past)[:, None, None]
         mask = (column < length).repeat(1, self.nodes, 1)
         for b, tree in enumerate(self.trees):
-            mask[b, : tree.nodes, self.past[b] : self.past[b] + tree.nodes] = tree.sees.cpu()
+            mask[b, : tree.nodes, self.past[b] : self.past[b] + tree.nodes] = tree.sees
         return mask.to(self.device)
 
-    def plan(self, piece: int | None) -> Plan:
-        """Who sees whom; piece: as of `Plan`."""
-        return Plan(self.past, self.capacity, self.sees, self.group, self.device, piece)
+    def plan(self, whole: bool = False) -> Plan:
+        """Who sees whom, with the past cut as `read` cuts it, or whole."""
+        piece = None if whole else piece_for(self.batch, self.kv_heads, self.device)
+        return Plan(self.past, self.capacity, self.sees, self.heads, self.kv_heads, self.device, piece)
 
     def check(self, out: Tensor) -> None:
         """Wrong unless the packed rows `out` of the first set are right, for up to 16 prompts in float64."""
@@ -74,7 +75,7 @@ class Inputs:
             rows = slice(self.starts[b], self.starts[b + 1])
             heads = q[rows].double().unflatten(1, (self.kv_heads, -1))
             scores = torch.einsum("nkgd,mkd->kgnm", heads, keys) * self.dim**-0.5
-            seen = F.pad(tree.sees, (self.past[b], 0), value=True)
+            seen = F.pad(tree.sees, (self.past[b], 0), value=True).to(scores.device)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             truth = torch.einsum("kgnm,mkd->nkgd", weights, values).flatten(1, 2)
             error = ((out[rows].double() - truth).norm() / truth.norm()).item()
@@ -86,14 +87,14 @@ Build = Callable[[tuple], Callable[[], Tensor]]  # a set -> a call
 Make = Callable[[Inputs], Build]
 
 
-def ragged(backend: str, piece: int | None, x: Inputs) -> Build:
-    """Two calls of `varlen_attention` and a merge; piece: cut the past."""
+def ragged(backend: str, whole: bool, x: Inputs) -> Build:
+    """The past by `varlen_attention`, joined with the branches; whole: never cut the past."""
     if backend not in BACKENDS:
         raise Skip(f"this version has no backend {backend!r}")
     why = BACKENDS[backend].why_not(x.device, x.sets[0][0].dtype, x.dim)
     if why is not None:
         raise Skip(why)
-    plan = x.plan(piece)
+    plan = x.plan(whole)
     return lambda qkv: lambda: attend_trees(*qkv, plan, backend)
 
 
@@ -182,8 +183,8 @@ def _planning(inputs: Callable[[], Inputs], make: Callable[[Inputs], object]) ->
 
 
 def speculation(options: Options) -> list[Case]:
-    """Prefixes U(64,1024), four shapes of tree in turn. ":pieces" cuts the past into sequences of `PIECE` rows;
-    "sdpa_padded" is one masked call on padded rows, "sdpa_padded:two_parts" the two unmasked parts, padded each."""
+    """Prefixes U(64,1024), four shapes of tree in turn. ":whole" does not cut the past where `piece_for` would;
+    "sdpa_padded" and "flex" are one masked call on padded rows."""
     found, models = [], ("smollm2_135m",) if options.quick else HEADS
     for batch, model in itertools.product(options.batches_or((1, 4) if options.quick else (16, 64, 256, 4, 1)), models):
         columns = {"suite": "speculation", "model": model, "pruner": "none", "batch": batch, "tokens": PAST,
@@ -192,17 +193,15 @@ def speculation(options: Options) -> list[Case]:
         makes: dict[str, Make] = {"sdpa_padded": padded}
         if options.quick or batch >= 16:  # its compilation is dear
             makes["flex"] = flex
-        for name in RAGGED:
-            backend = name.partition(":")[0]
-            makes[name] = functools.partial(ragged, backend, None)
-            if backend == name:
-                makes[f"{name}:pieces"] = functools.partial(ragged, backend, PIECE)
+        for backend in RAGGED:
+            makes[backend] = functools.partial(ragged, backend, False)
+            if piece_for(batch, HEADS[model][1], options.device) is not None:
+                makes[f"{backend}:whole"] = functools.partial(ragged, backend, True)
         candidates = [
             Candidate({"backend": name, "mode": mode}, functools.partial(_subject, inputs, make, mode), CALL_CLOCKS)
             for (name, make), mode in itertools.product(makes.items(), ("eager", "graph"))
         ]
-        plans = {"sdpa_padded:plan": Inputs.mask, "ragged:plan": lambda x: x.plan(None),
-                 "ragged:pieces:plan": lambda x: x.plan(PIECE)}  # fmt: skip
+        plans = {"sdpa_padded:plan": Inputs.mask, "ragged:plan": Inputs.plan}
         candidates += [
             Candidate({"backend": name, "mode": "eager"}, functools.partial(_planning, inputs, make), PLAN_CLOCKS)
             for name, make in plans.items()

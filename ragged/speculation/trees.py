@@ -3,27 +3,32 @@
 Node 0 of a tree is the last token that is already certain; its key and value are computed together with the guesses.
 What the target says at node i is the distribution from which the children of node i are judged.
 
-A guess sees its prompt and its own ancestors. Both are ragged attention, and there is no mask anywhere:
-  past   one sequence a prompt: all rows of its tree are the queries, the cached rows are the keys, where they lie;
-  tree   one sequence a guess: its ancestors and itself are the keys, gathered.
-Outputs a and b of the two, with log-sum-exps la and lb, make up the whole softmax: w a + (1 - w) b with
-w = sigmoid(la - lb). Query heads that share a key head become further query rows, so that no key is repeated.
+A guess sees its prompt and its own branch, and there is no mask anywhere:
+  past    ragged attention, one sequence a prompt: all rows of its tree are the queries, the cached rows are the keys,
+          where they lie. A long past may be cut into pieces, which are sequences of their own;
+  branch  the guess itself and its ancestors, a handful of keys, each a dot product.
+A finished part of a softmax counts like one more key: its log-sum-exp is the score, its output the value. So one small
+softmax over parts and branch makes the whole. Query heads that share a key head become further query rows, so that no
+key is repeated.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import launch
 from ..attention import varlen_attention
 from ..checks import check_int
 from .llama import Attend, Llama
 
 MOST_NODES = 1024
+PIECE = 256  # cached rows to a sequence, where the past is cut; times: data/results/notes.md
+LONGEST = 128  # keys of a branch that a program of the joining kernel holds at once
 CHUNK = 64  # rows of a prompt that are read at a time: each row's ancestors are gathered
 
 
@@ -35,7 +40,7 @@ class Tree:
     itself.  Raises ValueError for a shape that is no tree, or too large a one.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, shape: Sequence[int]):
         self.shape = tuple(check_int("shape", width, 1) for width in shape)
         sizes = list(itertools.accumulate((1, *self.shape), lambda nodes, width: min(nodes * width, MOST_NODES + 1)))
         if not self.shape or sum(sizes) > MOST_NODES:
@@ -50,11 +55,10 @@ class Tree:
             self.levels.append(slice(first, len(self.parent)))
         self.nodes, self.inner = len(self.parent), self.levels[-1].start
         self.children: list[list[int]] = [[] for _ in self.parent]
-        sees = torch.eye(self.nodes, dtype=torch.bool)
+        self.sees = sees = torch.eye(self.nodes, dtype=torch.bool)
         for node, parent in enumerate(self.parent[1:], 1):
             self.children[parent].append(node)
             sees[node] |= sees[parent]  # itself, its parent, and all that its parent sees
-        self.sees = sees.to(device)
 
 
 # ---- which guesses stay ----
@@ -117,82 +121,126 @@ class Plan:
     """New rows of a batch of prompts, and what each sees; made once a pass and used in every layer.
 
     past: so many rows of each prompt are cached, from row b * capacity on; the rest of its room is for rows on trial.
-    sees: for each prompt bool (new rows, rows on trial), which of the rows on trial, old and new, a new row sees; all
-    see the past.  group: query heads to a key head.  piece: cut the past into pieces of so many rows, each a sequence
-    of its own, so that few prompts keep a whole GPU busy.
+    sees: for each prompt bool (new rows, rows on trial), which of the rows on trial, old and new, a new row sees beside
+    itself; all see the past.  heads, kv_heads: of queries and keys; the `group` of query heads that share a key head
+    become rows one behind the other.  piece: cut the past into pieces of so many rows, each a sequence of its own, so
+    that few prompts keep a whole GPU busy.
+
+    branch: int32 (rows, longest branch), the cache rows that a new row sees beside the past, its own first, -1 for
+    none.  place, position: int32 (rows,), where it lies in the cache and in its text.  cu_past_q, cu_past_k,
+    max_past_q, max_past_k: the past as sequences of `varlen_attention`.  asked: its queries, int64 (queries *
+    kv_heads,), as rows of all heads one behind the other; None where all are asked once, as they stand.  parts: int32
+    (rows * group, most pieces), where its output holds the parts of a row, -1 for none.
     """
 
-    def __init__(self, past: Sequence[int], capacity: int, sees: Sequence[Tensor], group: int,
+    def __init__(self, past: Sequence[int], capacity: int, sees: Sequence[Tensor], heads: int, kv_heads: int,
                  device: torch.device | str, piece: int | None = None):  # fmt: skip
-        self.group, known = group, {}
-        counts, seen, number, place, position = [], [], [], [], []
         for b, (length, mask) in enumerate(zip(past, sees, strict=True)):
-            new, trial = mask.shape
-            if length + trial > capacity:
-                raise ValueError(f"sees: prompt {b} has {length} rows and {trial} on trial, but room for {capacity}")
-            if id(mask) not in known:
-                mask = mask.cpu()
-                known[id(sees[b])] = mask.nonzero()[:, 1], mask.sum(1), torch.arange(trial - new, trial)
-            columns, ancestors, own = known[id(sees[b])]
-            counts.append(new)
-            seen.append(columns + (b * capacity + length))
-            number.append(ancestors)
-            place.append(own + (b * capacity + length))
-            position.append(ancestors + (length - 1))
-        self.place, self.position, self.seen = (torch.cat(x).to(device) for x in (place, position, seen))
-        number = torch.cat(number)
-        self.cu_node = torch.arange(len(number) + 1, dtype=torch.int32, device=device) * group
-        self.cu_seen, self.max_seen = _offsets(number.tolist(), device), int(number.max())
-        self._past(past, capacity, counts, device, piece)
+            if length + mask.shape[1] > capacity:
+                raise ValueError(
+                    f"sees: prompt {b} has {length} rows and {mask.shape[1]} on trial, but room for {capacity}"
+                )
+        masks = {id(mask): mask for mask in sees}  # many prompts share a tree
+        shapes = {key: _branches(mask) for key, mask in masks.items()}
+        width = max(branch.shape[1] for branch in shapes.values())
+        for key, branch in shapes.items():
+            shapes[key] = np.pad(branch, ((0, 0), (0, width - branch.shape[1])), constant_values=-1)
+        branch, new = np.concatenate([shapes[id(mask)] for mask in sees]), np.array([len(mask) for mask in sees])
+        past = np.array(past)
+        first = np.repeat(np.arange(len(past)) * capacity + past, new)  # where a row's prompt begins its trial
+        position = (branch >= 0).sum(1) - 1 + np.repeat(past, new)
+        branch = np.where(branch >= 0, branch + first[:, None], -1)
+        numbers = {"branch": branch, "place": branch[:, 0], "position": position}
+        self.group, self.asked = heads // kv_heads, None
+        numbers |= self._past(past, capacity, new * self.group, piece)
+        if "asked" in numbers:
+            row, head = np.divmod(numbers["asked"], self.group)
+            numbers["asked"] = (row[:, None] * heads + np.arange(kv_heads) * self.group + head[:, None]).ravel()
+        self.__dict__.update(_to(device, numbers))
+        self.asked = None if self.asked is None else self.asked.long()
 
-    def _past(self, past, capacity, counts, device, piece) -> None:
-        queries, keys, again, parts = [], [], [], []
-        starts = list(itertools.accumulate(counts, initial=0))
-        for b, length in enumerate(past):
-            cut = length if piece is None else piece
-            pieces = [min(cut, length - at) for at in range(0, length, cut)] if length else [0]
-            queries += [counts[b] * self.group] * len(pieces) + [0]  # no query sees the room behind the past
-            keys += [*pieces, capacity - length]
-            rows = torch.arange(starts[b] * self.group, starts[b + 1] * self.group)
-            again.append(rows.repeat(len(pieces)))
-            parts += [len(pieces)] * len(rows)
-        self.cu_past_q, self.cu_past_k = _offsets(queries, device), _offsets(keys, device)
-        self.max_past_q, self.max_past_k = max(queries), max(1, *keys)
-        self.again = self.parts = None
-        if piece is not None:  # where the parts of a row's output are, the tree's last; -1: there is none
-            again, rows = torch.cat(again), len(parts)
-            order = torch.full((rows, max(parts) + 1), -1)
-            by_row = again.argsort(stable=True)
-            slot = torch.cat([torch.arange(n) for n in parts])
-            order[again[by_row], slot] = by_row
-            order[:, -1] = len(again) + torch.arange(rows)
-            self.again, self.parts = again.to(device), order.to(device)
+    def _past(self, past: np.ndarray, capacity: int, queries: np.ndarray, piece: int | None) -> dict[str, np.ndarray]:
+        pieces = np.ones_like(past) if piece is None else np.maximum(1, -(-past // piece))
+        prompt = np.repeat(np.arange(len(past)), pieces + 1)  # of each sequence; a prompt's last is the room behind
+        first = np.cumsum(pieces + 1) - pieces - 1
+        number = np.arange(len(prompt)) - first[prompt]
+        room, cut = number == pieces[prompt], capacity if piece is None else piece
+        keys = np.where(room, capacity - past[prompt], np.minimum(cut, past[prompt] - number * cut))
+        asked = np.where(room, 0, queries[prompt])  # nobody asks the room
+        self.max_past_q, self.max_past_k = int(asked.max(initial=0)), max(1, int(keys.max(initial=0)))
+        cu_q, cu_k = (np.append(0, np.cumsum(lengths)) for lengths in (asked, keys))
+        own = np.repeat(np.arange(len(past)), queries)  # the prompt of each query row
+        local, slot = np.arange(len(own)) - (np.cumsum(queries) - queries)[own], np.arange(pieces.max())
+        at = cu_q[np.minimum(first[own, None] + slot, len(prompt) - 1)] + local[:, None]
+        parts, found = np.where(slot < pieces[own, None], at, -1), {"cu_past_q": cu_q, "cu_past_k": cu_k}
+        if pieces.max() > 1:
+            found["asked"] = np.empty(cu_q[-1], int)
+            found["asked"][parts[parts >= 0]] = np.nonzero(parts >= 0)[0]
+        return found | {"parts": parts}
 
 
-def _offsets(lengths: Sequence[int], device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+def piece_for(prompts: int, kv_heads: int, device: torch.device | str) -> int | None:
+    """The `piece` of a `Plan` for so many prompts and a model with so many key heads: a program works on one sequence
+    and key head, so where these are fewer than the GPU's multiprocessors, `PIECE`. None, no cutting, otherwise, and
+    where `device` is no GPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    return PIECE if prompts * kv_heads < torch.cuda.get_device_properties(device).multi_processor_count else None
+
+
+def _branches(mask: Tensor) -> np.ndarray:
+    """The columns that each row of a mask (new, on trial) sees, its own first, filled up with -1."""
+    seen, (new, trial) = mask.cpu().numpy().copy(), mask.shape
+    own = np.arange(trial - new, trial)
+    seen[np.arange(new), own] = False
+    count = seen.sum(1)
+    order = np.argsort(~seen, axis=1, kind="stable")[:, : count.max(initial=0)]
+    others = np.where(np.arange(order.shape[1]) < count[:, None], order, -1)
+    return np.concatenate((own[:, None], others), 1)
+
+
+def _to(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Whole numbers as int32 tensors on `device`, all in one copy; each begins on a multiple of 16 bytes."""
+    sizes = [-(-x.size // 4) * 4 for x in arrays.values()]
+    flat, starts = np.zeros(sum(sizes), np.int32), itertools.accumulate(sizes, initial=0)
+    spans = [slice(start, start + x.size) for start, x in zip(starts, arrays.values())]
+    for span, x in zip(spans, arrays.values()):
+        flat[span] = x.ravel()
+    flat = torch.from_numpy(flat).to(device)
+    return {name: flat[span].view(x.shape) for (name, x), span in zip(arrays.items(), spans)}
 
 
 def attend_trees(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str = "auto") -> Tensor:
     """Attention of the new rows of a `plan`, with no mask. q: (rows, heads, headdim).  k, v: (prompts * capacity,
     kv_heads, headdim), the new rows' own among them.  backend: one that computes the log-sum-exp. Returns rows like q;
     raises what `varlen_attention` raises."""
-    call = functools.partial(varlen_attention, return_lse=True, backend=backend)
-    rows = q.unflatten(1, (-1, plan.group)).transpose(1, 2).flatten(0, 1)  # (rows * group, kv_heads, headdim)
-    asked = rows if plan.again is None else rows[plan.again]
-    past, la = call(asked, k, v, plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k)
-    tree, lb = call(rows, k[plan.seen], v[plan.seen], plan.cu_node, plan.cu_seen, plan.group, plan.max_seen)
-    if plan.again is None:
-        out = tree.lerp(past, torch.sigmoid(la - lb).T[..., None].to(q.dtype))
+    if plan.asked is None:
+        asked = q.unflatten(1, (-1, plan.group)).transpose(1, 2).flatten(0, 1)  # (rows * group, kv_heads, headdim)
     else:
-        out = _merge(torch.cat((past, tree)), torch.cat((la, lb), 1), plan.parts).to(q.dtype)
-    return out.unflatten(0, (-1, plan.group)).transpose(1, 2).flatten(1, 2)
+        asked = q.flatten(0, 1)[plan.asked].unflatten(0, (-1, k.shape[1]))
+    sizes = (plan.cu_past_q, plan.cu_past_k, plan.max_past_q, plan.max_past_k)
+    part, lse = varlen_attention(asked, k, v, *sizes, return_lse=True, backend=backend)
+    rest = (q, k, v, part, lse, plan.branch, plan.parts, q.shape[-1] ** -0.5)
+    if not launch.usable(q.device) or q.dtype == torch.float64 or plan.branch.shape[1] > LONGEST:
+        return _join(*rest)
+    from .kernel import join  # imported here: Triton is optional
+
+    return join(*rest)
 
 
-def _merge(out: Tensor, lse: Tensor, parts: Tensor) -> Tensor:
-    """Any number of parts of one softmax: each counts by the softmax of the log-sum-exps."""
-    weight = lse.T[parts].masked_fill((parts < 0)[..., None], float("-inf")).softmax(1)  # (rows, parts, kv_heads)
-    return (weight[..., None] * out[parts]).sum(1)
+def _join(q, k, v, part, lse, branch, parts, scale) -> Tensor:
+    """`kernel.join` in PyTorch. Sizes: n rows, g query heads to a key head, h key heads, a keys, p parts."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    q4 = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2).to(exact)  # (n, g, h, headdim)
+    parts = parts.unflatten(0, q4.shape[:2])  # (n, g, p)
+    scores = torch.einsum("nghd,nahd->ngha", q4, k[branch].to(exact)) * scale
+    sums = lse.T[parts].transpose(2, 3).to(exact)  # (n, g, h, p)
+    none = torch.cat((branch[:, None].expand(*q4.shape[:2], -1), parts), 2)[:, :, None] < 0
+    weights = torch.cat((scores, sums), 3).masked_fill(none, float("-inf")).softmax(-1)
+    keys = branch.shape[1]
+    out = torch.einsum("ngha,nahd->nghd", weights[..., :keys], v[branch].to(exact))
+    out = out + torch.einsum("nghp,ngphd->nghd", weights[..., keys:], part[parts].to(exact))
+    return out.transpose(1, 2).flatten(1, 2).to(q.dtype)
 
 
 # ---- the cache, and reading into it ----
@@ -233,10 +281,19 @@ class Cache:
         self.past = [n + len(path) for n, path in zip(self.past, paths)]
 
 
+def only(running: Sequence[int], prompts: int, mask: Tensor) -> list[Tensor]:
+    """`sees` of a pass in which the prompts in `running`, of so many, get the new rows of a `mask`, and others none."""
+    found = [mask[:0, :0]] * prompts
+    for b in running:
+        found[b] = mask
+    return found
+
+
 def read(model: Llama, cache: Cache, ids: Tensor, sees: Sequence[Tensor], backend: str = "auto") -> Tensor:
     """Last hidden rows (rows, dim) of `model` for the new tokens ids, int64 (rows,), of all prompts one behind the
     other, which are put on trial in `cache`. sees: as in `Plan`.  backend: of `varlen_attention`."""
-    plan = Plan(cache.past, cache.capacity, sees, model.heads // model.kv_heads, model.device)
+    piece = piece_for(len(cache.past), model.kv_heads, model.device)
+    plan = Plan(cache.past, cache.capacity, sees, model.heads, model.kv_heads, model.device, piece)
     return model.forward(ids, plan.position, cache.attend(plan, backend))
 
 
