@@ -115,7 +115,7 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str):
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.has_lse)
         raise ValueError(f"return_lse: backend {picked.name!r} does not compute it; use one of {able}")
     if backend == "auto" and picked.name == "triton":
-        if BACKENDS["gluon"].why_not(q.device, q.dtype, q.shape[2]) is None:
+        if launch.auto_gluon(q.device, q.dtype, q.shape[2]):
             return gluon_or_triton
     return picked.run
 
