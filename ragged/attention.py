@@ -128,7 +128,7 @@ def _accept(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, backend: str, gra
             f"torch.no_grad(), or one of {_able('lse_gradient')}"
         )
     if backend == "auto" and picked.name == "triton" and not gradient:
-        if BACKENDS["gluon"].why_not(q.device, q.dtype, q.shape[2]) is None:
+        if launch.auto_gluon(q.device, q.dtype, q.shape[2]):
             return replace(picked, run=gluon_or_triton)
     return picked
 

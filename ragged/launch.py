@@ -26,7 +26,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles import GLUON_HEADDIMS, Tiles, choose_tiles, grid_of, pipe_tiles, prefers_gluon, takes_gluon
+from .tiles import (
+    GLUON_HEADDIMS,
+    GLUON_PROVEN,
+    Tiles,
+    choose_tiles,
+    grid_of,
+    pipe_tiles,
+    prefers_gluon,
+    takes_gluon,
+)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
@@ -81,6 +90,12 @@ def no_gluon(device: torch.device, dtype: torch.dtype, headdim: int) -> str | No
         return f"dtype {dtype} is not float16 or bfloat16"
     able = " or ".join(map(str, GLUON_HEADDIMS))
     return None if headdim in GLUON_HEADDIMS else f"head dimension {headdim} is not {able}: the tiles would not fit"
+
+
+@functools.cache
+def auto_gluon(device: torch.device, dtype: torch.dtype, headdim: int) -> bool:
+    """Whether "auto" may start the kernel in Gluon on a CUDA device: it runs there, and has been proven there."""
+    return no_gluon(device, dtype, headdim) is None and torch.cuda.get_device_name(device) in GLUON_PROVEN
 
 
 def new_output(q: Tensor, total: int, heads: int, dim: int) -> Tensor:
@@ -225,9 +240,9 @@ class Plan(NamedTuple):
     kind (dtypes, devices, strides, heads, head dimension, no gradient; not lengths or batch).
 
     device, dtype, heads, dim: of that kind.  strides: of its output.  scale: the default one, times LOG2_E.  gluon:
-    whether the kernel in Gluon can take it.  launchers: tiles -> launcher.  ways: (longest query, longest key, images,
-    whether they can be equal, backend) -> (launcher, grid x, grid y), looked up among the launchers once.  number:
-    under which `front` keeps it.
+    whether "auto" may start the kernel in Gluon.  launchers: tiles -> launcher.  ways: (longest query, longest key,
+    images, whether they can be equal, backend) -> (launcher, grid x, grid y), looked up among the launchers once.
+    number: under which `front` keeps it.
     """
 
     same: Callable[..., bool]
@@ -291,7 +306,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, tiles:
         if not same(*tensors):  # q, k and v are not three tensors, say
             return
         heads, dim = q.shape[1:]
-        gluon, scale = no_gluon(q.device, q.dtype, dim) is None, dim**-0.5 * LOG2_E
+        gluon, scale = auto_gluon(q.device, q.dtype, dim), dim**-0.5 * LOG2_E
         number = front.plan(tensors, cu_k is cu_q, scale) if front is not None else None
         plan = Plan(same, q.get_device(), q.dtype, heads, dim, (heads * dim, dim, 1), scale, gluon, {}, {}, number)
         plans = _plans[cu_k is cu_q]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 
@@ -98,10 +99,21 @@ def takes_gluon(max_q: int, max_k: int, headdim: int, programs: int, equal: bool
     return equal and max_q == max_k and max_q in GLUON_LENGTHS and headdim in GLUON_HEADDIMS and itemsize == 2
 
 
+# Where "auto" has the kernel in Gluon compute: (lengths up to, heads times images from, to). With fewer the kernels in
+# Triton fill the GPU better; with more, memory is what limits both, and the gain is under 5 %.
+GLUON_GAINS = ((80, 700, 2000), (112, 700, math.inf), (160, 700, 2000), (208, 190, math.inf))
+# On which GPUs: those on which the stress test of 10,000 calls or more, the sanitizer, the soak and all other tests of
+# it have run without a finding. What has and what has not is in data/results/notes.md.
+GLUON_PROVEN: frozenset[str] = frozenset()
+
+
 def prefers_gluon(max_q: int, max_k: int, headdim: int, programs: int, equal: bool, itemsize: int) -> bool:
-    """Whether "auto" has the kernel in Gluon compute such calls, on a GPU that can; the arguments are those of
-    `choose_tiles`. Everything that decides it is known on the host, and stands here."""
-    return False
+    """Whether "auto" has the kernel in Gluon compute such calls, on a GPU where it is proven; the arguments are those
+    of `choose_tiles`. Everything that decides it is known on the host, and stands here."""
+    if headdim != 64 or not takes_gluon(max_q, max_k, headdim, programs, equal, itemsize):
+        return False
+    least, most = next((least, most) for longest, least, most in GLUON_GAINS if max_q <= longest)
+    return least <= programs <= most
 
 
 def grid_of(tiles: Tiles, max_q: int, heads: int, images: int, processors: int = 1) -> tuple[int, int]:

@@ -22,11 +22,13 @@ SHORT_Q, SHORT_K = [3, 0, 7, 2, 33], [5, 4, 0, 1, 20]
 
 
 def places(names):
-    """(device, backend): what runs on this CPU, and every backend on CUDA, marked so. Interpreted: the kernels only."""
-    here = [n for n in names if n != "dense" and ragged.BACKENDS[n].why_not("cpu", torch.float32, 16) is None]
+    """(device, backend): what runs on this CPU, and every backend on CUDA, marked so, but those for equal counts alone.
+    Interpreted: the kernels only."""
+    names = [n for n in names if not ragged.BACKENDS[n].equal_only]
+    here = [n for n in names if ragged.BACKENDS[n].why_not("cpu", torch.float32, 16) is None]
     if launch.INTERPRET:
         here = [n for n in here if n.endswith("triton")]
-    on_gpu = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in names if n != "dense"]
+    on_gpu = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in names]
     return [("cpu", n) for n in here] + on_gpu
 
 

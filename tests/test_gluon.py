@@ -62,6 +62,22 @@ def test_auto_prefers_it_only_where_it_runs():
         assert takes_gluon(*kind) or not prefers_gluon(*kind)
 
 
+def test_auto_takes_it_where_it_gains():
+    """Heads times images: with few of them the kernels in Triton fill the GPU better."""
+    cells = itertools.product((65, 99, 140, 170, 197), (48, 192, 768, 3072))
+    taken = {(n, programs) for n, programs in cells if prefers_gluon(n, n, 64, programs, True, 2)}
+    assert taken == {(65, 768), (99, 768), (99, 3072), (140, 768), *itertools.product((170, 197), (192, 768, 3072))}
+    assert not any(prefers_gluon(n, n, 32, 768, True, 2) for n in GLUON_LENGTHS), "measured with 64 alone"
+
+
+def test_auto_takes_it_on_gpus_on_which_it_is_proven(monkeypatch):
+    monkeypatch.setattr(launch, "no_gluon", lambda *_: None)
+    monkeypatch.setattr(launch, "GLUON_PROVEN", {"NVIDIA H100"})
+    for name, may in (("NVIDIA H100", True), ("NVIDIA H200", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert launch.auto_gluon.__wrapped__(torch.device("cuda"), HALF, 64) == may
+
+
 def test_unequal_lengths_are_refused_in_a_sentence():
     for lengths in ([70, 71], [64, 64], [209], [3]):
         q, k, v, *sizes = inputs(lengths, dim=64)
