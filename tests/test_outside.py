@@ -38,20 +38,23 @@ def test_rates_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert ceiling.main(line) == 0
     (path,) = tmp_path.glob("*/ceiling.csv")
     rows = {(row["mode"], row["metric"]): row for row in data.read_csv(path, data.RESULT_COLUMNS)}
-    assert len(rows) == 9 and {metric for _, metric in rows} == set(ceiling.METRICS)
+    assert len(rows) == 12 and {metric for _, metric in rows} == set(ceiling.METRICS)
     for (mode, _), row in rows.items():
         assert row["unit"] == "images/s"
-        assert row["status"] == ("nvJPEG needs a CUDA device" if "nvjpeg" in mode else "ok")
+        assert row["status"] == ("nvJPEG needs a CUDA device" if "nvjpeg" in mode else "ok"), mode
         assert "nvjpeg" in mode or float(row["value"]) > 0
     capsys.readouterr()
     assert ceiling.main(line) == 0 and capsys.readouterr().out.count("nvjpeg") == 0  # all is recorded already
 
 
 @pytest.mark.gpu
-def test_nvjpeg_sees_the_same_pictures(tmp_path):
+@pytest.mark.parametrize("way", ceiling.ON_GPU)
+def test_nvjpeg_sees_the_same_pictures(way, tmp_path):
+    if way.endswith("torchcodec"):
+        pytest.importorskip("torchcodec", reason="torchcodec is not installed")
     vit = ragged.load_deit("deit_tiny")
     config, read, paths = folder.picture_config(vit), Read(vit), ceiling.photographs(tmp_path, 4)
-    on_gpu = next(ceiling.batches(ceiling.Decoded(paths, "bytes", read, config), 4, 0, "cuda"))
+    on_gpu = next(ceiling.batches(ceiling.Decoded(paths, way, read, config), 4, 0, "cuda"))
     host = next(ceiling.batches(ceiling.Decoded(paths, "torchvision", read, config), 4, 0, "cpu"))
     assert (on_gpu.cpu().float() - host.float()).abs().mean() < 3
 

@@ -201,3 +201,12 @@ def test_one_process_needs_no_group():
         numbers = torch.ones(3)
         assert group.total(numbers) is numbers and group.of_first("x") == "x"
         group.agree({"anything": 1})
+
+
+def test_one_process_waits_for_its_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    for device, times in (("cpu", 0), ("cuda", 1)):
+        with processes.joined(device) as group:
+            group.wait()
+        assert len(waited) == times

@@ -102,7 +102,7 @@ def joined(device: str) -> Iterator[Group]:
     a group that does not come up.
     """
     if asked() == 1:
-        yield ALONE
+        yield Group(device=device)
         return
     rank, size = int(os.environ["RANK"]), asked()
     try:

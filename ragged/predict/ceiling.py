@@ -1,13 +1,15 @@
 """How fast images become labels when they start as JPEG files: `python -m ragged.predict.ceiling --out DIR`.
 
-Every row holds three rates side by side: of decoding alone, of the GPU alone, and of both together. Each way of
-decoding is tried with every model, pruned and unpruned: Pillow as `ragged.predict` reads, torchvision, on so many
-processes, and nvJPEG on the GPU, through torchvision. What a machine cannot do is a row that says why.
+Three rates stand side by side: of decoding alone, of the GPU alone, and of both together. Each way of decoding is tried
+with every model, pruned and unpruned: torchvision on so many processes, Pillow, as `ragged.predict` reads, on the most
+of them, and nvJPEG on the GPU, through torchvision and through torchcodec. What a machine cannot do is a row that says
+why.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -35,10 +37,11 @@ from ..pruners import PRUNERS
 from .classify import Classify
 from .reading import Read
 
+ON_GPU = ("nvjpeg", "nvjpeg:torchcodec")
 METRICS = ("decode_images_per_s", "gpu_images_per_s", "end_to_end_images_per_s")
 PROCESSES = (1, 2, 4, 8, 16)
 SIZE, QUALITY = (500, 375), 90  # of an ordinary photograph of ImageNet
-SLICES = 5  # of a measurement, for its spread
+SLICES = 3  # of a measurement, for its spread
 PRUNED = {
     "none": lambda: None,
     "evit": lambda: PRUNERS["evit"](keep=0.7),
@@ -47,8 +50,8 @@ PRUNED = {
 
 
 class Decoded(torch.utils.data.Dataset):
-    """uint8 images (3, height, width) as `vit` wants them, of the JPEG files `paths` again and again. way: "pillow",
-    "torchvision", or "bytes" for the files as they are."""
+    """uint8 images (3, height, width) as timm's `config` wants them, of the JPEG files `paths` again and again. way:
+    "pillow", by `read`, "torchvision", or one of ON_GPU, for which the files come as they are."""
 
     def __init__(self, paths: Sequence[str], way: str, read: Read, config: dict):
         self.paths, self.way, self.read, self.config = paths, way, read, config
@@ -61,7 +64,7 @@ class Decoded(torch.utils.data.Dataset):
         if self.way == "pillow":
             return self.read.one(path)[0]
         file = torchvision.io.read_file(path)
-        if self.way == "bytes":
+        if self.way in ON_GPU:
             return file
         return resized(torchvision.io.decode_jpeg(file, torchvision.io.ImageReadMode.RGB), self.config)
 
@@ -76,18 +79,34 @@ def resized(image: Tensor, config: dict) -> Tensor:
 
 def batches(files: Decoded, batch: int, processes: int, device: str) -> Iterator[Tensor]:
     """uint8 images (batch, 3, height, width) by `processes`, on the GPU where nvJPEG makes them there."""
-    on_gpu = files.way == "bytes"
+    on_gpu = files.way in ON_GPU
+    decode = decoder(files.way, device) if on_gpu else None
     pin, collate = device == "cuda" and not on_gpu, list if on_gpu else None
     loader = torch.utils.data.DataLoader(files, batch, num_workers=processes, pin_memory=pin, collate_fn=collate)
     for found in loader:
-        if on_gpu:
-            decoded = torchvision.io.decode_jpeg(found, torchvision.io.ImageReadMode.RGB, device=device)
-            found = torch.stack([resized(image, files.config) for image in decoded])
-        yield found
+        yield found if decode is None else torch.stack([resized(image, files.config) for image in decode(found)])
 
 
-def rate(work: Iterator[int], seconds: float, before: int = 0) -> Stats:
-    """images/s of `work`, which yields how many images it just did, in SLICES. before: rounds that do not count."""
+def decoder(way: str, device: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    """What makes uint8 images (3, height, width) on the GPU `device` of the bytes of JPEG files. way: one of ON_GPU.
+    Skip, which says why, where this machine has no such decoder."""
+    if device != "cuda":
+        raise Skip("nvJPEG needs a CUDA device")
+    if way == "nvjpeg":
+        return functools.partial(torchvision.io.decode_jpeg, mode=torchvision.io.ImageReadMode.RGB, device=device)
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except ModuleNotFoundError as error:
+        raise Skip("torchcodec is not installed") from error
+    except (ImportError, OSError, RuntimeError) as error:  # an older one, or one made for another PyTorch
+        raise Skip(f"this torchcodec decodes no images here: {str(error).strip().splitlines()[0]}"[:160]) from error
+    return functools.partial(decode_jpeg, mode="RGB", device=device)
+
+
+def rate(work: Iterator[int], seconds: float, before: int = 0, turn: int = 1) -> Stats:
+    """images/s of `work`, which yields how many images it just did, in SLICES. before: batches that do not count, such
+    as those that were ready.  turn: batches that come together, so that they are counted together: one of each process
+    that decodes."""
     for done in itertools.islice(work, before + 1):
         assert done
     found = []
@@ -95,7 +114,7 @@ def rate(work: Iterator[int], seconds: float, before: int = 0) -> Stats:
         wait()
         start, images = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / SLICES:
-            images += next(work)
+            images += sum(itertools.islice(work, turn))
         wait()
         found.append(images / (time.perf_counter() - start))
     return stats(found)
@@ -118,6 +137,8 @@ class Ceiling:
     def __init__(self, paths: Sequence[str], batch: int, device: str, seconds: float):
         self.paths, self.batch, self.device, self.seconds = paths, batch, device, seconds
         self.classify = functools.lru_cache(1)(self._classify)
+        self.open: dict[tuple[str, int], Iterator[Tensor]] = {}
+        self.files = functools.cache(self._files)
         self.decode = functools.cache(self._decode)
         self.gpu = functools.cache(self._gpu)
 
@@ -125,19 +146,25 @@ class Ceiling:
         vit = load_deit(model, weights="random")  # speed does not ask what the weights know
         return Classify(RaggedViT(vit, PRUNED[pruner]()), self.batch, self.device)
 
-    def files(self, way: str) -> Decoded:
-        """The files, decoded this `way`."""
+    def _files(self, way: str) -> Decoded:
         vit = load_deit("deit_tiny", weights="random")  # all want the same pictures
-        return Decoded(self.paths, {"nvjpeg": "bytes"}.get(way, way), Read(vit), picture_config(vit))
+        return Decoded(self.paths, way, Read(vit), picture_config(vit))
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        while self.open:
+            self.open.popitem()[1].close()
 
     def _work(self, way: str, processes: int, label: Callable[[Tensor], object] | None) -> Iterator[int]:
-        for images in batches(self.files(way), self.batch, processes, self.device):
+        if (way, processes) not in self.open:  # they outlive a measurement: starting sixteen takes longer than one
+            self.open[way, processes] = batches(self.files(way), self.batch, processes, self.device)
+        for images in self.open[way, processes]:
             if label is not None:
                 label(images)
             yield len(images)
 
     def _decode(self, way: str, processes: int) -> Stats:
-        return rate(self._work(way, processes, None), self.seconds, 2 * processes)
+        return rate(self._work(way, processes, None), self.seconds, 2 * processes, processes)
 
     def _gpu(self, model: str, pruner: str) -> Stats:
         images = torch.stack([self.files("pillow")[i] for i in range(self.batch)]).to(self.device)
@@ -147,24 +174,26 @@ class Ceiling:
 
     def subject(self, model: str, pruner: str, way: str, processes: int) -> Subject:
         """The three rates. Skip where the machine has no such decoder."""
-        if way == "nvjpeg" and self.device != "cuda":
-            raise Skip("nvJPEG needs a CUDA device")
-        if way != "pillow" and not hasattr(torchvision.io, "decode_jpeg"):
+        if way in ("torchvision", "nvjpeg") and not hasattr(torchvision.io, "decode_jpeg"):
             raise Skip(f"torchvision {torchvision.__version__} decodes no JPEG any more")
+        if way in ON_GPU:
+            decoder(way, self.device)
         if processes > (os.cpu_count() or 1):
             raise Skip(f"this machine has {os.cpu_count()} cores")
-        both = rate(self._work(way, processes, self.classify(model, pruner).run), self.seconds, 2 * processes)
+        work = self._work(way, processes, self.classify(model, pruner).run)
+        both = rate(work, self.seconds, 2 * processes, processes)
         values = self.decode(way, processes), self.gpu(model, pruner), both
         return Subject([], clocks=(), found=dict(zip(METRICS, values)))
 
 
-def cases(ceiling: Ceiling, models: Sequence[str], processes: Sequence[int]) -> list[Case]:
+def cases(ceiling: Ceiling, models: Sequence[str], pruners: Sequence[str], processes: Sequence[int]) -> list[Case]:
     """A case for each model and pruner, with every way of decoding."""
-    ways = [(way, n) for way in ("pillow", "torchvision") for n in processes] + [("nvjpeg", min(4, max(processes)))]
+    most = max(processes)
+    ways = [*(("torchvision", n) for n in processes), ("pillow", most), *((way, min(4, most)) for way in ON_GPU)]
     dtype, how = ("float16", "graph") if ceiling.device == "cuda" else ("float32", "eager")
     shared = {"suite": "ceiling", "batch": ceiling.batch, "tokens": "197", "dtype": dtype}
     found = []
-    for model, pruner in itertools.product(models, PRUNED):
+    for model, pruner in itertools.product(models, pruners):
         columns = {"pruner": pruner, "backend": "auto" if pruner != "none" else "unpruned"}
         candidates = [
             Candidate(columns | {"mode": f"{how}, {way} x{n}"},
@@ -180,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m ragged.predict.ceiling", description=__doc__.split("\n\n")[0])
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the rows (default: results)")
     p.add_argument("--model", nargs="+", choices=DEITS, default=DEITS)
+    p.add_argument("--pruner", nargs="+", choices=PRUNED, default=list(PRUNED))
     p.add_argument("--processes", nargs="+", type=commandline.positive, default=PROCESSES, help="that decode")
     p.add_argument("--batch", type=commandline.positive, default=256)
     p.add_argument("--seconds", type=float, default=2.5, help="of each measurement (default 2.5)")
@@ -194,9 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commandline.check_writable(asked.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recorder = Recorder(asked.out, redo=asked.redo, budget_s=asked.budget)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), contextlib.ExitStack() as last:
         ceiling = Ceiling(photographs(Path(folder), asked.batch), asked.batch, device, asked.seconds)
-        for case in cases(ceiling, asked.model, asked.processes):
+        last.callback(ceiling.close)
+        for case in cases(ceiling, asked.model, asked.pruner, asked.processes):
             if recorder.late():
                 print("ceiling: the time is up, run the same command again to go on", file=sys.stderr)
                 break
