@@ -38,14 +38,15 @@ from .classify import Classify
 from .reading import Read
 
 ON_GPU = ("nvjpeg", "nvjpeg:torchcodec")
+WAYS = ("torchvision", "pillow", *ON_GPU)
 METRICS = ("decode_images_per_s", "gpu_images_per_s", "end_to_end_images_per_s")
 PROCESSES = (1, 2, 4, 8, 16)
 SIZE, QUALITY = (500, 375), 90  # of an ordinary photograph of ImageNet
 SLICES = 3  # of a measurement, for its spread
-PRUNED = {
-    "none": lambda: None,
+PRUNED = {  # the fast ones first
     "evit": lambda: PRUNERS["evit"](keep=0.7),
     "threshold_l2_tau": lambda: PRUNERS["threshold_l2"](tau=1.0),
+    "none": lambda: None,
 }
 
 
@@ -81,10 +82,19 @@ def batches(files: Decoded, batch: int, processes: int, device: str) -> Iterator
     """uint8 images (batch, 3, height, width) by `processes`, on the GPU where nvJPEG makes them there."""
     on_gpu = files.way in ON_GPU
     decode = decoder(files.way, device) if on_gpu else None
-    pin, collate = device == "cuda" and not on_gpu, list if on_gpu else None
+    pin, collate = device == "cuda" and not on_gpu, end_to_end if on_gpu else None
     loader = torch.utils.data.DataLoader(files, batch, num_workers=processes, pin_memory=pin, collate_fn=collate)
     for found in loader:
-        yield found if decode is None else torch.stack([resized(image, files.config) for image in decode(found)])
+        if decode is not None:
+            whole, lengths = found
+            found = torch.stack([resized(image, files.config) for image in decode(list(whole.split(lengths)))])
+        yield found
+
+
+def end_to_end(files: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """The bytes of `files`, uint8 each, in one tensor, and their lengths: tensors of another process hold a file
+    descriptor each, and those are few."""
+    return torch.cat(files), [len(file) for file in files]
 
 
 def decoder(way: str, device: str) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -132,15 +142,21 @@ def photographs(folder: Path, count: int) -> list[str]:
 
 
 class Ceiling:
-    """What all rows share: the files, and what was measured already. seconds: of each measurement."""
+    """What all rows share: the files, and what was measured already. seconds: of each measurement.
+
+    One set of processes decodes at a time: a process that is forked beside the threads of another set inherits what it
+    must not. Whoever changes the way of decoding last, and goes from fast networks to slow ones, waits least.
+    """
 
     def __init__(self, paths: Sequence[str], batch: int, device: str, seconds: float):
         self.paths, self.batch, self.device, self.seconds = paths, batch, device, seconds
-        self.classify = functools.lru_cache(1)(self._classify)
-        self.open: dict[tuple[str, int], Iterator[Tensor]] = {}
         self.files = functools.cache(self._files)
+        self.classify = functools.cache(self._classify)
         self.decode = functools.cache(self._decode)
         self.gpu = functools.cache(self._gpu)
+        self.open: tuple[str, int] | None = None
+        self.reading: Iterator[Tensor] = iter(())
+        self.ready = False  # whether batches may be waiting that were decoded while no clock ran
 
     def _classify(self, model: str, pruner: str) -> Classify:
         vit = load_deit(model, weights="random")  # speed does not ask what the weights know
@@ -152,24 +168,33 @@ class Ceiling:
 
     def close(self) -> None:
         """End the processes that decode."""
-        while self.open:
-            self.open.popitem()[1].close()
+        if self.open is not None:
+            self.reading.close()
+            self.open = None
 
-    def _work(self, way: str, processes: int, label: Callable[[Tensor], object] | None) -> Iterator[int]:
-        if (way, processes) not in self.open:  # they outlive a measurement: starting sixteen takes longer than one
-            self.open[way, processes] = batches(self.files(way), self.batch, processes, self.device)
-        for images in self.open[way, processes]:
-            if label is not None:
-                label(images)
-            yield len(images)
+    def _rate(self, way: str, processes: int, label: Callable[[Tensor], object] | None) -> Stats:
+        if self.open != (way, processes):
+            self.close()
+            self.open, self.ready = (way, processes), True
+            self.reading = batches(self.files(way), self.batch, processes, self.device)
+
+        def work() -> Iterator[int]:
+            for images in self.reading:
+                if label is not None:
+                    label(images)
+                yield len(images)
+
+        before, self.ready = processes * (3 if self.ready else 1), False
+        return rate(work(), self.seconds, before, processes)
 
     def _decode(self, way: str, processes: int) -> Stats:
-        return rate(self._work(way, processes, None), self.seconds, 2 * processes, processes)
+        return self._rate(way, processes, None)
 
     def _gpu(self, model: str, pruner: str) -> Stats:
         images = torch.stack([self.files("pillow")[i] for i in range(self.batch)]).to(self.device)
         classify = self.classify(model, pruner)
         work = (len(classify.run(images).classes) for _ in itertools.count())
+        self.ready = True
         return rate(work, self.seconds, 3)
 
     def subject(self, model: str, pruner: str, way: str, processes: int) -> Subject:
@@ -180,27 +205,25 @@ class Ceiling:
             decoder(way, self.device)
         if processes > (os.cpu_count() or 1):
             raise Skip(f"this machine has {os.cpu_count()} cores")
-        work = self._work(way, processes, self.classify(model, pruner).run)
-        both = rate(work, self.seconds, 2 * processes, processes)
-        values = self.decode(way, processes), self.gpu(model, pruner), both
-        return Subject([], clocks=(), found=dict(zip(METRICS, values)))
+        alone = self.gpu(model, pruner), self.decode(way, processes)
+        both = self._rate(way, processes, self.classify(model, pruner).run)
+        return Subject([], clocks=(), found=dict(zip(METRICS, (alone[1], alone[0], both))))
 
 
-def cases(ceiling: Ceiling, models: Sequence[str], pruners: Sequence[str], processes: Sequence[int]) -> list[Case]:
-    """A case for each model and pruner, with every way of decoding."""
-    most = max(processes)
-    ways = [*(("torchvision", n) for n in processes), ("pillow", most), *((way, min(4, most)) for way in ON_GPU)]
+def cases(ceiling: Ceiling, models: Sequence[str], pruners: Sequence[str],
+          ways: Sequence[tuple[str, int]]) -> list[Case]:  # fmt: skip
+    """A case for each way of decoding, (name, processes), with every network, the fast ones first."""
     dtype, how = ("float16", "graph") if ceiling.device == "cuda" else ("float32", "eager")
     shared = {"suite": "ceiling", "batch": ceiling.batch, "tokens": "197", "dtype": dtype}
+    networks = [(m, p) for m in DEITS for p in PRUNED if m in models and p in pruners]
     found = []
-    for model, pruner in itertools.product(models, pruners):
-        columns = {"pruner": pruner, "backend": "auto" if pruner != "none" else "unpruned"}
-        candidates = [
-            Candidate(columns | {"mode": f"{how}, {way} x{n}"},
-                      functools.partial(ceiling.subject, model, pruner, way, n), METRICS)
-            for way, n in ways
-        ]  # fmt: skip
-        found.append(Case(shared | {"model": model}, candidates))
+    for way, n in ways:
+        candidates = []
+        for model, pruner in networks:
+            columns = {"model": model, "pruner": pruner, "backend": "unpruned" if pruner == "none" else "auto"}
+            build = functools.partial(ceiling.subject, model, pruner, way, n)
+            candidates.append(Candidate(columns, build, METRICS))
+        found.append(Case(shared | {"mode": f"{how}, {way} x{n}"}, candidates))
     return found
 
 
@@ -209,11 +232,13 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m ragged.predict.ceiling", description=__doc__.split("\n\n")[0])
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the rows (default: results)")
     p.add_argument("--model", nargs="+", choices=DEITS, default=DEITS)
+    p.add_argument("--way", nargs="+", choices=WAYS, default=WAYS, help="of decoding")
     p.add_argument("--pruner", nargs="+", choices=PRUNED, default=list(PRUNED))
     p.add_argument("--processes", nargs="+", type=commandline.positive, default=PROCESSES, help="that decode")
     p.add_argument("--batch", type=commandline.positive, default=256)
     p.add_argument("--seconds", type=float, default=2.5, help="of each measurement (default 2.5)")
-    p.add_argument("--budget", type=float, metavar="SECONDS", help="start no model after this time; run again to go on")
+    p.add_argument("--budget", type=float, metavar="SECONDS", help="start no way of decoding after this time; run "
+                   "again to go on")  # fmt: skip
     p.add_argument("--redo", action="store_true", help="measure again what is recorded already")
     return p
 
@@ -227,7 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), contextlib.ExitStack() as last:
         ceiling = Ceiling(photographs(Path(folder), asked.batch), asked.batch, device, asked.seconds)
         last.callback(ceiling.close)
-        for case in cases(ceiling, asked.model, asked.pruner, asked.processes):
+        most = max(asked.processes)
+        ways = [(way, n) for way in asked.way for n in
+                (asked.processes if way == "torchvision" else [min(4, most) if way in ON_GPU else most])]  # fmt: skip
+        for case in cases(ceiling, asked.model, asked.pruner, ways):
             if recorder.late():
                 print("ceiling: the time is up, run the same command again to go on", file=sys.stderr)
                 break
