@@ -98,8 +98,8 @@ def take_gpu(device: str) -> None:
 def joined(device: str) -> Iterator[Group]:
     """The group of this process inside. device: "cuda", of which each process of a machine takes its own, or "cpu".
 
-    What is raised inside as OSError, ValueError or ImportError comes out as ValueError with the rank in front; so does
-    a group that does not come up.
+    What is raised inside as OSError, ValueError or ImportError, and want of memory, comes out as ValueError with the
+    rank in front; so does a group that does not come up.
     """
     if asked() == 1:
         yield Group(device=device)
@@ -107,6 +107,9 @@ def joined(device: str) -> Iterator[Group]:
     rank, size = int(os.environ["RANK"]), asked()
     try:
         yield _join(rank, size, device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"rank {rank} of {size}: its GPU has too little memory left for this; take a smaller --batch, "
+                         f"or look who else is on it ({_short(error)})") from error  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         # the group is left as it is: the others may wait in it, and torchrun ends them
         raise ValueError(f"rank {rank} of {size}: {sentence(error)}") from error
