@@ -69,11 +69,12 @@ def test_a_gain_is_a_quotient_of_like_rows():
 @pytest.mark.slow
 def test_two_processes_are_recorded_as_two(tmp_path):
     line = ["--out", str(tmp_path), "--model", "deit_tiny", "--batch", "1", "--seconds", "0.05", "--device", "cpu"]
+    assert scaling.main(line) == 0  # one, to compare with
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
                "ragged.train.scaling", *line]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0 and result.stdout.count("times one") == 3, result.stderr[-3000:]
     rows = data.read_csv(tmp_path / "cpu_x2" / "scaling.csv", data.RESULT_COLUMNS)
     assert {row["gpu"] for row in rows} == {"cpu x2"} and all(float(row["value"]) > 0 for row in rows)
     assert {row["mode"] for row in rows} == {"evaluation, eager", "training, eager"} and len(rows) == 3
