@@ -195,6 +195,15 @@ def test_more_processes_than_gpus(second_of_two, monkeypatch):
         processes.take_gpu("cuda")
 
 
+def test_no_gpu_at_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for rank in (None, "1"):
+        if rank:
+            alone_of_two(rank, monkeypatch)
+        with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device here"):
+            processes.take_gpu("cuda")
+
+
 def test_only_the_count_is_shared(second_of_two, capsys):
     for line in ("pack --quick", "accuracy", "accuracy report --imagenet DIR"):
         assert commandline.run(lambda line=line: bench.main([*line.split(), "--device", "cpu"]), "bench") == 2

@@ -83,10 +83,16 @@ def asked() -> int:
 
 
 def take_gpu(device: str) -> None:
-    """Make the GPU of this process the current one. ValueError, with the rank, where there are fewer than processes."""
-    if asked() == 1 or device != "cuda":
+    """Make the GPU of this process the current one. ValueError where there is none, and, with the rank, where there are
+    fewer than processes."""
+    if device != "cuda":
         return
-    rank, there = os.environ["RANK"], torch.cuda.device_count()
+    there = torch.cuda.device_count()
+    if not there:
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
+    if asked() == 1:
+        return
+    rank = os.environ["RANK"]
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local >= there:
         raise ValueError(f"rank {rank} of {asked()}: there are {there} GPUs here, and this is process {local + 1} of "
