@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 SITE ?= site
 # A worker for each core, and files in the order of collection: the long ones come before the notebooks of solutions.
@@ -22,7 +23,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: $(STAMP)
 	$(BIN)/jupyter lab $(AS_ROOT) --ServerApp.root_dir="$(CURDIR)" notebooks/00_start_here.ipynb
 
-test: $(STAMP)
+test: $(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 	    --nbval-kernel-startup-timeout=600
@@ -53,6 +54,11 @@ badges: $(STAMP)
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The README's examples with Parquet and Ray Data, which tests run and no lesson needs (120 MB).
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install --progress-bar off --quiet --only-binary pyarrow,ray -e ".[predict,ray]"
+	@touch $@
 
 $(STAMP): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10+, please: make PYTHON=python3.12")'

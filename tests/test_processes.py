@@ -27,6 +27,12 @@ from ragged.bench.suites import accuracy as suite
 count, rank = accuracy.count, os.environ["RANK"]
 chosen = [s for s in accuracy.settings("published", 0.5, None) if s.pruner in ("threshold_l2_tau", "evit", "ats")]
 suite.count = lambda job, state, **more: count(job, state, every=1, chosen=[accuracy.UNPRUNED, *chosen], **more)
+resume = accuracy._resume
+def removes(*given):
+    Path(os.environ["REMOVES"]).unlink()
+    return resume(*given)
+if "REMOVES" in os.environ:  # when all have seen the folder, and before anybody reads
+    accuracy._resume = removes
 add = accuracy.Tally.add
 def slow(self, *rest):
     if os.environ.get("DIES") == rank and self.seen >= 2:
@@ -118,6 +124,20 @@ def test_a_broken_image_is_named_with_its_rank(start, images, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_image_that_goes_while_others_are_counted_is_named(start, images, tmp_path):
+    """It is there when the folder is listed, and gone when its turn comes; what was counted stays."""
+    import shutil
+
+    shutil.copytree(images, tmp_path / "val")
+    victim = sorted((tmp_path / "val" / "n02").iterdir())[-1]  # in the last batch
+    result = start(2, folder=tmp_path / "val", REMOVES=str(victim))
+    assert result.returncode != 0
+    assert f"error: rank 1 of 2: {victim}: No such file" in result.stderr, result.stderr[-3000:]
+    (state,) = (tmp_path / "rows").glob("*/*.state.json")
+    assert json.loads(state.read_text())["done"] == 4 and not list((tmp_path / "rows").glob("*/accuracy.csv"))
+
+
+@pytest.mark.slow
 def test_fewer_images_than_processes_are_refused(start, images, tmp_path):
     for name in ("n01", "n02"):
         (tmp_path / "two" / name).mkdir(parents=True)
@@ -147,17 +167,24 @@ def free_port():
         return str(found.getsockname()[1])
 
 
+def alone_of_two(rank, monkeypatch):
+    """What torchrun tells one of two processes, of which the other never comes."""
+    told = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """What torchrun tells the second of two processes, of which the first never comes."""
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", free_port())
+    alone_of_two("1", monkeypatch)
 
 
-def test_a_group_that_does_not_come_up(second_of_two, monkeypatch):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_group_that_does_not_come_up(rank, monkeypatch):
+    alone_of_two(rank, monkeypatch)
     monkeypatch.setattr(processes, "START_SECONDS", 1)
-    with pytest.raises(ValueError, match=r"^rank 1 of 2: the 2 processes did not find each other at 127.*torchrun"):
+    said = rf"^rank {rank} of 2: the 2 processes did not find each other at 127.*torchrun"
+    with pytest.raises(ValueError, match=said):
         with processes.joined("cpu"):
             pytest.fail("it came up")
 
@@ -168,31 +195,49 @@ def test_more_processes_than_gpus(second_of_two, monkeypatch):
         processes.take_gpu("cuda")
 
 
+def test_no_gpu_at_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for rank in (None, "1"):
+        if rank:
+            alone_of_two(rank, monkeypatch)
+        with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device here"):
+            processes.take_gpu("cuda")
+
+
 def test_only_the_count_is_shared(second_of_two, capsys):
     for line in ("pack --quick", "accuracy", "accuracy report --imagenet DIR"):
         assert commandline.run(lambda line=line: bench.main([*line.split(), "--device", "cpu"]), "bench") == 2
         assert "only accuracy --imagenet DIR is shared" in capsys.readouterr().err
 
 
-def pair(tmp_path, code):
-    """Two processes with a group each, and what they say."""
-    code = "import sys, os\nfrom ragged.bench.processes import joined\nwith joined('cpu') as group:\n    " + code
+def several(n, code):
+    """n processes of one group, and what they say."""
+    code = "import sys, os, torch\nfrom ragged.bench.processes import joined\nwith joined('cpu') as group:\n    " + code
     port, found = free_port(), []
-    for rank in "01":
-        env = os.environ | {"PYTHONPATH": str(ROOT), "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+    for rank in range(n):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_PORT": port,
+                            "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}  # fmt: skip
         found.append(subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True))
     return [process.communicate()[1] for process in found]
 
 
-def test_unequal_processes_are_named(tmp_path):
-    for said in pair(tmp_path, "group.agree({'images': 5, 'GPU': ('H100', 'A100')[group.rank]})"):
-        assert "the GPU of rank 1 and of rank 0 differ: 'A100' and 'H100'" in said
+@pytest.mark.parametrize("n", [2, 3])
+def test_unequal_processes_are_named(n):
+    for said in several(n, f"group.agree({{'images': 5, 'GPU': 'A100' if group.rank == {n - 1} else 'H100'}})"):
+        assert f"the GPU of rank {n - 1} and of rank 0 differ: 'A100' and 'H100'" in said
 
 
-def test_whoever_waits_for_one_that_ended_says_so(tmp_path):
-    first, second = pair(tmp_path, "group.rank and os._exit(1); import torch; group.total(torch.ones(1))")
-    assert "rank 0 of 2: another process ended or does not answer" in first and "Error" not in second
+@pytest.mark.parametrize("n", [2, 3])
+def test_whoever_waits_for_one_that_ended_says_so(n):
+    *left, gone = several(n, f"group.rank == {n - 1} and os._exit(1); group.total(torch.ones(1))")
+    for rank, said in enumerate(left):
+        assert f"rank {rank} of {n}: another process ended or does not answer" in said
+    assert "Error" not in gone
+
+
+def test_want_of_memory_names_the_rank():
+    first, second = several(2, "if group.rank: raise torch.OutOfMemoryError('CUDA out of memory. Tried')")
+    assert "rank 1 of 2: its GPU has too little memory left" in second and "--batch" in second and "Error" not in first
 
 
 def test_one_process_needs_no_group():
@@ -201,3 +246,12 @@ def test_one_process_needs_no_group():
         numbers = torch.ones(3)
         assert group.total(numbers) is numbers and group.of_first("x") == "x"
         group.agree({"anything": 1})
+
+
+def test_one_process_waits_for_its_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    for device, times in (("cpu", 0), ("cuda", 1)):
+        with processes.joined(device) as group:
+            group.wait()
+        assert len(waited) == times

@@ -91,7 +91,8 @@ from ragged.train.several import Network
 with joined("cpu") as group:
     torch.manual_seed(group.rank)  # the first one's weights count
     module = torch.nn.Linear(5, 3)
-    network, found = Network(module, None), torch.load(sys.argv[1])
+    options = {"backend": "aot_eager"} if sys.argv[2] == "compiled" else None
+    network, found = Network(module, options), torch.load(sys.argv[1])
     network.share(group)
     mine = slice(group.rank * 4, group.rank * 4 + 4)
     torch.nn.functional.cross_entropy(network(found["x"][mine]), found["labels"][mine]).backward()
@@ -100,13 +101,14 @@ with joined("cpu") as group:
 """
 
 
-def test_gradients_are_those_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("how", ["plain", "compiled"])
+def test_gradients_are_those_of_the_whole_batch(how, tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     batch, path = {"x": torch.randn(8, 5), "labels": torch.randint(3, (8,))}, tmp_path / "batch.pt"
     torch.save(batch, path)
-    both = [subprocess.Popen([sys.executable, "-c", GRADIENTS, str(path)], env=environment(
+    both = [subprocess.Popen([sys.executable, "-c", GRADIENTS, str(path), how], env=environment(
         RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in "01"]  # fmt: skip
     assert [process.wait() for process in both] == [0, 0]
     first, second = (torch.load(f"{path}.{rank}") for rank in "01")

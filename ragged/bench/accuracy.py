@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def _from(loader: torch.utils.data.DataLoader, numbers: list[int]) -> Iterator:
         yield from torch.utils.data.DataLoader(loader.dataset, batch_sampler=which, num_workers=loader.num_workers)
     except (OSError, ValueError) as error:  # from another process it comes wrapped in that process's traceback
         why = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-        raise type(error)(why) from None
+        raise type(error)(re.sub(r"^\[Errno \d+\] (.+): '(.+)'$", r"\2: \1", why)) from None
 
 
 def _note(state: Path, identity: dict, done: int, every_setting: list[Setting], tallies: list[Tally]) -> None:

@@ -83,10 +83,16 @@ def asked() -> int:
 
 
 def take_gpu(device: str) -> None:
-    """Make the GPU of this process the current one. ValueError, with the rank, where there are fewer than processes."""
-    if asked() == 1 or device != "cuda":
+    """Make the GPU of this process the current one. ValueError where there is none, and, with the rank, where there are
+    fewer than processes."""
+    if device != "cuda":
         return
-    rank, there = os.environ["RANK"], torch.cuda.device_count()
+    there = torch.cuda.device_count()
+    if not there:
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
+    if asked() == 1:
+        return
+    rank = os.environ["RANK"]
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local >= there:
         raise ValueError(f"rank {rank} of {asked()}: there are {there} GPUs here, and this is process {local + 1} of "
@@ -98,15 +104,18 @@ def take_gpu(device: str) -> None:
 def joined(device: str) -> Iterator[Group]:
     """The group of this process inside. device: "cuda", of which each process of a machine takes its own, or "cpu".
 
-    What is raised inside as OSError, ValueError or ImportError comes out as ValueError with the rank in front; so does
-    a group that does not come up.
+    What is raised inside as OSError, ValueError or ImportError, and want of memory, comes out as ValueError with the
+    rank in front; so does a group that does not come up.
     """
     if asked() == 1:
-        yield ALONE
+        yield Group(device=device)
         return
     rank, size = int(os.environ["RANK"]), asked()
     try:
         yield _join(rank, size, device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"rank {rank} of {size}: its GPU has too little memory left for this; take a smaller --batch, "
+                         f"or look who else is on it ({_short(error)})") from error  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         # the group is left as it is: the others may wait in it, and torchrun ends them
         raise ValueError(f"rank {rank} of {size}: {sentence(error)}") from error

@@ -1,7 +1,7 @@
 """How much faster several GPUs are: `torchrun --nproc-per-node=N -m ragged.train.scaling --out DIR`.
 
 Evaluation and training from tensors that are already there, the same batch on every GPU (weak scaling). The rows say in
-`gpu` how many there were; `--against FILE` prints what was gained over the rows of one.
+`gpu` how many there were; what was gained over the rows of one, of the same GPU in the same folder, is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..bench import commandline, processes
 from ..bench.processes import Group
 from ..bench.runner import machine
 from ..bench.timing import Stats, stats
-from ..data import RESULT_COLUMNS, read_csv, write_results
+from ..data import RESULT_COLUMNS, read_csv, slug, write_results
 from ..loading import DEITS, load_deit
 from ..model import RaggedViT
 from ..pruners import PRUNERS
@@ -123,16 +123,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=commandline.positive, default=256, help="on each GPU (default 256)")
     p.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default 5)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu")
-    p.add_argument("--against", type=Path, metavar="FILE", help="rows of one GPU, to compare with")
+    p.add_argument("--against", type=Path, metavar="FILE", help="rows of one GPU, to compare with "
+                   "(default: those that are in --out)")  # fmt: skip
     return p
+
+
+def of_one(asked: argparse.Namespace) -> list[dict]:
+    """The rows of one GPU to compare with: those that were asked for, or those recorded before, if any."""
+    path = asked.against or asked.out / slug(machine()["gpu"]) / "scaling.csv"
+    return read_csv(path, RESULT_COLUMNS) if asked.against or path.exists() else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0."""
     asked = parser().parse_args(arguments)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    one = read_csv(asked.against, RESULT_COLUMNS) if asked.against else []
     processes.take_gpu(device)
+    one = of_one(asked)
     with processes.joined(device) as group:
         commandline.check_writable(asked.out)
         group.agree({"options": vars(asked), "GPU": machine()["gpu"], "version of PyTorch": torch.__version__})

@@ -4,7 +4,6 @@ DistributedDataParallel makes their gradients one. The first process writes; wha
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +37,15 @@ class Network:
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.call(images)
 
-    def _compiled(self, module: nn.Module) -> Callable:
+    def _compiled(self, module: nn.Module) -> nn.Module:
         return module if self.options is None else torch.compile(module, **self.options)
 
     def share(self, group: Group) -> None:
         """From now on gradients are means over the processes of `group`; weights become those of the first."""
         where = [torch.cuda.current_device()] if next(self.module.parameters()).is_cuda else None
-        self.call = self._compiled(nn.parallel.DistributedDataParallel(self.module, device_ids=where))
+        # compiled inside: compiled around, PyTorch cuts the network in pieces, one for each bucket of gradients
+        inner, less_copying = self._compiled(self.module), {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        self.call = nn.parallel.DistributedDataParallel(inner, device_ids=where, **less_copying)
 
 
 def interrupted(asked: bool, step: int, group: Group) -> bool:
