@@ -112,19 +112,20 @@ def table(rows: Sequence[dict], digits: int = 1) -> str:
 # ---- recorded results ----
 
 
-def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options: object) -> object | None:
+def recorded(suite: str, draw: Callable, gpu: str | None = "NVIDIA H200", **options: object) -> object | None:
     """The figure `draw(rows, **options)` of what `gpu` recorded for a suite; without rows a line and None.
 
     What a notebook shows on a machine without a GPU: the subtitle names the device and the date of the recording.
+    gpu: None for the rows of every GPU, for what does not depend on it.
     """
-    rows = data.results(suite, gpu)
+    rows, where = data.results(suite, gpu), gpu or "any GPU"
     if rows.empty:
-        print(f"Nothing recorded yet for {gpu}, suite {suite!r}: `python -m ragged.bench {suite}` measures it.")
+        print(f"Nothing recorded yet for {where}, suite {suite!r}: `python -m ragged.bench {suite}` measures it.")
         return None
     try:
         return draw(rows, **options)
     except ValueError as error:  # a recording may be partial; the lesson goes on without the figure
-        print(f"The recording of {gpu} does not hold what this figure needs: {error}")
+        print(f"The recording of {where} does not hold what this figure needs: {error}")
         return None
 
 
