@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -127,6 +127,16 @@ def recorded(suite: str, draw: Callable, gpu: str | None = "NVIDIA H200", **opti
     except ValueError as error:  # a recording may be partial; the lesson goes on without the figure
         print(f"The recording of {where} does not hold what this figure needs: {error}")
         return None
+
+
+def progress(items: Sequence, label: str) -> Iterable:
+    """The items one by one, under a bar that is gone at the end; without one where the notebook is being saved.
+
+    items: what a cell that takes longer than a few seconds works through. label: beside the bar.
+    """
+    from ..bench.commandline import bar
+
+    return bar(items, desc=label, leave=False, disable=saving())
 
 
 # ---- sliders ----

@@ -30,7 +30,7 @@ SPARE = ("#aa4499", "#882255", "#44aa99", "#ddcc77")  # for pruners that a reade
 DTYPES = ("float32", "float16", "bfloat16")
 DIFFERENCES = {"max_abs_logit_diff": "largest |Δ logit| (log)", "mean_abs_logit_diff": "mean |Δ logit| (log)"}
 NETWORKS = {"deit_tiny_digits": "taught with boxes, to be prunable", "deit_tiny_digits_labels": "taught labels alone"}
-AGAINST = {"kept_tokens": "tokens after the last cut, mean per image", "images_per_s": "images/s"}
+AGAINST = {"kept_tokens": "tokens left, mean per image", "images_per_s": "images/s"}
 
 
 def pruner_looks(names) -> dict[str, Look]:

@@ -49,7 +49,8 @@ def fidelity(frame, *, metric="feature_cosine", model=tuple(NETWORKS), title=Non
 
 def seeds(frame, *, model="deit_tiny_digits_labels", keep=(0.7, 0.5, 0.3), tokens="single cut",
           title="Does another seed say the same?"):  # fmt: skip
-    """Top-1 accuracy of every pruner with a fixed ratio, a mark for every seed of training, a panel for every ratio.
+    """Top-1 accuracy of every pruner with a fixed ratio that all seeds were counted with, a mark for every seed of
+    training, a panel for every ratio.
 
     Needs rows of top1 and images of the suite `seeds`, whose models are called "NAME seed N"; rows of the suite
     `accuracy` with the name alone are seed 0, which is the network that the package carries.
@@ -59,7 +60,8 @@ def seeds(frame, *, model="deit_tiny_digits_labels", keep=(0.7, 0.5, 0.3), token
     rows = frame.assign(model=named)[named.str.startswith(f"{model} seed ")]
     rows = rows_where(rows, name, metric=["top1", "images"], tokens=[tokens, "unpruned"])
     rows = rows[(rows["backend"] != "sdpa_padded") & (rows["mode"] == "eager")]
-    pruners = [p for p in pruner_looks(rows["pruner"]) if p not in ("ats", "threshold_l2_tau", "random_adaptive")]
+    common = set.intersection(*(set(part["pruner"]) for _, part in rows.groupby("model")))
+    pruners = [p for p in pruner_looks(common) if p not in ("ats", "threshold_l2_tau", "random_adaptive")]
     number = rows[rows["metric"] == "images"]["value"].min()
     panels = [f"keep {one:g}" for one in keep]
     figure = _panels(title, panels, subtitle(rows, NETWORKS.get(model, model), f"95 % intervals of {number:g} scenes"))
@@ -81,4 +83,4 @@ def seeds(frame, *, model="deit_tiny_digits_labels", keep=(0.7, 0.5, 0.3), token
             )  # fmt: skip
     labels = [look.label for look in pruner_looks(pruners).values()]
     figure.update_xaxes(tickangle=-45, categoryorder="array", categoryarray=labels)
-    return fitted(figure.update_yaxes(title_text="top-1 accuracy, %", col=1), axis=130)
+    return fitted(figure.update_yaxes(title_text="top-1 accuracy, %", col=1), axis=88)

@@ -175,9 +175,11 @@ def fitted(figure, plot: int = 290, axis: int = 62):
     if names:
         entry = LEGEND_LETTER * max(map(len, names))
         rows = math.ceil(len(names) / max(1, (width - 88) // (entry + LEGEND_MARK)))
-        figure.update_layout(legend=dict(orientation="h", x=0, xanchor="left", y=0, yanchor="bottom", yref="container",
+        figure.update_layout(legend=dict(orientation="h", x=0, xanchor="left", yanchor="top", yref="container",
                                          entrywidth=entry, entrywidthmode="pixels"))  # fmt: skip
     foot = axis + rows * LEGEND_ROW + (14 if rows else 0)
+    if names:
+        figure.layout.legend.y = (foot - axis) / (top + plot + foot)
     figure.update_layout(title=dict(y=1, pad=dict(t=16, l=16), subtitle=dict(text=below)), height=top + plot + foot,
                          margin=dict(t=top, b=foot))  # fmt: skip
     return figure
