@@ -45,7 +45,8 @@ def generator(seed=0):
 def drawn():
     fields, extents, _ = digit_fields("train")
     which = torch.arange(24) * 40
-    return scene_pool.draw(torch.from_numpy(fields)[which], torch.from_numpy(extents)[which], generator())
+    theta, edge, boxes = scene_pool.places(torch.from_numpy(extents)[which], generator())
+    return scene_pool.covered(torch.from_numpy(fields)[which], theta, edge), boxes
 
 
 def test_a_digit_is_drawn_whole_inside_its_box(drawn):

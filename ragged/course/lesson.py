@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -113,20 +113,31 @@ def table(rows: Sequence[dict], digits: int = 1) -> str:
 # ---- recorded results ----
 
 
-def recorded(suite: str, draw: Callable, gpu: str = "NVIDIA H200", **options: object) -> object | None:
+def recorded(suite: str, draw: Callable, gpu: str | None = "NVIDIA H200", **options: object) -> object | None:
     """The figure `draw(rows, **options)` of what `gpu` recorded for a suite; without rows a line and None.
 
     What a notebook shows on a machine without a GPU: the subtitle names the device and the date of the recording.
+    gpu: None for the rows of every GPU, for what does not depend on it.
     """
-    rows = data.results(suite, gpu)
+    rows, where = data.results(suite, gpu), gpu or "any GPU"
     if rows.empty:
-        print(f"Nothing recorded yet for {gpu}, suite {suite!r}: `python -m ragged.bench {suite}` measures it.")
+        print(f"Nothing recorded yet for {where}, suite {suite!r}: `python -m ragged.bench {suite}` measures it.")
         return None
     try:
         return draw(rows, **options)
     except ValueError as error:  # a recording may be partial; the lesson goes on without the figure
-        print(f"The recording of {gpu} does not hold what this figure needs: {error}")
+        print(f"The recording of {where} does not hold what this figure needs: {error}")
         return None
+
+
+def progress(items: Sequence, label: str) -> Iterable:
+    """The items one by one, under a bar that is gone at the end; without one where the notebook is being saved.
+
+    items: what a cell that takes longer than a few seconds works through. label: beside the bar.
+    """
+    from ..bench.commandline import bar
+
+    return bar(items, desc=label, leave=False, disable=saving())
 
 
 # ---- sliders ----

@@ -71,8 +71,9 @@ class Pool:
     random.
     """
 
-    def __init__(self, device: str, size: int, fresh: int, steps: int, seed: int, done: int = 0):
+    def __init__(self, device: str, size: int, fresh: int, steps: int, seed: int, done: int = 0, compile: bool = False):
         self.generator = torch.Generator(device).manual_seed(seed + done)
+        self.paint = torch.compile(paint, dynamic=False) if compile else paint
         # after `done` steps the pool holds the last `size` of the backgrounds drawn so far
         self.new = batches(Backgrounds(size + (steps - done) * fresh, seed, done * fresh), fresh)
         chunks = [next(self.new) for _ in range(size // fresh)]
@@ -91,19 +92,28 @@ class Pool:
         device, generator = luma.device, self.generator
         which = torch.randint(len(luma), (batch,), device=device, generator=generator)
         digit = torch.randint(len(self.labels), (batch,), device=device, generator=generator)
-        cover, boxes = draw(self.fields[digit], self.extents[digit], generator)
-        ink = colours(luma[which], generator)[:, :, None, None]
-        pixels = images[which].float() / 255
-        pixels = recolour(torch.lerp(pixels, ink.expand_as(pixels), cover), generator)
-        return normalise(pixels), self.labels[digit], boxes
+        theta, edge, boxes = places(self.extents[digit], generator)
+        ink = colours(luma[which], generator)
+        pixels = self.paint(images[which], self.fields[digit], theta, edge, ink, *changes(batch, device, generator))
+        return pixels, self.labels[digit], boxes
 
 
-def draw(fields: Tensor, extents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each digit turned, slanted, stretched, and put somewhere whole: its cover (n, 1, 224, 224) in 0..1, and its box.
+def paint(backgrounds: Tensor, fields: Tensor, theta: Tensor, edge: Tensor, ink: Tensor, order: Tensor,
+          shifts: Tensor) -> Tensor:  # fmt: skip
+    """Normalised pictures (n, 3, 224, 224) of digits over backgrounds, uint8 of that shape. No chance is left in here,
+    so that all of it can be compiled into one pass over the pixels; the other arguments are of the functions below."""
+    pixels, cover = backgrounds.float() / 255, covered(fields, theta, edge)
+    pixels = torch.lerp(pixels, ink[:, :, None, None].expand_as(pixels), cover)
+    return normalise(recolour(pixels, order, shifts))
 
-    fields, extents: of `ragged.scenes.digit_fields`. Boxes are (n, 4): x0, y0, x1, y1 as shares of the side.
+
+def places(extents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Each digit turned, slanted, stretched, and put somewhere whole: what `covered` needs, theta (n, 2, 3) and the
+    sharpness of the edge (n, 1, 1, 1), and the boxes (n, 4): x0, y0, x1, y1 as shares of the side.
+
+    extents: of `ragged.data.scenes.digit_fields`.
     """
-    n, device = len(fields), fields.device
+    n, device = len(extents), extents.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, device=device, generator=generator)
@@ -123,10 +133,15 @@ def draw(fields: Tensor, extents: Tensor, generator: torch.Generator) -> tuple[T
     back = torch.linalg.inv(shape)  # from a place in the picture to cells around the digit's centre
     offset = centre - (back @ place[:, :, None])[..., 0]
     theta = torch.cat((back / 4.5, ((offset + 0.5) / 4.5 - 1)[:, :, None]), 2)  # the field is 9 cells wide
-    grid = F.affine_grid(theta, [n, 1, SIZE, SIZE], align_corners=False)
-    field = F.grid_sample(fields[:, None].float(), grid, align_corners=False)
     edge = (0.7 * scale * SIZE / 2).clamp_min(1.5)[:, None, None, None]  # as sharp as in the scenes: about a pixel
-    return ((field - INK) * edge + 0.5).clamp(0, 1), torch.cat((place - half, place + half), 1) / 2 + 0.5
+    return theta, edge, torch.cat((place - half, place + half), 1) / 2 + 0.5
+
+
+def covered(fields: Tensor, theta: Tensor, edge: Tensor) -> Tensor:
+    """How much of every pixel ink covers: (n, 1, 224, 224) in 0..1. fields: of `ragged.data.scenes.digit_fields`."""
+    grid = F.affine_grid(theta, [len(fields), 1, SIZE, SIZE], align_corners=False)
+    field = F.grid_sample(fields[:, None].float(), grid, align_corners=False)
+    return ((field - INK) * edge + 0.5).clamp(0, 1)
 
 
 def colours(luma: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,12 +157,16 @@ def colours(luma: Tensor, generator: torch.Generator) -> Tensor:
     return level + chroma * room * 0.6 * mix[:, None]
 
 
-def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
+def changes(n: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What `recolour` does to n pictures, by chance: order (n, 3) and shifts (3, n, 1, 1, 1)."""
+    order = torch.rand(n, 3, device=device, generator=generator).argsort(1)
+    return order, torch.rand(3, n, 1, 1, 1, device=device, generator=generator)
+
+
+def recolour(images: Tensor, order: Tensor, shifts: Tensor) -> Tensor:
     """Swap the colour channels, turn half of the pictures into negatives, and change contrast and brightness a
     little: a digit is a digit in any colour."""
-    n, device = len(images), images.device
-    order = torch.rand(n, 3, device=device, generator=generator).argsort(1)
     images = images.gather(1, order[:, :, None, None].expand_as(images))
-    flip, contrast, light = torch.rand(3, n, 1, 1, 1, device=device, generator=generator)
+    flip, contrast, light = shifts
     images = torch.where(flip < 0.5, 1 - images, images)
     return ((images - 0.5) * (0.7 + 0.6 * contrast) + 0.5 + 0.2 * (light - 0.5)).clamp(0, 1)

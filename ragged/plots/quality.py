@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from ..data.intervals import wilson
 from .model import MODEL_LABELS, _panels
-from .style import INK, PRUNER_LABELS, Look, in_order, look, new_figure, one_of_each, rows_where, subtitle
+from .style import INK, PRUNER_LABELS, Look, fitted, in_order, look, new_figure, one_of_each, rows_where, subtitle
 
 # Paul Tol's muted palette: safe for colour-blind readers, and no colour of a backend among them.
 PRUNER_LOOKS = {
@@ -26,7 +29,8 @@ PRUNER_LOOKS = {
 SPARE = ("#aa4499", "#882255", "#44aa99", "#ddcc77")  # for pruners that a reader brings
 DTYPES = ("float32", "float16", "bfloat16")
 DIFFERENCES = {"max_abs_logit_diff": "largest |Δ logit| (log)", "mean_abs_logit_diff": "mean |Δ logit| (log)"}
-AGAINST = {"kept_tokens": "tokens after the last cut, mean per image", "images_per_s": "images/s"}
+NETWORKS = {"deit_tiny_digits": "taught with boxes, to be prunable", "deit_tiny_digits_labels": "taught labels alone"}
+AGAINST = {"kept_tokens": "tokens left, mean per image", "images_per_s": "images/s"}
 
 
 def pruner_looks(names) -> dict[str, Look]:
@@ -71,17 +75,19 @@ def logit_differences(frame, *, metric="max_abs_logit_diff", model="deit_small",
                 x=labels, y=[claim.get(p) for p in pruners], mode="markers", name="the paper's figure (float16)",
                 marker=dict(symbol="line-ew-open", size=13, color=INK, line_width=2), row=1, col=column,
             )  # fmt: skip
-    figure.update_layout(scattermode="group", scattergap=0.35, width=800, legend_y=-0.34)  # backends side by side
+    figure.update_layout(scattermode="group", scattergap=0.35, width=800)  # backends side by side
     figure.update_xaxes(tickangle=-45)
     figure.update_yaxes(**_powers(_positive([*rows["value"], *(claim or {}).values()])))
-    return figure.update_yaxes(title_text=DIFFERENCES[metric], col=1)
+    figure.update_yaxes(title_text=DIFFERENCES[metric], col=1)
+    return fitted(figure, axis=88)
 
 
 def rounding(errors, *, title="Whose rounding is it?", below=""):
     """Errors of two executions against float64, and their distance from each other, as bars on a logarithmic axis.
 
-    errors: dicts with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. Two
-    executions cannot be farther apart than their errors add up to; with both errors small, the distance is rounding.
+    errors: dicts with `name` (such as a dtype), and the errors `padded`, `ragged` and `apart`, in logits. That the
+    third is at most the sum of the others is true of any three answers; what is to be seen is whether the second is as
+    small as the first.
     """
     figure = new_figure(title, below)
     names = [one["name"] for one in errors]
@@ -96,8 +102,9 @@ def rounding(errors, *, title="Whose rounding is it?", below=""):
         figure.add_bar(x=names, y=values, name=label, text=text, textposition="outside", cliponaxis=False,
                        marker=marker)  # fmt: skip
     exponents = _powers(_positive([one[key] for one in errors for key, *_ in bars]))
-    figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
-    return figure.update_yaxes(title_text="difference of logits, root mean square (log)", **exponents)
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title_text="difference of logits,<br>root mean square (log)", **exponents)
+    return fitted(figure)
 
 
 # ---- accuracy ----
@@ -108,62 +115,104 @@ def accuracy(frame, *, against="kept_tokens", model="deit_tiny_digits", mode="co
     """Top-1 accuracy against kept tokens, or against images per second, one line for every pruner and schedule.
 
     Needs rows of metric top1 and of metric `against`; they belong together where pruner, tokens (the schedule) and keep
-    agree. mode: which images_per_s are meant; what was not recorded in that mode is left out. Against images_per_s the
-    points that no other beats in both are joined by a grey staircase, the Pareto front. Hollow: single cut. least: the
-    smallest accuracy shown, in per cent; the subtitle says how many points lie lower.
+    agree. Rows of metric images say of how many, for 95 % intervals. model: one network, or a list of them for a panel
+    each. mode: which images_per_s are meant; what was not recorded in that mode is left out. Against images_per_s the
+    points that no other beats in both are joined by a grey staircase, the Pareto front. Hollow: single cut, where there
+    is another schedule too. least: the smallest accuracy shown, in per cent; the subtitle says how many points lie
+    lower.
     """
-    name = "accuracy"
-    rows = rows_where(frame, name, model=model, metric=["top1", against], **only)
-    points = _joined(rows, against, mode, name)
+    name, models = "accuracy", [model] if isinstance(model, str) else list(model)
+    metrics = ["top1", against, "images"]
+    found = {m: rows_where(frame, name, model=m, metric=metrics, **only) for m in models}
+    parts = {m: joined(rows, against, mode, name) for m, rows in found.items()}
+    points = stacked(parts)
+    rows = stacked(found)
     how = mode if against == "images_per_s" else ""
-    batch = f"batch {points['batch'].iloc[0]:g}" if how else ""
-    low = (100 * points["value_top1"] < least).sum()
-    below = subtitle(rows, MODEL_LABELS.get(model, model), how, batch, f"{low} points below {least} %" if low else "")
-    figure = new_figure(title or "What is left of the accuracy", below, width=780, height=400)
+    low = (100 * points["value_share"] < least).sum()
+    known = len(models) == 1 and (MODEL_LABELS.get(model, NETWORKS.get(model, model)))
+    below = subtitle(rows, known or "", how, f"batch {points['batch'].iloc[0]:g}" if how else "", _bars_of(points),
+                     f"{low} points below {least} %" if low else "")  # fmt: skip
+    figure = _panels(title or "What is left of the accuracy", [NETWORKS.get(m, m) for m in models], below)
+    if len(models) == 1:
+        figure.layout.annotations = ()
+    figure.update_layout(width=840 if len(models) > 1 else 780)
+    shown: set[str] = set()
+    for column, part in enumerate(parts.values(), 1):
+        draw_pruners(figure, part, against, points["schedule"].nunique() > 2, shown, column)
+    if low:
+        figure.update_yaxes(range=[least, 100 * points["value_share"].max() + 0.05 * (100 - least)])
+    figure.update_xaxes(title_text=AGAINST[against])
+    return fitted(figure.update_yaxes(title_text="top-1 accuracy, %", col=1))
+
+
+def draw_pruners(figure, points, against: str, several: bool, shown: set[str], column: int, scale: float = 100) -> None:
+    """The lines of one network. several: schedules that the legend has to tell apart.  shown: what stands in it.
+    scale: what the shares are multiplied with."""
     if against == "images_per_s":
-        _front(figure, points)
+        _front(figure, points, column)
     looks = pruner_looks(points["pruner"])
     groups = dict(list(points.groupby(["pruner", "schedule"])))
     for pruner, schedule in sorted(groups, key=lambda key: (list(looks).index(key[0]), key[1])):
         line, style = groups[pruner, schedule].sort_values(f"value_{against}"), looks[pruner]
-        hollow = schedule == "single cut"
+        hollow = several and schedule == "single cut"
+        label = f"{style.label}{', ' + schedule if several and schedule else ''}"
         figure.add_scatter(
-            x=line[f"value_{against}"], y=100 * line["value_top1"], error_y=_bars(line),
-            name=f"{style.label}{', ' + schedule if schedule else ''}", text=[f"keep {k:g}" for k in line["keep"]],
-            mode="markers" if len(line) == 1 else "lines+markers",
+            x=line[f"value_{against}"], y=scale * line["value_share"], error_y=_bars(line, scale), name=label,
+            legendgroup=label, showlegend=label not in shown, text=[f"keep {k:g}" for k in line["keep"]],
+            mode="markers" if len(line) == 1 else "lines+markers", row=1, col=column,
             line=dict(color=style.colour, dash="dot" if hollow else style.dash, width=2),
             marker=dict(symbol=f"{style.symbol}-open" if hollow else style.symbol, size=10, color=style.colour),
         )  # fmt: skip
+        shown.add(label)
     whole = points[points["pruner"] == "none"]
     if len(whole):
-        figure.add_hline(y=100 * whole["value_top1"].iloc[0], line=dict(color=INK, width=1, dash="dash"))
-    if low:
-        figure.update_yaxes(range=[least, 100 * points["value_top1"].max() + 0.05 * (100 - least)])
-    figure.update_xaxes(title_text=AGAINST[against])
-    return figure.update_yaxes(title_text="top-1 accuracy, %")
+        line = dict(color=INK, width=1, dash="dash")
+        figure.add_hline(y=scale * whole["value_share"].iloc[0], line=line, row=1, col=column)
 
 
-def _joined(rows, against: str, mode: str, name: str):
-    """One line per pruner, schedule and keep, with the columns value_top1 and value_<against>. Of several backends the
-    last in the alphabet counts: triton before sdpa_padded. Threshold-L2 has one cut in every schedule: drawn once."""
+def joined(rows, against: str, mode: str, name: str, metric: str = "top1"):
+    """One line per pruner, schedule and keep, with the columns value_share (of `metric`), value_<against> and images.
+    Of several backends the last in the alphabet counts: triton before sdpa_padded. Threshold-L2 has one cut in every
+    schedule: drawn once."""
     key = ["pruner", "tokens", "keep"]
-    share, other = (rows_where(rows, name, metric=metric) for metric in ("top1", against))
+    share, other = (rows_where(rows, name, metric=one) for one in (metric, against))
     if against == "images_per_s":
         other = rows_where(other, name, mode=mode)
-    share, other = (part.sort_values("backend").drop_duplicates(key, keep="last") for part in (share, other))
-    points = share.merge(other[[*key, "value"]], on=key, suffixes=("_top1", f"_{against}"))
+    latest = lambda part: part.sort_values("backend").drop_duplicates(key, keep="last")  # noqa: E731
+    points = latest(share).merge(latest(other)[[*key, "value"]], on=key, suffixes=("_share", f"_{against}"))
+    counted = latest(rows[rows["metric"] == "images"])[[*key, "value"]].rename(columns={"value": "images"})
+    points = points.merge(counted, on=key, how="left")
     if points.empty:
-        raise ValueError(f"{name}: no rows of top1 and {against} agree in {', '.join(key)}")
+        raise ValueError(f"{name}: no rows of {metric} and {against} agree in {', '.join(key)}")
     schedule = points["tokens"].where(points["tokens"].isin(["published", "single cut"]), "")
     schedule = schedule.mask(points["pruner"].str.startswith("threshold_l2") & (schedule != ""), "single cut")
     return points.assign(schedule=schedule).drop_duplicates(["pruner", "schedule", "keep"])
 
 
-def _bars(line):
-    """The 20 % and 80 % quantiles of a share as bars, in per cent; nothing where they are not known."""
-    if line[["q20", "q80"]].isna().any(axis=None):
+def stacked(parts):
+    import pandas
+
+    return pandas.concat(parts.values())
+
+
+def _bars_of(points) -> str:
+    """What the bars are, for a subtitle."""
+    if points["images"].notna().all():
+        return f"95 % intervals of {points['images'].min():,.0f} scenes"
+    return "bars: 20 to 80 %" if points[["q20", "q80"]].notna().all(axis=None) else ""
+
+
+def _bars(line, scale: float = 100):
+    """The 95 % interval of a share, times scale, where it is known of how many images; otherwise the 20 % and 80 %
+    quantiles; nothing where those are not known either."""
+    share = line["value_share"]
+    if line["images"].notna().all():
+        low, high = map(np.array, zip(*(wilson(min(1.0, one), int(n)) for one, n in zip(share, line["images"]))))
+    elif line[["q20", "q80"]].isna().any(axis=None):
         return None
-    up, down = 100 * (line["q80"] - line["value_top1"]), 100 * (line["value_top1"] - line["q20"])
+    else:
+        low, high = line["q20"], line["q80"]
+    up, down = scale * (high - share), scale * (share - low)
     return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1)
 
 
@@ -178,11 +227,12 @@ def pareto_front(speed, share) -> list[int]:
     return front[::-1]
 
 
-def _front(figure, points) -> None:
-    speed, share = points["value_images_per_s"].tolist(), (100 * points["value_top1"]).tolist()
+def _front(figure, points, column: int) -> None:
+    speed, share = points["value_images_per_s"].tolist(), (100 * points["value_share"]).tolist()
     front = pareto_front(speed, share)
     figure.add_scatter(x=[speed[i] for i in front], y=[share[i] for i in front], mode="lines", name="Pareto front",
-                       line=dict(color="#bbbbbb", width=7, shape="vh"), hoverinfo="skip")  # fmt: skip
+                       showlegend=column == 1, line=dict(color="#bbbbbb", width=7, shape="vh"), hoverinfo="skip",
+                       legendgroup="front", row=1, col=column)  # fmt: skip
 
 
 # ---- counts that follow the content ----
@@ -191,17 +241,20 @@ def _front(figure, points) -> None:
 def counts_against_size(sizes, counts, *, title="Kept tokens follow the content", below=""):
     """Tokens that each image keeps against the size of its object, one panel for every setting of a pruner.
 
-    sizes: side of the object in pixels.  counts: {name of a panel: (pruner, tokens per image, rank correlation)}.
+    sizes: side of the object in pixels.  counts: {name of a panel: (pruner, tokens per image, rank correlation)}; with
+    the ends of its interval as a fourth entry, these too are written above the panel.
     """
     looks = pruner_looks({pruner for pruner, *_ in counts.values()})
-    names = [f"{name}<br>rank correlation {rank:+.2f}" for name, (*_, rank) in counts.items()]
+    ends = {name: f"<br>95 %: {more[0][0]:+.2f} to {more[0][1]:+.2f}" if more else ""
+            for name, (_, _, _, *more) in counts.items()}  # fmt: skip
+    names = [f"{name}<br>rank correlation {rank:+.2f}{ends[name]}" for name, (_, _, rank, *_) in counts.items()]
     figure = _panels(title, names, below)
-    figure.update_layout(width=max(700, 280 * len(names)), height=380, margin_t=124, showlegend=False)
-    for column, (name, (pruner, tokens, _)) in enumerate(counts.items(), 1):
+    figure.update_layout(width=max(700, 220 * len(names)), showlegend=False)
+    for column, (name, (pruner, tokens, *_)) in enumerate(counts.items(), 1):
         marker = dict(color=looks[pruner].colour, symbol=looks[pruner].symbol, size=7, opacity=0.75)
         figure.add_scatter(x=list(sizes), y=list(tokens), mode="markers", marker=marker, name=name, row=1, col=column)
-    figure.update_xaxes(title_text="longer side of the digit, pixels")
-    return figure.update_yaxes(title_text="tokens kept, CLS included", col=1)
+    figure.update_xaxes(title_text="side of the digit, pixels")
+    return fitted(figure.update_yaxes(title_text="tokens kept, CLS included", col=1), plot=240)
 
 
 def count_distribution(counts, *, seqlen=197, title="The counts of one batch", below=""):

@@ -51,6 +51,8 @@ AXIS_TITLES = {
     "images_per_s": "images/s",
 }
 INK, FAINT = "#222222", "#e5e5e5"
+LEAST = 600  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
+LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 20, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
 
 
 def look(backend: str) -> Look:
@@ -157,6 +159,49 @@ def new_figure(title: str, below: str, width: int = 760, height: int = 420):
 
     text = dict(text=title, subtitle=dict(text=below))
     return go.Figure(layout=dict(template=template(), title=text, width=width, height=height))
+
+
+def fitted(figure, plot: int = 290, axis: int = 62):
+    """Room for all that stands around the plot: the title and a wrapped subtitle above, names of panels, the legend in
+    columns below, none over another, from LEAST pixels of width on. Returns the figure, which grows with them.
+
+    plot: height of the plot itself in pixels.  axis: what ticks and title of the x axis need below it.
+    """
+    width = min(figure.layout.width or 700, LEAST)
+    title = figure.layout.title.text or ""
+    below = _wrapped(figure.layout.title.subtitle.text or "", (width - 40) // 6)
+    heads = max((str(a.text).count("<br>") + 1 for a in figure.layout.annotations if a.yref == "paper"), default=0)
+    top = 22 + 22 * (title.count("<br>") + 1) + (16 * (below.count("<br>") + 1) if below else 0) + 18 * heads + 12
+    names, rows = legend_names(figure), 0
+    if names:
+        entry = LEGEND_LETTER * max(map(len, names))
+        rows = math.ceil(len(names) / max(1, (width - 88) // (entry + LEGEND_MARK)))
+        figure.update_layout(legend=dict(orientation="h", x=0, xanchor="left", yanchor="top", yref="container",
+                                         entrywidth=entry, entrywidthmode="pixels"))  # fmt: skip
+    foot = axis + rows * LEGEND_ROW + (14 if rows else 0)
+    if names:
+        figure.layout.legend.y = (foot - axis) / (top + plot + foot)
+    figure.update_layout(title=dict(y=1, pad=dict(t=16, l=16), subtitle=dict(text=below)), height=top + plot + foot,
+                         margin=dict(t=top, b=foot))  # fmt: skip
+    return figure
+
+
+def legend_names(figure) -> list[str]:
+    """What stands in the legend, from the first line to the last; nothing where plotly draws none."""
+    traces = [t for t in figure.data if t.name and t.showlegend is not False]
+    if figure.layout.showlegend is False or (len(figure.data) == 1 and not figure.data[0].showlegend):
+        return []
+    return [t.name for t in traces]
+
+
+def _wrapped(text: str, letters: int) -> str:
+    """Broken into lines of at most so many letters where that goes, between the parts of a subtitle first."""
+    lines = [""]
+    for part in text.split(" · "):
+        for i, word in enumerate(part.split(" ") if len(part) > letters else [part]):
+            joined = f"{lines[-1]}{' · ' if i == 0 else ' '}{word}" if lines[-1] else word
+            lines[-1:] = [joined] if len(joined) <= letters else [lines[-1], word]
+    return "<br>".join(lines)
 
 
 def alt_text(figure) -> str:

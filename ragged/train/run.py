@@ -67,7 +67,7 @@ class Run:
         if n > 1:
             self.network.share(self.group)
         pool = Pool(asked.device, asked.pool // n, asked.fresh // n, asked.steps,
-                    asked.seed + several.SEEDS_APART * rank, done)  # fmt: skip
+                    asked.seed + several.SEEDS_APART * rank, done, asked.compile)  # fmt: skip
         with Interrupt() as interrupt:  # from the next line on, Ctrl-C finishes a step and keeps the state
             if self.group.first:
                 print(f"{asked.pool} backgrounds drawn in {time.monotonic() - start:.0f} s", flush=True)
