@@ -17,25 +17,29 @@ from .style import (
     in_order,
     log_ticks,
     look,
+    marked,
     new_figure,
     one_of_each,
+    ring,
     rows_where,
     short,
     subtitle,
     ticks_at,
+    whiskers,
 )
 
 GREY = "#777777"
 
 
 def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
-    """Rows of single calls on equal counts, one line per call and one column per metric; calls that lack one of the
-    metrics are left out."""
+    """Rows of single calls on equal counts, one line per call, one column per metric, and whether one of them was
+    disturbed; calls that lack one of the metrics are left out."""
     rows = rows_where(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
     rows = rows[rows["tokens"].str.fullmatch(r"\d+")]
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
-    table = rows.pivot(index=["backend", "batch", "tokens"], columns="metric", values="value")
-    table = table.reindex(columns=metrics).dropna().reset_index()
+    keys = ["backend", "batch", "tokens"]
+    table = rows.pivot(index=keys, columns="metric", values="value").reindex(columns=metrics).dropna()
+    table = table.assign(disturbed=rows.groupby(keys)["disturbed"].any().reindex(table.index)).reset_index()
     if table.empty:
         raise ValueError(f"{name}: no call has rows of all of {', '.join(metrics)}")
     return rows, table.assign(batch=table["batch"].astype(int), tokens=table["tokens"].astype(int))
@@ -68,8 +72,10 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
             marker = dict(size=13, color=inside, line=dict(color=colours, width=2.5))
             figure.add_scatter(x=times, y=labels, mode="markers", marker=marker, hoverinfo="x", showlegend=False,
                                row=1, col=column)  # fmt: skip
-        for label, h, g in zip(labels, host, gpu) if len(cases) == 1 else ():
-            text = f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}"
+        shaky = panel.loc[order, "disturbed"]
+        ring(figure, [max(pair) for pair in zip(host, gpu)], labels, dict(disturbed=shaky), row=1, col=column)
+        for label, h, g, bad in zip(labels, host, gpu, shaky) if len(cases) == 1 else ():
+            text = marked(f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}", bad)
             figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
                                   yshift=18, font=dict(size=11, color=INK))  # fmt: skip
     for key, colour in (("host: time to enqueue", "white"), ("GPU: time to run", GREY)):
@@ -97,7 +103,7 @@ def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype=
     for column, name in enumerate(order, 1):
         panel = calls[calls["backend"] == name].set_index(["batch", "tokens"])
         ratio = (panel["gpu_us"] / panel["host_us"]).map(math.log2).unstack("tokens")
-        cells = panel.apply(lambda c: f"{short(c['host_us'])}<br>{short(c['gpu_us'])}", axis=1)
+        cells = panel.apply(lambda c: marked(f"{short(c['host_us'])}<br>{short(c['gpu_us'])}", c["disturbed"]), axis=1)
         text = cells.unstack("tokens").fillna("")
         figure.add_trace(go.Heatmap(
             z=ratio, x=[str(t) for t in ratio.columns], y=[str(b) for b in ratio.index], text=text, hoverinfo="skip",
@@ -136,11 +142,12 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_t
                            showlegend=False, hoverinfo="skip", row=1, col=column)  # fmt: skip
         for backend in in_order(calls["backend"]):
             at, style = (calls["backend"] == backend).to_numpy().nonzero()[0], look(backend)
+            x, y = ([round(values[i], 1) for i in at] for values in (guesses[guess], calls[clock]))
             figure.add_scatter(
-                x=[round(guesses[guess][i], 1) for i in at], y=[round(calls[clock][i], 1) for i in at], mode="markers",
-                name=style.label, legendgroup=backend, showlegend=column == 1, row=1, col=column,
-                marker=dict(color=style.colour, symbol=style.symbol, size=8),
+                x=x, y=y, mode="markers", name=style.label, legendgroup=backend, showlegend=column == 1, row=1,
+                col=column, marker=dict(color=style.colour, symbol=style.symbol, size=8),
             )  # fmt: skip
+            ring(figure, x, y, calls.iloc[at], row=1, col=column)
     ticks = dict(type="log", range=[math.log10(x) for x in reach], tickvals=[1, 10, 100, 1000])
     ticks |= dict(ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="guess, µs", **ticks)
@@ -175,7 +182,9 @@ def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), 
                     x=line["batch"], y=line["value"] / 1000, mode="lines+markers", name=f"{style.label}: {part}",
                     line=dict(color=style.colour, width=2, dash="dot" if part == "host" else "solid"), marker=marker,
                     legendgroup=f"{backend} {part}", showlegend=column == 1, row=1, col=column,
+                    error_y=whiskers(line, 1000),
                 )  # fmt: skip
+                ring(figure, line["batch"], line["value"] / 1000, line, row=1, col=column)
     figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"] / 1000))
     return figure.update_yaxes(title_text="per forward pass, ms (log)", col=1).update_layout(width=760)

@@ -123,10 +123,12 @@ def _over_unpruned(rows, name: str, tokens: str):
         return rows[:0]
     one_of_each(rows, name, "gpu", "mode")
     speeds = rows[rows["metric"] == "images_per_s"]
-    base = rows_where(speeds, name, backend="unpruned").set_index("batch")["value"]
+    unpruned = rows_where(speeds, name, backend="unpruned").set_index("batch")
+    base = unpruned["value"]
     speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
     whole = base.loc[speeds["batch"]].to_numpy()
     divided = {column: (speeds[column] / whole).round(4) for column in ("value", "q20", "q80")}
+    divided["disturbed"] = speeds["disturbed"] | unpruned.loc[speeds["batch"], "disturbed"].to_numpy()
     ceiling = rows[(rows["metric"] == "flops_ratio") & (rows["tokens"] == tokens)]
     import pandas
 

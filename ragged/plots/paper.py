@@ -15,6 +15,7 @@ from .style import (
     in_order,
     log_ticks,
     look,
+    marked,
     need_columns,
     new_figure,
     one_of_each,
@@ -23,6 +24,7 @@ from .style import (
     short,
     subtitle,
     ticks_at,
+    whiskers,
 )
 
 # Verdicts on a claim, in order. Colour and symbol both tell them apart.
@@ -80,17 +82,19 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
 def ladder(steps, *, title, unit, below=""):
     """Horizontal bars, one for every step, in the order given: each step changes one thing.
 
-    steps: a frame with label, backend and value, one row per bar; a value may be NaN where nothing is recorded.
+    steps: a frame with label, backend and value, one row per bar; a value may be NaN where nothing is recorded. With
+    q20 and q80 the bars get whiskers, with disturbed (bool) their labels a mark.
     """
     need_columns(steps, "ladder", "label", "backend", "value")
     if not steps["value"].notna().any():
         raise ValueError("ladder: none of the steps has a value")
     figure = new_figure(title, below, height=150 + 38 * len(steps))
-    text = [short(v) if v == v else "not recorded" for v in steps["value"]]
+    bad = steps.get("disturbed", [False] * len(steps))
+    text = [marked(short(v), b) if v == v else "not recorded" for v, b in zip(steps["value"], bad)]
     figure.add_bar(
         y=steps["label"], x=steps["value"].fillna(0), orientation="h", text=text, textposition="outside",
         cliponaxis=False, showlegend=False, constraintext="none",
-        marker=dict(color=[look(b).colour for b in steps["backend"]]),
+        marker=dict(color=[look(b).colour for b in steps["backend"]]), error_x=whiskers(steps.fillna(0)),
     )  # fmt: skip
     figure.update_xaxes(title_text=unit, rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category")
