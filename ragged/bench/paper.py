@@ -22,10 +22,14 @@ ALL_MODES = ("eager", "graph", "compile+graph")
 
 class Rows:
     """Recorded rows of one GPU, a frame as `ragged.data.results` returns it. Values are asked for by metric and
-    columns; a list allows several values. bfloat16, measured beside float16, is only found where dtype asks for it."""
+    columns; a list allows several values. bfloat16, measured beside float16, is only found where dtype asks for it.
+    `touched` says whether a disturbed row was among those that were looked at since somebody set it to False."""
 
     def __init__(self, rows):
         self.rows = rows[rows["status"] == "ok"]
+        judged = {"batch", "tokens", "q20", "q80"} <= set(self.rows.columns) and len(self.rows)
+        self.disturbed = data.disturbed(self.rows) if judged else self.rows["status"] != "ok"
+        self.touched = False
         self.by_metric = dict(tuple(self.rows.groupby("metric")))  # every question is of one
 
     def values(self, metric: str, **columns):
@@ -35,11 +39,14 @@ class Rows:
             there &= found["dtype"] != "bfloat16"
         for column, wanted in columns.items():
             there &= found[column].isin(wanted if isinstance(wanted, list) else [wanted])
-        return found.loc[there, "value"]
+        found = found.loc[there, "value"]
+        self.touched |= bool(self.disturbed[found.index].any())
+        return found
 
     def value(self, metric: str, **columns) -> float:
+        """The first value there is, a `data.Disturbed` where its row is."""
         found = self.values(metric, **columns)
-        return float(found.iloc[0]) if len(found) else NAN
+        return data.noted(found.iloc[0], self.disturbed[found.index[0]]) if len(found) else NAN
 
     def call(self, backend, tokens="39", batch=32, mode="eager", clock="wall_us") -> float:
         """µs of one attention call."""

@@ -60,17 +60,20 @@ def verdict(kind: str, claimed: float, paper_setup: float, fair: float, changes:
 
 def judged(claims: Sequence[Claim], rows: Rows, share: float = SHARE):
     """A frame with a line for every claim: claim, family, kind, claimed, paper_setup, fair, ceiling, stand_in (what
-    stands in for the paper's batch, or NaN), group, verdict. rows: those of one GPU."""
+    stands in for the paper's batch, or NaN), disturbed (whether a disturbed row went into one of the two ratios),
+    group, verdict. rows: those of one GPU."""
     import pandas
 
     found = []
     for one in claims:
         family, changes = GROUPS[one.group]
+        rows.touched = False
         ratios = dict(paper_setup=one.paper_setup(rows), fair=one.fair(rows))
+        shaky = rows.touched
         ceiling = one.ceiling(rows)
         found.append(dict(
             claim=one.claim, family=family, kind=one.kind, claimed=one.claimed, **ratios, ceiling=ceiling,
-            stand_in=one.substituted(rows), group=one.group,
+            stand_in=one.substituted(rows), disturbed=shaky, group=one.group,
             verdict=verdict(one.kind, one.claimed, **ratios, changes=changes, ceiling=ceiling, share=share),
         ))  # fmt: skip
     return pandas.DataFrame(found)
