@@ -2,9 +2,9 @@
 
 import re
 
+import figure_frames as frames
 import pytest
 
-import figure_frames as frames
 from ragged import course, data
 from ragged.bench.paper import Rows
 from ragged.bench.report import table

@@ -1,4 +1,4 @@
-"""Which recorded times were disturbed: one rule, for tables and figures alike."""
+"""Rules of evidence that tables and figures share: which recorded times were disturbed, and the names of verdicts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 SPREAD = 1.25  # of q80 over q20, and of a time over what a larger problem takes
 MARK = "*"  # behind a number in a table; the word for it stands in NOTE
 NOTE = "* disturbed: q80/q20 above 1.25, or out of line with the neighbours"
+STANDS, IN_KIND, BASELINE, SETUP, NOT_HERE, UNTESTED = VERDICTS = (
+    "stands", "stands in kind, not in size", "stands only against the paper's baseline",
+    "stands only in the paper's setup", "does not transfer", "not tested here",
+)  # fmt: skip
 _SERIES = ("suite", "model", "pruner", "backend", "mode", "keep", "dtype", "metric", "gpu")
 _NEEDED = ("batch", "tokens", "metric", "value", "q20", "q80")
 

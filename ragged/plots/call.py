@@ -57,7 +57,8 @@ def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float
             continue
         text = [marked(short(times["value"][b]), times["disturbed"][b]) if b in times.index else "" for b in backends]
         times = times.reindex(backends)
-        figure.add_bar(y=labels, x=times["value"], text=text, error_x=whiskers(times.fillna(0)), textposition="outside", cliponaxis=False, orientation="h",
+        figure.add_bar(y=labels, x=times["value"], text=text, error_x=whiskers(times.fillna(0)),
+                       textposition="outside", cliponaxis=False, orientation="h",
                        textfont=dict(size=11), constraintext="none", marker=filling(metric, colours),
                        showlegend=False)  # fmt: skip
         figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"))

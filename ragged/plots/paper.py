@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 
+from ..data.evidence import BASELINE, IN_KIND, NOT_HERE, SETUP, STANDS, UNTESTED, VERDICTS
 from .model import MODEL_LABELS, MODES, _panels
 from .style import (
     INK,
+    RINGED,
     draw_line,
     in_order,
     log_ticks,
@@ -27,13 +29,9 @@ from .style import (
     whiskers,
 )
 
-# Verdicts on a claim, in order. Colour and symbol both tell them apart.
-STANDS, BASELINE, NOT_HERE, UNTESTED = VERDICTS = (
-    "stands", "stands only against the paper's baseline", "does not transfer", "not tested here",
-)  # fmt: skip
-VERDICT_LOOKS = {
-    STANDS: ("#009e73", "circle"), BASELINE: ("#e69f00", "diamond"), NOT_HERE: ("#cc79a7", "x"),
-    UNTESTED: ("#999999", "circle-open"),
+VERDICT_LOOKS = {  # colour and symbol both tell them apart
+    STANDS: ("#009e73", "circle"), IN_KIND: ("#56b4e9", "square"), BASELINE: ("#e69f00", "diamond"),
+    SETUP: ("#8c6d1f", "triangle-up"), NOT_HERE: ("#cc79a7", "x"), UNTESTED: ("#999999", "circle-open"),
 }  # fmt: skip
 
 
@@ -170,13 +168,21 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
 def claims(table, *, title="Which claims stand?", below=""):
     """One row per claim: what the paper claims, what its own comparison gives here, and what a fair one gives.
 
-    table: a frame with claim, claimed, paper_setup, fair and verdict; the first three numbers are ratios. A bar spans
-    claimed and fair, and the coloured marker on `fair` (or on `claimed`, where nothing was measured) is the verdict.
+    table: a frame with claim, claimed, paper_setup, fair (three ratios) and verdict (one of
+    `ragged.data.evidence.VERDICTS`). A bar spans claimed and fair, and the coloured marker on `fair` (or on `claimed`,
+    where nothing was measured) is the verdict. With a column ceiling, a pink stroke says where the arithmetic ends, if
+    the claim lies above it; with a column disturbed, claims that rest on a disturbed row are marked.
     """
     need_columns(table, "claims", "claim", "claimed", "paper_setup", "fair", "verdict")
     if table.empty:
         raise ValueError("claims: no claim to draw")
+    unknown = sorted(set(table["verdict"]) - {*VERDICTS})
+    if unknown:
+        raise ValueError(f"claims: expected verdicts of {list(VERDICTS)}, got {unknown}")
     table = table.round({"claimed": 4, "paper_setup": 4, "fair": 4})
+    if "disturbed" in table.columns and table["disturbed"].any():
+        table = table.assign(claim=[marked(c, bad) for c, bad in zip(table["claim"], table["disturbed"])])
+        below = " · ".join(part for part in (below, RINGED) if part)
     figure = new_figure(title, below, width=860, height=210 + 22 * len(table))
     spans = [(row.claim, x) for row in table.itertuples() if row.fair == row.fair
              for x in (row.claimed, row.fair, None)]  # None ends a stroke
@@ -187,6 +193,11 @@ def claims(table, *, title="Which claims stand?", below=""):
                        marker=dict(symbol="line-ns-open", line=dict(width=2.5, color=INK), **grey))  # fmt: skip
     figure.add_scatter(x=table["paper_setup"], y=table["claim"], mode="markers", name="the paper's comparison, here",
                        marker=dict(symbol="triangle-down-open", **grey))  # fmt: skip
+    over = table[table["claimed"] > table["ceiling"]] if "ceiling" in table.columns else table[:0]
+    if len(over):
+        figure.add_scatter(x=over["ceiling"].round(4), y=over["claim"], mode="markers", name="what arithmetic allows",
+                           marker=dict(symbol="line-ns-open", size=15, line=dict(width=2.5, color="#cc79a7"),
+                                       color="#cc79a7"))  # fmt: skip
     for verdict in VERDICTS:
         found = table[table["verdict"] == verdict]
         colour, symbol = VERDICT_LOOKS[verdict]
