@@ -115,8 +115,8 @@ def test_a_batch_that_stands_in_is_marked(ours):
         ({4: NAN}, False, UNTESTED),
     ],
 )  # fmt: skip
-def test_an_objection_is_judged_on_every_batch(ratios, alike, expected):
-    found, seen = settle(Objection("x", "y", lambda r, b: ratios.get(b, NAN), (4, 64), alike), None)
+def test_an_objection_is_judged_on_every_batch(ours, ratios, alike, expected):
+    found, seen = settle(Objection("x", "y", lambda r, b: ratios.get(b, NAN), (4, 64), alike), ours)
     assert found == expected and len(seen) == sum(ratio == ratio for ratio in ratios.values())
 
 

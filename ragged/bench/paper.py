@@ -204,8 +204,9 @@ def _batch(table: str, batch: float, sources: dict[str, Rows]) -> str:
 
 def beside(table: str, sources: dict[str, Rows]):
     """Every row of a paper's table with its counterpart in every source: a frame with case, backend, what, metric,
-    unit, paper, and a column per source. Tables without a counterpart (protocols) get NaN. The case says which batch,
-    or which number of tokens, stands in for one that is not recorded."""
+    unit, disturbed (the sources whose value rests on a disturbed row), paper, and a column per source. Tables without
+    a counterpart (protocols) get NaN. The case says which batch, or which number of tokens, stands in for one that is
+    not recorded."""
     import pandas
 
     find, rows = LOOK_UP.get(table.partition("_")[2]), []
@@ -216,9 +217,14 @@ def beside(table: str, sources: dict[str, Rows]):
         parts += [f"{row.pruned:.0%} pruned"] if row.pruned == row.pruned else []
         parts += [row.bound]
         what = row.backend + (f" / {row.baseline}" if row.baseline else "")
-        found = {name: find(r, row) if find else NAN for name, r in sources.items()}
+        found, shaky = {}, []
+        for name, r in sources.items():
+            r.touched = False
+            found[name] = float(find(r, row)) if find else NAN
+            shaky += [name] * r.touched
         rows.append({"case": ", ".join(p for p in parts if p) or row.metric.replace("_", " "), "backend": row.backend,
-                     "what": what, "metric": row.metric, "unit": row.unit, "paper": row.value} | found)  # fmt: skip
+                     "what": what, "metric": row.metric, "unit": row.unit, "disturbed": tuple(shaky),
+                     "paper": row.value} | found)  # fmt: skip
     return pandas.DataFrame(rows)
 
 

@@ -1,5 +1,5 @@
-"""Small races on the machine at hand, for lessons: enough rounds, everybody in turn, and an answer only where the rounds
-agree on one.
+"""Small races on the machine at hand, for lessons: enough rounds, everybody in turn, and an answer only where the
+rounds agree on one.
 
 Contestants are compared round by round, so that what slows a whole round down does not count. `ragged.bench.rounds` is
 what records measurements; it has more clocks, and more patience.

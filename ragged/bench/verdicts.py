@@ -1,6 +1,6 @@
 """From ratios to verdicts: one rule for every claim of the paper, and one for every objection to it.
 
-A claim is measured twice, in the paper's setup and in a fair one (`ragged.bench.paper`). What holds in the fair one
+A claim is measured twice, in the paper's setup and in a fair one (`ragged.bench.claims`). What holds in the fair one
 stands. A claim above what the arithmetic allows cannot stand: it is held against what is allowed, and stands in kind
 alone. What holds only in the paper's setup is named after what the fair one changed: the baseline, or something else.
 An objection is judged on every batch that the paper names and that is recorded, never on one of them.
@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .. import data
 from ..data.evidence import BASELINE, IN_KIND, NOT_HERE, SETUP, STANDS, UNTESTED, VERDICTS
 from .claims import Claim
 from .paper import BEST, KERNEL, NAN, Rows
@@ -130,9 +131,14 @@ def objections() -> list[Objection]:
 
 
 def settle(objection: Objection, rows: Rows) -> tuple[str, dict[float, float]]:
-    """One of OUTCOMES, or UNTESTED where no batch is recorded; and the ratio at every batch that is."""
-    ratios = {batch: objection.pair(rows, batch) for batch in objection.batches}
-    ratios = {batch: ratio for batch, ratio in ratios.items() if not math.isnan(ratio)}
+    """One of OUTCOMES, or UNTESTED where no batch is recorded; and the ratio at every batch that is, a
+    `data.Disturbed` where it rests on a disturbed row."""
+    ratios = {}
+    for batch in objection.batches:
+        rows.touched = False
+        ratio = objection.pair(rows, batch)
+        if not math.isnan(ratio):
+            ratios[batch] = data.noted(ratio, rows.touched)
     if not ratios:
         return UNTESTED, ratios
     upheld = [(ratio < objection.limit) == objection.alike for ratio in ratios.values()]

@@ -22,6 +22,7 @@ from .style import (
     new_figure,
     one_of_each,
     place,
+    ring,
     rows_where,
     short,
     subtitle,
@@ -139,7 +140,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     """The paper's figure and each machine's, line by line: hollow markers are the paper's, filled ones measured.
 
     pairs: a frame with case, backend, source ("paper" or a GPU's name) and value. The backend has its colour; every
-    measured source its own symbol.
+    measured source its own symbol. With a column disturbed (bool), those points get a ring.
     """
     need_columns(pairs, "paper_beside", "case", "backend", "source", "value")
     pairs = pairs[pairs["value"].notna()]
@@ -148,7 +149,8 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     sources = list(dict.fromkeys(pairs["source"]))
     symbols = dict(zip([s for s in sources if s != "paper"], ("circle", "diamond", "square", "triangle-up")))
     cases = list(dict.fromkeys(pairs["case"]))
-    figure = new_figure(title, below or " · ".join(sources), height=210 + 30 * len(cases))
+    below = " · ".join([below or " · ".join(sources)] + [RINGED] * any(pairs.get("disturbed", [])))
+    figure = new_figure(title, below, height=210 + 30 * len(cases))
     for backend in in_order(pairs["backend"]):
         for source in sources:
             found = pairs[(pairs["backend"] == backend) & (pairs["source"] == source)]
@@ -159,6 +161,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
                           line=dict(width=2, color=colour))  # fmt: skip
             figure.add_scatter(x=found["value"], y=found["case"], mode="markers", marker=marker, showlegend=True,
                                name=f"{look(backend).label}: {source}")  # fmt: skip
+            ring(figure, found["value"], found["case"], found)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
     figure.update_layout(legend=dict(orientation="h", y=-62 / (30 * len(cases) + 20), yanchor="top", x=0))
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
