@@ -109,4 +109,5 @@ def test_the_recording_answers_the_claims_on_calls():
 def test_what_stands_in_is_said_in_the_case(record):
     cases = beside("v1_end_to_end_speedup", {"here": record})["case"]
     assert any("batch 512 (here 64)" in case for case in cases) and any("batch 4," in case for case in cases)
+    assert all("batch 8 (here 16)" in case for case in beside("v2_stages", {"here": record})["case"])
     assert any("40 tokens (here 39)" in case for case in beside("v2_attention_call", {"here": record})["case"])

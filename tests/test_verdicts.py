@@ -102,6 +102,10 @@ def test_logits_and_classes_are_of_the_same_networks():
 def test_a_batch_that_stands_in_is_marked(ours):
     one = Claim("x", "gain", 2.0, lambda r: 2.0, lambda r: 2.0, "over FA2", asked=512)
     assert one.substituted(ours) == ours.near(512) != 512
+    assert one._replace(asked=32, at=64).substituted(ours) == 64
+    named = {c.claim: c.substituted(ours) for c in all_claims()}
+    assert named["v2 over unpruned, 90% pruned"] == 64 and named["model over padded, batch 512"] == 256
+    assert named["packing: loop / kernel, v2"] == 16 and math.isnan(named["evit over unpruned, 50% pruned"])
     for asked in (64.0, NAN):
         assert math.isnan(one._replace(asked=asked).substituted(ours))
 

@@ -19,8 +19,8 @@ Ratio = Callable[[Rows], float]
 
 class Claim(NamedTuple):
     """kind: "gain" (so many times faster), "equal", "bound" (at most) or "least" (at least). group: which reason.
-    ceiling: what the arithmetic allows a gain at most, where that is known. asked: the batch of the paper, where the
-    one that is recorded nearest to it stands in for it."""
+    ceiling: what the arithmetic allows a gain at most, where that is known. asked: the batch of the paper, where
+    another may stand in for it: the one that is recorded nearest, or `at`."""
 
     claim: str
     kind: str
@@ -30,11 +30,14 @@ class Claim(NamedTuple):
     group: str
     ceiling: Ratio = lambda r: NAN
     asked: float = NAN
+    at: float = NAN
 
     def substituted(self, rows: Rows) -> float:
         """The batch that stands in for the paper's in these rows; NaN where its own is recorded or none is named."""
-        near = rows.near(self.asked) if self.asked == self.asked else NAN
-        return NAN if near == self.asked else near
+        if self.asked != self.asked:
+            return NAN
+        taken = self.at if self.at == self.at else rows.near(self.asked)
+        return NAN if taken == self.asked else taken
 
 
 def faster(slow: str, fast: str, **at) -> Ratio:
@@ -151,7 +154,7 @@ def pruner_claims() -> list[Claim]:
             keep, which = round(1 - pruned, 1), pruner or "threshold_l2"
             found.append(Claim(f"{pruner or 'v2'} over unpruned, {pruned:.0%} pruned", "gain", claimed,
                                over_unpruned(which, keep), over_unpruned(which, keep, BEST), "over unpruned",
-                               arithmetic(keep)))  # fmt: skip
+                               arithmetic(keep), 64 if pruner else 32, 64))  # fmt: skip
     return found
 
 
@@ -163,7 +166,7 @@ def other_claims() -> list[Claim]:
               lambda r: r.largest_gain(ours, "paper_padded"), lambda r: r.largest_gain(ours, "sdpa_padded", BEST),
               "padded model"),
         Claim("packing: loop / kernel, v2", "gain", said("v2_stages", "pack_event_ms", ours, backend="paper_padded"),
-              packing("python_loop"), packing("mask_indexing"), "packing"),
+              packing("python_loop"), packing("mask_indexing"), "packing", asked=8, at=16),
         Claim("largest logit difference", "bound", said("v1_equivalence", logits, bound="max"),
               differences(logits, max, "deit_small"), differences(logits, max, *both),
               "logits"),
