@@ -57,7 +57,9 @@ def test_a_size_that_rounds_do_not_carry_is_marked_and_never_explained():
     wide, narrow = Standing(2.0, 1.2, 3.2, FASTER), Standing(2.0, 1.9, 2.1, FASTER)
     assert str(wide) == "2.00x (1.20 to 3.20)*" and str(narrow) == "2.00x (1.90 to 2.10)"
     assert said(wide, 2.1) == "faster, size unsure" and said(narrow, 2.05) == "faster, as predicted"
-    assert said(narrow, 3.0) == "faster, less" and said(narrow, 1.5) == "faster, more"
+    assert said(narrow, 3.0) == "faster, less than predicted"
+    assert said(narrow, 1.5) == "faster, more than predicted"
+    assert said(Standing(1.86, 1.55, 1.91, FASTER), 1.56) == "faster, size unsure"  # an end of the range is no hit
     assert said(Standing(1.0, 0.5, 2.0, NOISY), 2.1) == NOISY
 
 

@@ -40,12 +40,13 @@ class Standing(NamedTuple):
         return f"{self.ratio:.2f}x ({self.q20:.2f} to {self.q80:.2f})" + MARK * self.unsure
 
     def beside(self, predicted: float) -> str:
-        """What the rounds say about a predicted ratio: "as predicted", "less", "more", or that they are too noisy."""
+        """What the rounds say about a predicted ratio: as, less or more than predicted, or that they are too noisy."""
         if self.q80 < predicted * (1 - CLOSE):
-            return "less"
+            return "less than predicted"
         if self.q20 > predicted * (1 + CLOSE):
-            return "more"
-        return NOISY if self.unsure else "as predicted"
+            return "more than predicted"
+        near = abs(self.ratio / predicted - 1) <= 2 * CLOSE
+        return "as predicted" if near and not self.unsure else NOISY
 
 
 def race(contestants: Mapping[Hashable, Callable[[], object]], rounds: int = 15, calls: int = 1, seed: int = 0) -> dict:

@@ -180,25 +180,26 @@ def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode="
 
 
 def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us", mode="eager", **only):
-    """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times.
+    """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times, with
+    padding and unpadding inside the timed call; and, where "<padded>:attention" is recorded, with both outside.
 
     Needs rows of both backends with the same batch and a distribution of lengths such as "U(20,197)" (equal lengths
     have no padding). For the metric images_per_s the ratio is ragged over
     padded, for times padded over ragged: either way, above 1 padding loses.
     """
     name = "padded_waste"
-    rows = rows_where(frame, name, metric=metric, mode=mode, backend=[padded, ragged], **only)
+    rows = rows_where(frame, name, metric=metric, mode=mode, backend=[padded, f"{padded}:attention", ragged], **only)
     ragged_only = rows[rows["tokens"].str.startswith("U")]
     if ragged_only.empty:
         raise ValueError(f"{name}: no rows with lengths such as U(20,197), only {sorted(set(rows['tokens']))}")
     rows = ragged_only
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
     keys = ["batch", "tokens"]
-    over, under = (ragged, padded) if metric == "images_per_s" else (padded, ragged)
-    over, under = (rows_where(rows, name, backend=b).set_index(keys) for b in (over, under))
-    measured = (over["value"] / under["value"]).dropna()
+    slow, fast = (rows_where(rows, name, backend=b).set_index(keys) for b in (padded, ragged))
+    measured = _times(slow, fast, metric)
     if measured.empty:
         raise ValueError(f"{name}: {padded} and {ragged} have no batch and token count in common")
+    outside = rows[rows["backend"] == f"{padded}:attention"].set_index(keys)
     order = sorted(measured.index, key=lambda key: (_mean_tokens(key[1]), key[0]))
     shapes = [lengths(tokens, int(batch)) for batch, tokens in order]
     row_cost = [len(n) * max(n) / sum(n) for n in shapes]
@@ -210,16 +211,23 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     text = dict(texttemplate="%{y:.2f}", textposition="outside", cliponaxis=False)
     figure.add_bar(x=x, y=row_cost, name="predicted: rows (MLP, projections)", marker=dict(color="#cccccc"), **text)
     figure.add_bar(x=x, y=square_cost, name="predicted: rows² (attention)", marker=dict(color="#888888"), **text)
-    span = dict(value=measured, q20=over["q20"] / under["q80"], q80=over["q80"] / under["q20"])  # the widest there is
-    import pandas
-
-    span = pandas.DataFrame(span).loc[order]
-    figure.add_bar(x=x, y=list(span["value"]), name="measured", error_y=whiskers(span),
-                   marker=dict(color=look(padded).colour), **text)  # fmt: skip
+    bars = {"measured, padding inside the call": measured, "measured, padded before it": _times(outside, fast, metric)}
+    for label, found in bars.items():
+        if len(found):
+            found, inside = found.reindex(order), label.endswith("call")
+            figure.add_bar(x=x, y=list(found["value"].round(3)), name=label, error_y=whiskers(found.fillna(0)),
+                           marker=filling("gpu_us" if inside else "host_us", look(padded).colour), **text)  # fmt: skip
     figure.add_hline(y=1, line=dict(color="#222222", width=1))
     figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
     figure.update_xaxes(title_text="batch × tokens per image", type="category")
     return figure.update_yaxes(title_text="padded / ragged cost", rangemode="tozero")
+
+
+def _times(slow, fast, metric: str):
+    """How many times as long `slow` takes as `fast`: a frame of ratios by key, with the widest quantiles there are."""
+    over, under = (fast, slow) if metric == "images_per_s" else (slow, fast)
+    ratio = (over["value"] / under["value"]).dropna().to_frame("value")
+    return ratio.assign(q20=over["q20"] / under["q80"], q80=over["q80"] / under["q20"])
 
 
 def _moments(tokens: str) -> tuple[float, float]:

@@ -207,8 +207,9 @@ def timeline(lanes: dict[str, Sequence[tuple[str, float, float]]], *, title: str
     return figure.update_xaxes(title_text="time, µs", rangemode="tozero").update_layout(margin_t=110)
 
 
-def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str):
-    """Measured times (µs) against a size, and the model floor + size * per_item with its two parts."""
+def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str, spread=None):
+    """Measured times (µs) against a size, and the model floor + size * per_item with its two parts. spread: 20 % and
+    80 % quantile of every time, for whiskers."""
     figure = new_figure(title, below)
     model = [floor + n * per_item for n in sizes]
     low = min(min(times), floor) / 2
@@ -218,7 +219,10 @@ def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, 
     figure.add_scatter(x=[n for n, _ in work], y=[y for _, y in work], mode="lines", name="slope: the work",
                        line=dict(color=GREY, dash="dash"))  # fmt: skip
     figure.add_scatter(x=sizes, y=model, mode="lines", name="their sum", line=dict(color="#0072b2", width=2))
-    figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9))
+    low_high = [(max(0, t - a), max(0, b - t)) for t, (a, b) in zip(times, spread or [(t, t) for t in times])]
+    bars = dict(type="data", symmetric=False, array=[b for _, b in low_high], arrayminus=[a for a, _ in low_high])
+    figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9),
+                       error_y=bars | dict(thickness=1.5) if spread else None)  # fmt: skip
     figure.update_xaxes(title_text=f"{item} (log)", type="log", dtick=1, exponentformat="power")
     return figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)]))
 

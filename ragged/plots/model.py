@@ -64,9 +64,10 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
     ceilings = rows[rows["metric"] == "flops_ratio"]
     rows = rows_where(rows, name, metric="images_per_s", batch=batch, mode=mode)
     one_of_each(rows, name, "gpu", "mode")
-    base = rows_where(rows, name, backend="unpruned")["value"].median()
+    whole = rows_where(rows, name, backend="unpruned")
     rows = rows[rows["backend"] != "unpruned"]
-    rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
+    divided = {c: (rows[c] / whole["value"].median()).round(4) for c in ("value", "q20", "q80")}
+    rows = rows.assign(**divided, disturbed=rows["disturbed"] | whole["disturbed"].any())
     pruners = sorted(set(rows["pruner"]), key=place(PRUNER_LABELS))
     below = subtitle(rows, MODEL_LABELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
