@@ -78,3 +78,84 @@ def test_what_is_asked_of_rows_knows_it():
     assert isinstance(rows.call("triton", "39", 32, clock="host_us"), data.Disturbed) and rows.touched
     rows.touched = False
     assert not isinstance(rows.call("triton", "99", 32, clock="host_us"), data.Disturbed) and not rows.touched
+
+
+def in_figure(figure):
+    """Names of marked things: rings, and labels with an asterisk."""
+    rings = sum(len(t.x) for t in figure.data if t.name == "disturbed")
+    labels = [text for t in figure.data for text in (t.text if isinstance(t.text, tuple) else ()) if "*" in str(text)]
+    return rings, labels
+
+
+@pytest.mark.parametrize("metric, share", [("gpu_us", 0.0), ("host_us", 0.6)])
+def test_figures_mark_them_and_say_so(metric, share):
+    pytest.importorskip("plotly")
+    from ragged import plots
+
+    rows = [dict(suite="attention", model="deit_base", backend=b, mode="eager", dtype="float16", tokens="39", keep=1.0,
+                 batch=32.0, metric=m, value=us, q20=us, q80=us * (1 + share * (b == "triton" and m == metric)))
+            for b, us in (("triton", 10.0), ("flash_attn", 45.0)) for m in ("host_us", "gpu_us")]  # fmt: skip
+    for figure in (plots.host_against_gpu(frames.rows(rows)),
+                   plots.two_clocks(frames.rows(rows), cases=[(32, 39)], backend=["triton", "flash_attn"])):  # fmt: skip
+        rings, labels = in_figure(figure)
+        notes = [note.text for note in figure.layout.annotations if "*" in note.text]
+        assert bool(rings or labels or notes) == (share > 0)
+        assert ("disturbed" in figure.layout.title.subtitle.text) == (share > 0)
+    bars = [t for t in plots.host_against_gpu(frames.rows(rows)).data if t.error_x.array is not None]
+    assert {len(t.error_x.array) for t in bars} == {2}
+
+
+def test_a_line_has_a_ring_where_its_row_or_what_it_is_divided_by_is_disturbed():
+    pytest.importorskip("plotly")
+    from ragged import plots
+
+    rows = [dict(suite="model", model="deit_base", backend=b, mode="eager", dtype="float16", batch=batch, keep=0.5,
+                 tokens="197" if b == "unpruned" else "99", metric="images_per_s", value=v, q20=v, q80=v)
+            for b, v in (("unpruned", 100.0), ("triton", 150.0)) for batch in (1.0, 4.0)]  # fmt: skip
+    assert in_figure(plots.speedup_by_batch(frames.rows(rows)))[0] == 0
+    for at in (0, 2):  # the unpruned model at batch 1, the pruned one at batch 1
+        changed = [dict(r, q80=2 * r["q80"]) if i == at else r for i, r in enumerate(rows)]
+        assert in_figure(plots.speedup_by_batch(frames.rows(changed)))[0] == 1
+
+
+def test_padding_inside_and_outside_the_call_are_two_bars():
+    pytest.importorskip("plotly")
+    from ragged import plots
+
+    rows = data.results("attention", "NVIDIA H200")
+    bars = {t.name: t.y[0] for t in plots.padded_waste(rows).data}
+    inside, outside = (bars[f"measured, {how}"] for how in ("padding inside the call", "padded before it"))
+    assert inside > outside > 1
+    few = plots.padded_waste(rows[rows["backend"] != "sdpa_padded:attention"])
+    assert [t.name for t in few.data if t.name.startswith("measured")] == ["measured, padding inside the call"]
+
+
+QUOTED = re.compile(r"(\d[\d,]*\.\d+|\d[\d,]*\d{3}|\d{3,})\s*(?:µs|us\b|images/s)")
+
+
+def prose():
+    """Every paragraph of the READMEs and lessons, by where it stands; tables that a command writes are left out."""
+    import notebook_files
+
+    for path in ("README.md", "data/README.md", "notebooks/README.md", "CONTRIBUTING.md"):
+        text = (notebook_files.ROOT / path).read_text(encoding="utf-8")
+        yield path, "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    for path in sorted((notebook_files.ROOT / "notebooks").glob("*.ipynb")):
+        for cell in notebook_files.read(path)["cells"]:
+            if cell["cell_type"] == "markdown":
+                yield f"{path.name} {cell['id']}", "".join(cell["source"])
+
+
+def test_no_prose_quotes_a_disturbed_row():
+    rows = data.results()
+    rows = rows[rows["status"] == "ok"]
+    values = rows.loc[data.disturbed(rows), "value"].tolist()
+    quoted = [(where, number) for where, text in prose() for number in QUOTED.findall(text)]
+    for where, number in quoted:
+        digits = len(number.partition(".")[2])
+        assert not any(f"{v:.{digits}f}" == number.replace(",", "") for v in values), f"{where} quotes {number}"
+
+
+def test_a_quotation_would_be_found():
+    assert QUOTED.findall("it takes 57.7 µs, not 45 µs, and 3,529 images/s") == ["57.7", "3,529"]
+    assert QUOTED.findall("at 1234 images/s and 0.98 µs") == ["1234", "0.98"]

@@ -100,7 +100,12 @@ def test_a_partial_recording_leaves_cells_blank():
 def test_a_ladder_keeps_its_order_and_says_what_is_missing():
     steps = pandas.DataFrame({"label": ["a", "b"], "backend": ["paper_padded", "triton"], "value": [4e3, math.nan]})
     figure = plots.ladder(steps, title="Steps", unit="images/s")
-    assert list(figure.data[0].y) == ["a", "b"] and figure.data[0].text == ("4,000", "not recorded")
+    assert list(figure.data[0].y) == ["a", "b"] and figure.data[1].text == ("4,000", "not recorded")
+    assert figure.data[0].error_x.array is None
+    wide = steps.assign(q20=[3.5e3, math.nan], q80=[4.2e3, math.nan], disturbed=[True, False])
+    figure = plots.ladder(wide.fillna(0), title="Steps", unit="images/s")
+    assert list(figure.data[0].error_x.array) == [200, 0] and list(figure.data[0].error_x.arrayminus) == [500, 0]
+    assert figure.data[1].text[0] == "4,000*" and figure.data[1].x[0] == 4200  # behind its whisker
 
 
 def test_an_expectation_has_lines_and_recorded_markers():

@@ -13,6 +13,7 @@ from .style import (
     AXIS_TITLES,
     draw_line,
     in_order,
+    label_bars,
     log_ticks,
     look,
     marked,
@@ -57,11 +58,11 @@ def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float
             continue
         text = [marked(short(times["value"][b]), times["disturbed"][b]) if b in times.index else "" for b in backends]
         times = times.reindex(backends)
-        figure.add_bar(y=labels, x=times["value"], text=text, error_x=whiskers(times.fillna(0)),
-                       textposition="outside", cliponaxis=False, orientation="h",
-                       textfont=dict(size=11), constraintext="none", marker=filling(metric, colours),
-                       showlegend=False)  # fmt: skip
-        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"))
+        figure.add_bar(y=labels, x=times["value"], error_x=whiskers(times.fillna(0)), orientation="h",
+                       marker=filling(metric, colours), showlegend=False, offsetgroup=metric)  # fmt: skip
+        label_bars(figure, labels, times, text, metric)
+        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"),
+                       offsetgroup=metric)  # fmt: skip
     keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0, traceorder="reversed")
     figure.update_layout(barmode="group", bargap=0.25, legend=keys, margin_t=110)
     return figure.update_xaxes(title_text="time per call, µs", rangemode="tozero")
@@ -94,9 +95,11 @@ def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_trito
         labels = bars["layer"].fillna("<b>the public function</b>").str.replace("_", " ")
         # two-level labels: layers of different providers share names
         text = [marked(short(v), bad) for v, bad in zip(bars["value"], bars["disturbed"])]
-        figure.add_bar(y=[[look(provider).label] * len(bars), labels], x=bars["value"], orientation="h",
-                       marker=dict(color=look(provider).colour), text=text, error_x=whiskers(bars),
-                       textposition="outside", cliponaxis=False, constraintext="none", showlegend=False)  # fmt: skip
+        places = [[look(provider).label] * len(bars), labels]
+        figure.add_bar(y=places, x=bars["value"], orientation="h", marker=dict(color=look(provider).colour),
+                       error_x=whiskers(bars), showlegend=False)  # fmt: skip
+        label_bars(figure, places, bars, text)
+    figure.update_layout(barmode="overlay")
     figure.update_yaxes(autorange="reversed", tickson="boundaries", dividercolor="#bbbbbb")
     return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
 

@@ -15,6 +15,7 @@ from .style import (
     RINGED,
     draw_line,
     in_order,
+    label_bars,
     log_ticks,
     look,
     marked,
@@ -91,10 +92,11 @@ def ladder(steps, *, title, unit, below=""):
     bad = steps.get("disturbed", [False] * len(steps))
     text = [marked(short(v), b) if v == v else "not recorded" for v, b in zip(steps["value"], bad)]
     figure.add_bar(
-        y=steps["label"], x=steps["value"].fillna(0), orientation="h", text=text, textposition="outside",
-        cliponaxis=False, showlegend=False, constraintext="none",
+        y=steps["label"], x=steps["value"].fillna(0), orientation="h", showlegend=False,
         marker=dict(color=[look(b).colour for b in steps["backend"]]), error_x=whiskers(steps.fillna(0)),
     )  # fmt: skip
+    label_bars(figure, steps["label"], steps, text)
+    figure.update_layout(barmode="overlay")
     figure.update_xaxes(title_text=unit, rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category")
 

@@ -201,6 +201,17 @@ def whiskers(rows, scale: float = 1.0) -> dict | None:
                 color=INK)  # fmt: skip
 
 
+def label_bars(figure, y, rows, text, group: str | None = None) -> None:
+    """Labels of horizontal bars behind their whiskers: on bars that cannot be seen and end at q80. group: the offset
+    group of the bars that can."""
+    ends = rows[["value", "q80"]].max(axis=1) if "q80" in rows.columns else rows["value"]
+    figure.add_bar(
+        y=y, x=ends.fillna(0), text=text, textposition="outside", cliponaxis=False, orientation="h", hoverinfo="skip",
+        textfont=dict(size=11), constraintext="none", marker=dict(color="rgba(0,0,0,0)"), showlegend=False,
+        offsetgroup=group,
+    )  # fmt: skip
+
+
 def ring(figure, x, y, rows, **place) -> None:
     """A ring round every point of a disturbed row; nothing where there is none."""
     points = [(a, b) for a, b, bad in zip(x, y, rows.get("disturbed", [])) if bad]
