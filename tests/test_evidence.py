@@ -95,8 +95,8 @@ def test_figures_mark_them_and_say_so(metric, share):
     rows = [dict(suite="attention", model="deit_base", backend=b, mode="eager", dtype="float16", tokens="39", keep=1.0,
                  batch=32.0, metric=m, value=us, q20=us, q80=us * (1 + share * (b == "triton" and m == metric)))
             for b, us in (("triton", 10.0), ("flash_attn", 45.0)) for m in ("host_us", "gpu_us")]  # fmt: skip
-    for figure in (plots.host_against_gpu(frames.rows(rows)),
-                   plots.two_clocks(frames.rows(rows), cases=[(32, 39)], backend=["triton", "flash_attn"])):  # fmt: skip
+    both = plots.two_clocks(frames.rows(rows), cases=[(32, 39)], backend=["triton", "flash_attn"])
+    for figure in (plots.host_against_gpu(frames.rows(rows)), both):
         rings, labels = in_figure(figure)
         notes = [note.text for note in figure.layout.annotations if "*" in note.text]
         assert bool(rings or labels or notes) == (share > 0)

@@ -230,7 +230,8 @@ def _times(slow, fast, metric: str):
     """How many times as long `slow` takes as `fast`: a frame of ratios by key, with the widest quantiles there are."""
     over, under = (fast, slow) if metric == "images_per_s" else (slow, fast)
     ratio = (over["value"] / under["value"]).dropna().to_frame("value")
-    return ratio.assign(q20=over["q20"] / under["q80"], q80=over["q80"] / under["q20"])
+    ends = dict(q20=over["q20"] / under["q80"], q80=over["q80"] / under["q20"])
+    return ratio.assign(**{name: end.reindex(ratio.index) for name, end in ends.items()})
 
 
 def _moments(tokens: str) -> tuple[float, float]:

@@ -108,7 +108,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
     """Expected speedup against the share kept, a line for every pipeline, and recorded cells as markers.
 
     curves, points: frames with panel, keep, backend, note and value; the note says what a line or a marker stands for.
-    One panel for every panel that has a curve, in their order.
+    One panel for every panel that has a curve, in their order. With a column disturbed, those points get a ring.
     """
     for frame in (curves, points):
         need_columns(frame, "expectation", "panel", "keep", "backend", "note", "value")
@@ -128,6 +128,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
                             line=dict(color=style.colour if dash == "dot" else INK, width=1.5)),
             )  # fmt: skip
             shown.add(label)
+            ring(figure, line["keep"], line["value"], line, row=1, col=names.index(panel) + 1)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
     figure.update_layout(width=max(760, figure.layout.width), legend_y=-0.26)
     figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
