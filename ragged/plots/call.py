@@ -203,6 +203,7 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     if measured.empty:
         raise ValueError(f"{name}: {padded} and {ragged} have no batch and token count in common")
     outside = rows[rows["backend"] == f"{padded}:attention"].set_index(keys)
+    shaky = set(rows[rows["disturbed"]].set_index(keys).index)
     order = sorted(measured.index, key=lambda key: (_mean_tokens(key[1]), key[0]))
     shapes = [lengths(tokens, int(batch)) for batch, tokens in order]
     row_cost = [len(n) * max(n) / sum(n) for n in shapes]
@@ -218,8 +219,10 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     for label, found in bars.items():
         if len(found):
             found, inside = found.reindex(order), label.endswith("call")
+            said = [marked(f"{v:.2f}", key in shaky) if v == v else "" for key, v in found["value"].items()]
             figure.add_bar(x=x, y=list(found["value"].round(3)), name=label, error_y=whiskers(found.fillna(0)),
-                           marker=filling("gpu_us" if inside else "host_us", look(padded).colour), **text)  # fmt: skip
+                           marker=filling("gpu_us" if inside else "host_us", look(padded).colour),
+                           **text | dict(texttemplate=None, text=said))  # fmt: skip
     figure.add_hline(y=1, line=dict(color="#222222", width=1))
     figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
     figure.update_xaxes(title_text="batch × tokens per image", type="category")

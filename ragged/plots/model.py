@@ -96,7 +96,7 @@ def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype=
     rows = rows_where(frame, name, model=model, dtype=dtype, mode=mode, **only)
     modes = sorted(set(rows["mode"]), key=place(MODES))
     found = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
-    below = subtitle(rows, MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
+    below = subtitle(_drawn(found, rows), MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
     return _speedup_panels(found, name, below)
 
 
@@ -115,7 +115,8 @@ def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+
         kept = f"U({patches * 30 // 196},{patches * 168 // 196})" if ragged else str(1 + patches // 2)
         label = f"{16 * math.isqrt(patches)} pixels, {full} tokens, pruned: {kept}"
         found[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
-    return _speedup_panels(found, name, subtitle(rows, MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype))
+    below = subtitle(_drawn(found, rows), MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype)
+    return _speedup_panels(found, name, below)
 
 
 def _over_unpruned(rows, name: str, tokens: str):
@@ -159,6 +160,11 @@ def _speedup_panels(found: dict, name: str, below: str):
     figure.update_xaxes(title_text="batch (log)", **ticks_at(batches))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
+
+
+def _drawn(found: dict, rows):
+    """What a figure shows of `rows`, for its subtitle: whether any of it was disturbed."""
+    return rows.assign(disturbed=any(part["disturbed"].any() for part in found.values() if len(part)))
 
 
 def _ceiling(figure, rows, column: int) -> None:

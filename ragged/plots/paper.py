@@ -47,6 +47,7 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     Needs images_per_s rows. tokens: the distribution of the pruned pipelines. Orange: ours is faster. Purple: the
     named rival is.
     """
+    import pandas
     import plotly.graph_objects as go
 
     name = "best_choice"
@@ -60,7 +61,9 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     if others.empty:
         raise ValueError(f"{name}: {ours} and {', '.join(rivals)} have no model, mode and batch in common")
     ratio, best = table.loc[others.index, ours] / others.max(axis=1), others.idxmax(axis=1)
+    shaky = rows.groupby(["model", "mode", "batch"])["disturbed"].any()
     text = ratio.map("<b>{:.2f}×</b><br>".format) + best.map(lambda b: look(b).label)
+    text = pandas.Series([marked(words, shaky[cell]) for cell, words in text.items()], index=text.index)
     grid, words = (column.unstack("batch") for column in (ratio, text))
     in_turn = sorted(grid.index, key=lambda row: (place(MODEL_LABELS)(row[0]), place(MODES)(row[1])))
     grid, words = grid.loc[in_turn], words.loc[in_turn]
