@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data import Disturbed
 from .call import filling
 from .model import MODEL_LABELS, _panels
 from .style import (
     AXIS_TITLES,
     INK,
+    RINGED,
     in_order,
+    label_bars,
     log_ticks,
     look,
     marked,
@@ -227,13 +230,23 @@ def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, 
     return figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)]))
 
 
-def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton"):
-    """Host time of several ways to start the same thing, dearest on top. costs: way -> µs per call. floor: a dotted
-    line at what no way can go below."""
+def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton",
+                 spread: dict[str, tuple[float, float]] | None = None):  # fmt: skip
+    """Host time of several ways to start the same thing, dearest on top. costs: way -> µs per call, a
+    `ragged.data.Disturbed` where its row is: it gets a mark. floor: a dotted line at what no way can go below. spread:
+    way -> 20 % and 80 % quantile, for whiskers."""
+    import pandas
+
     ways = sorted(costs, key=costs.get)
-    figure = new_figure(title, below, height=150 + 34 * len(ways))
-    figure.add_bar(y=ways, x=[costs[way] for way in ways], orientation="h", marker=dict(color=look(backend).colour),
-                   text=[short(costs[way]) for way in ways], textposition="outside", cliponaxis=False)  # fmt: skip
+    shaky = any(isinstance(cost, Disturbed) for cost in costs.values())
+    figure = new_figure(title, " · ".join([below] + [RINGED] * shaky), height=150 + 34 * len(ways))
+    ends = [(spread or {}).get(way, (costs[way], costs[way])) for way in ways]
+    rows = pandas.DataFrame(dict(value=[float(costs[way]) for way in ways], q20=[low for low, _ in ends],
+                                 q80=[high for _, high in ends]))  # fmt: skip
+    figure.add_bar(y=ways, x=rows["value"], orientation="h", marker=dict(color=look(backend).colour),
+                   error_x=whiskers(rows), showlegend=False)  # fmt: skip
+    label_bars(figure, ways, rows, [marked(short(costs[way]), isinstance(costs[way], Disturbed)) for way in ways])
+    figure.update_layout(barmode="overlay")
     if floor is not None:
         figure.add_vline(x=floor, line=dict(color=INK, width=1, dash="dot"))
     return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
