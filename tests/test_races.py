@@ -59,7 +59,7 @@ def test_a_size_that_rounds_do_not_carry_is_marked_and_never_explained():
     assert said(wide, 2.1) == "faster, size unsure" and said(narrow, 2.05) == "faster, as predicted"
     assert said(narrow, 3.0) == "faster, less than predicted"
     assert said(narrow, 1.5) == "faster, more than predicted"
-    assert said(Standing(1.86, 1.55, 1.91, FASTER), 1.56) == "faster, size unsure"  # an end of the range is no hit
+    assert said(Standing(1.86, 1.55, 1.91, FASTER), 1.56) == "faster, prediction undecided"  # an end is no hit
     assert said(Standing(1.0, 0.5, 2.0, NOISY), 2.1) == NOISY
 
 

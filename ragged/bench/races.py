@@ -120,8 +120,10 @@ def table_rows(times: Mapping[Hashable, Sequence[float]], base: Hashable, predic
 
 
 def said(stand: Standing, predicted: float) -> str:
-    """Rank and prediction in words; only that it is noisy where the rounds agree on neither."""
+    """Rank and prediction in words; only that it is noisy where the rounds agree on no rank."""
     if stand.word == NOISY:
         return NOISY
     beside = stand.beside(predicted)
-    return stand.word + (", size unsure" if beside == NOISY else f", {beside}")
+    if beside == NOISY:
+        beside = "size unsure" if stand.unsure else "prediction undecided"
+    return f"{stand.word}, {beside}"
