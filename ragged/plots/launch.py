@@ -35,14 +35,15 @@ GREY = "#777777"
 
 
 def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
-    """Rows of single calls on equal counts, one line per call, one column per metric, and whether one of them was
-    disturbed; calls that lack one of the metrics are left out."""
+    """Rows of single calls on equal counts, one line per call, one column per metric, and whether that one, or
+    any of them, was disturbed ("host_us bad", "disturbed"); calls that lack one of the metrics are left out."""
     rows = rows_where(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
     rows = rows[rows["tokens"].str.fullmatch(r"\d+")]
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
     keys = ["backend", "batch", "tokens"]
     table = rows.pivot(index=keys, columns="metric", values="value").reindex(columns=metrics).dropna()
-    table = table.assign(disturbed=rows.groupby(keys)["disturbed"].any().reindex(table.index)).reset_index()
+    bad = rows.pivot(index=keys, columns="metric", values="disturbed").reindex(index=table.index, columns=metrics)
+    table = table.assign(disturbed=bad.any(axis=1), **{f"{m} bad": bad[m] for m in metrics}).reset_index()
     if table.empty:
         raise ValueError(f"{name}: no call has rows of all of {', '.join(metrics)}")
     return rows, table.assign(batch=table["batch"].astype(int), tokens=table["tokens"].astype(int))
@@ -76,7 +77,8 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
             figure.add_scatter(x=times, y=labels, mode="markers", marker=marker, hoverinfo="x", showlegend=False,
                                row=1, col=column)  # fmt: skip
         shaky = panel.loc[order, "disturbed"]
-        ring(figure, [max(pair) for pair in zip(host, gpu)], labels, dict(disturbed=shaky), row=1, col=column)
+        for metric, times in (("host_us", host), ("gpu_us", gpu)):
+            ring(figure, times, labels, dict(disturbed=panel.loc[order, f"{metric} bad"]), row=1, col=column)
         for label, h, g, bad in zip(labels, host, gpu, shaky) if len(cases) == 1 else ():
             text = marked(f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}", bad)
             figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
@@ -98,15 +100,15 @@ def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype=
     """
     import plotly.graph_objects as go
 
-    name = "host_or_gpu"
-    rows, calls = _calls(frame, name, ["host_us", "gpu_us"], mode, dtype, backend=list(backend), **only)
+    name, clocks = "host_or_gpu", ["host_us", "gpu_us"]
+    rows, calls = _calls(frame, name, clocks, mode, dtype, backend=list(backend), **only)
     order = in_order(calls["backend"])
     figure = _panels("Where the host rules, and where the GPU", [look(b).label for b in order],
                     subtitle(rows, "in every cell host over GPU, µs", dtype))  # fmt: skip
     for column, name in enumerate(order, 1):
         panel = calls[calls["backend"] == name].set_index(["batch", "tokens"])
         ratio = (panel["gpu_us"] / panel["host_us"]).map(math.log2).unstack("tokens")
-        cells = panel.apply(lambda c: marked(f"{short(c['host_us'])}<br>{short(c['gpu_us'])}", c["disturbed"]), axis=1)
+        cells = panel.apply(lambda c: "<br>".join(marked(short(c[m]), c[f"{m} bad"]) for m in clocks), axis=1)
         text = cells.unstack("tokens").fillna("")
         figure.add_trace(go.Heatmap(
             z=ratio, x=[str(t) for t in ratio.columns], y=[str(b) for b in ratio.index], text=text, hoverinfo="skip",
@@ -150,7 +152,7 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_t
                 x=x, y=y, mode="markers", name=style.label, legendgroup=backend, showlegend=column == 1, row=1,
                 col=column, marker=dict(color=style.colour, symbol=style.symbol, size=8),
             )  # fmt: skip
-            ring(figure, x, y, calls.iloc[at], row=1, col=column)
+            ring(figure, x, y, calls.iloc[at], size=12, row=1, col=column)
     ticks = dict(type="log", range=[math.log10(x) for x in reach], tickvals=[1, 10, 100, 1000])
     ticks |= dict(ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="guess, µs", **ticks)

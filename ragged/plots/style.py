@@ -212,13 +212,13 @@ def label_bars(figure, y, rows, text, group: str | None = None) -> None:
     )  # fmt: skip
 
 
-def ring(figure, x, y, rows, **place) -> None:
-    """A ring round every point of a disturbed row; nothing where there is none."""
+def ring(figure, x, y, rows, size: int = 18, **place) -> None:
+    """A ring, so many points wide, round every point of a disturbed row; nothing where there is none."""
     points = [(a, b) for a, b, bad in zip(x, y, rows.get("disturbed", [])) if bad]
     if points:
         figure.add_scatter(
             x=[a for a, _ in points], y=[b for _, b in points], mode="markers", name="disturbed", showlegend=False,
-            hoverinfo="skip", marker=dict(symbol="circle-open", size=18, color=INK, line=dict(width=1.5)), **place,
+            hoverinfo="skip", marker=dict(symbol="circle-open", size=size, color=INK, line=dict(width=1.5)), **place,
         )  # fmt: skip
 
 
