@@ -96,3 +96,18 @@ def test_images_per_second_have_quantiles():
 def test_what_cannot_be_compared_is_refused(call, what):
     with pytest.raises(ValueError, match=what):
         call()
+
+
+RACING = ("00_start_here", "01_dispatch_bottleneck", "05_pack_attend_unpack", "06_whole_model",
+          "08_paper_table_by_table", "09_your_turn")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RACING)
+def test_a_lesson_that_races_asks_the_rounds(name):
+    """Nothing is judged by its fastest round, and every ratio of live times comes from `standing`."""
+    import notebook_files
+
+    cells = notebook_files.code(notebook_files.read(notebook_files.ROOT / "notebooks" / f"{name}.ipynb"))
+    source = "\n".join(cell["source"] for cell in cells)
+    assert "races.standing(" in source or "races.table_rows(" in source
+    assert "best = min(" not in source and "min(wall_us" not in source and "] = min(" not in source
