@@ -128,3 +128,60 @@ def test_the_eager_baseline_matters_at_small_batches_only(ours):
     by_number = {objection.text[0]: settle(objection, ours) for objection in objections()}
     assert set(by_number) == set("123456") and all(outcome != UNTESTED for outcome, _ in by_number.values())
     assert by_number["4"][0] == SOMEWHERE
+
+
+def altered(where, factor):
+    """Rows of the H200 in which what `where` selects is multiplied."""
+    frame = data.results(gpu="NVIDIA H200")
+    chosen = where(frame)
+    scaled = {column: frame[column].where(~chosen, frame[column] * factor) for column in ("value", "q20", "q80")}
+    return Rows(frame.assign(**scaled))
+
+
+@pytest.fixture(scope="module")
+def worlds(ours):
+    """Recordings as they might have been: the kernel, or its rivals, so many times slower or faster, other answers."""
+    found = {"recorded": ours}
+    times = lambda f: f["metric"].str.endswith("_us") & ~f["backend"].str.startswith("paper_padded")  # noqa: E731
+    ragged_models = lambda f: f["backend"].isin(["paper_triton", "triton"]) & (f["metric"] == "images_per_s")  # noqa: E731
+    gpu, fa2 = (lambda f: f["metric"] == "gpu_us"), (lambda f: f["backend"] == "flash_attn")
+    kernel = lambda f: f["backend"].str.startswith("paper_triton")  # noqa: E731
+    cases = {
+        (0.05, 5.0): lambda f: times(f) & kernel(f), (0.04, 1.2): lambda f: gpu(f) & kernel(f),
+        (0.05,): lambda f: gpu(f) & fa2(f), (5.0,): lambda f: gpu(f) & fa2(f) & (f["tokens"] == "99"),
+        (4.0,): lambda f: f["metric"].isin(["host_us", "wall_us"]) & fa2(f) & (f["tokens"] == "39"),
+        (6.0,): lambda f: times(f) & (f["backend"] == "nested"),
+        (0.2, 1.1, 5.1): lambda f: ragged_models(f) & (f["mode"] != "eager"),
+        (0.3, 1.1, 5.2): lambda f: ragged_models(f) & (f["mode"] == "eager"),
+        (0.25,): lambda f: ragged_models(f),
+        (0.15,): lambda f: (f["backend"] == "sdpa_padded") & (f["metric"] == "images_per_s"),
+        (7.0,): lambda f: (f["suite"] == "pack") & (f["backend"] == "mask_indexing"),
+        (0.1, 8.0): lambda f: f["metric"] == "max_abs_logit_diff",
+    }  # fmt: skip
+    for factors, where in cases.items():
+        for factor in factors:
+            found[factors, factor] = altered(where, factor)
+    agreed = lambda f: (f["metric"] == "top1_agreement") & (f["value"] < 1)  # noqa: E731
+    frame = data.results(gpu="NVIDIA H200")
+    found["all agree"] = Rows(frame.assign(value=frame["value"].where(~agreed(frame), 1.0)))
+    found["nothing"] = Rows(frame[:0])
+    return found
+
+
+@pytest.mark.slow
+def test_the_verdict_on_every_claim_can_turn(worlds):
+    """Another recording would have got another verdict: none follows from how the claim is written down."""
+    claims = [claim for claim in all_claims() if claim.group != "accuracy"]  # which nothing recorded answers
+    frames = {name: judged(claims, rows).set_index("claim")["verdict"] for name, rows in worlds.items()}
+    assert set(frames.pop("nothing")) == {UNTESTED}
+    for claim in claims:
+        seen = {frame[claim.claim] for frame in frames.values()}
+        assert len(seen) >= 2, f"{claim.claim}: {seen} whatever is recorded"
+    assert {*VERDICTS} - {UNTESTED} <= {verdict for frame in frames.values() for verdict in frame}
+
+
+@pytest.mark.slow
+def test_the_outcome_of_every_objection_can_turn(worlds):
+    for objection in objections()[:3]:
+        seen = {settle(objection, rows)[0] for rows in worlds.values()}
+        assert UNTESTED in seen and len(seen) >= 3, f"{objection.text}: {seen}"
