@@ -6,7 +6,8 @@ import figure_frames as frames
 import pytest
 
 from ragged import data
-from ragged.bench.paper import KERNEL, LOOK_UP, Rows, ahead, all_claims, beside, call_claims, said
+from ragged.bench.claims import ahead, all_claims, call_claims
+from ragged.bench.paper import KERNEL, LOOK_UP, Rows, beside, said
 
 
 def invented():
@@ -103,3 +104,10 @@ def test_all_claims_answer_with_numbers(record):
 def test_the_recording_answers_the_claims_on_calls():
     ours = Rows(data.results(gpu="NVIDIA H200"))
     assert all(c.fair(ours) > 0 for c in call_claims())
+
+
+def test_what_stands_in_is_said_in_the_case(record):
+    cases = beside("v1_end_to_end_speedup", {"here": record})["case"]
+    assert any("batch 512 (here 64)" in case for case in cases) and any("batch 4," in case for case in cases)
+    assert all("batch 8 (here 16)" in case for case in beside("v2_stages", {"here": record})["case"])
+    assert any("40 tokens (here 39)" in case for case in beside("v2_attention_call", {"here": record})["case"])

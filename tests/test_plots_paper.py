@@ -44,7 +44,9 @@ RESOLUTION = complete(
 )
 CLAIMS = pandas.DataFrame([
     dict(claim="a", claimed=1.5, paper_setup=1.4, fair=1.3, verdict=plots_paper.STANDS),
+    dict(claim="e", claimed=2.9, paper_setup=2.2, fair=2.3, verdict=plots_paper.IN_KIND),
     dict(claim="b", claimed=85.0, paper_setup=67.0, fair=1.2, verdict=plots_paper.BASELINE),
+    dict(claim="f", claimed=1.1, paper_setup=1.1, fair=0.9, verdict=plots_paper.SETUP),
     dict(claim="c", claimed=0.6, paper_setup=1.1, fair=1.3, verdict=plots_paper.NOT_HERE),
     dict(claim="d", claimed=1.2, paper_setup=math.nan, fair=math.nan, verdict=plots_paper.UNTESTED),
 ])  # fmt: skip
@@ -98,7 +100,12 @@ def test_a_partial_recording_leaves_cells_blank():
 def test_a_ladder_keeps_its_order_and_says_what_is_missing():
     steps = pandas.DataFrame({"label": ["a", "b"], "backend": ["paper_padded", "triton"], "value": [4e3, math.nan]})
     figure = plots.ladder(steps, title="Steps", unit="images/s")
-    assert list(figure.data[0].y) == ["a", "b"] and figure.data[0].text == ("4,000", "not recorded")
+    assert list(figure.data[0].y) == ["a", "b"] and figure.data[1].text == ("4,000", "not recorded")
+    assert figure.data[0].error_x.array is None
+    wide = steps.assign(q20=[3.5e3, math.nan], q80=[4.2e3, math.nan], disturbed=[True, False])
+    figure = plots.ladder(wide.fillna(0), title="Steps", unit="images/s")
+    assert list(figure.data[0].error_x.array) == [200, 0] and list(figure.data[0].error_x.arrayminus) == [500, 0]
+    assert figure.data[1].text[0] == "4,000*" and figure.data[1].x[0] == 4200  # behind its whisker
 
 
 def test_an_expectation_has_lines_and_recorded_markers():
@@ -130,7 +137,13 @@ def test_claims_are_drawn_by_verdict():
     named = [t.name for t in figure.data if t.name and t.name.startswith("fair")]
     assert named == [f"fair: {v} (1)" for v in plots_paper.VERDICTS]
     assert trace(figure, "fair: not tested").x[0] == 1.2  # on the claim: nothing was measured
-    assert len(set(plots_paper.VERDICT_LOOKS.values())) == 4
+    assert len(set(plots_paper.VERDICT_LOOKS.values())) == len(plots_paper.VERDICTS)
+
+
+def test_claims_say_where_the_arithmetic_ends_and_what_is_disturbed():
+    figure = plots.claims(CLAIMS.assign(ceiling=[2.5] * 6, disturbed=[c == "e" for c in CLAIMS["claim"]]), below="x")
+    assert list(trace(figure, "what arithmetic allows").y) == ["e*", "b"]  # the two above 2.5
+    assert "a" in figure.layout.yaxis.categoryarray and "disturbed" in figure.layout.title.subtitle.text
 
 
 def test_lines_of_a_small_live_measurement():
@@ -153,6 +166,7 @@ def test_lines_of_a_small_live_measurement():
         (lambda: plots.ladder(pandas.DataFrame({"label": ["a"]}), title="", unit=""), "lacks the columns"),
         (lambda: plots.expectation(CLAIMS, CLAIMS, title=""), "lacks the columns"),
         (lambda: plots.claims(CLAIMS[:0]), "no claim"),
+        (lambda: plots.claims(CLAIMS.assign(verdict="maybe")), "maybe"),
         (lambda: plots.paper_beside(CLAIMS, title="", unit=""), "lacks the columns"),
     ],
 )
@@ -215,4 +229,4 @@ def test_a_notebook_takes_a_complete_recording(name, monkeypatch, capsys):
     if name.startswith("08"):
         assert (names["judged"]["verdict"] == plots_paper.UNTESTED).sum() == 2  # ImageNet alone is left
     else:
-        assert names["by_mode"].loc["graph", "count"] > 20 and (names["peaks"].groupby("model").size() == 3).all()
+        assert names["by_pipeline"]["cells"].sum() > 60 and (names["peaks"].groupby("model").size() == 3).all()

@@ -61,9 +61,9 @@ def _about(sources) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence], note: str = "") -> str:
-    """A markdown table with aligned columns. Numbers are shown with three digits, NaN as a dash; rows in which every
-    number is missing are left out."""
-    lines = [list(header)]
+    """A markdown table with aligned columns. Numbers are shown with three digits, NaN as a dash, disturbed ones with a
+    mark that a line below explains; rows in which every number is missing are left out."""
+    lines, rows = [list(header)], list(rows)
     for row in rows:
         numbers = [cell for cell in row if isinstance(cell, float)]
         if not numbers or not all(math.isnan(n) for n in numbers):
@@ -71,7 +71,9 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence], note: str
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n\n".join(part for part in (title and f"## {title}", note, "\n".join(text)) if part)
+    shaky = any(isinstance(cell, data.Disturbed) for row in rows for cell in row)
+    marks = data.NOTE.replace("*", "\\*") + "." if shaky else ""  # an asterisk, not the start of italics
+    return "\n\n".join(part for part in (title and f"## {title}", note, "\n".join(text), marks) if part)
 
 
 def _shown(cell) -> str:
@@ -79,7 +81,8 @@ def _shown(cell) -> str:
         return str(cell)
     if math.isnan(cell):
         return "–"
-    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+    text = f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+    return text + data.MARK * isinstance(cell, data.Disturbed)
 
 
 def attention_call(sources) -> str:

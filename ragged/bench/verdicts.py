@@ -1,9 +1,9 @@
 """From ratios to verdicts: one rule for every claim of the paper, and one for every objection to it.
 
-A claim is measured twice, in the paper's setup and in a fair one (`ragged.bench.paper`). What holds in the fair one
-stands; where the arithmetic does not allow the size that is claimed, it stands in kind alone. What holds only in the
-paper's setup is named after what the fair one changed: the baseline, or something else. An objection is judged on every
-batch that the paper names and that is recorded, never on one of them.
+A claim is measured twice, in the paper's setup and in a fair one (`ragged.bench.claims`). What holds in the fair one
+stands. A claim above what the arithmetic allows cannot stand: it is held against what is allowed, and stands in kind
+alone. What holds only in the paper's setup is named after what the fair one changed: the baseline, or something else.
+An objection is judged on every batch that the paper names and that is recorded, never on one of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .paper import BEST, KERNEL, NAN, Claim, Rows
+from .. import data
+from ..data.evidence import BASELINE, IN_KIND, NOT_HERE, SETUP, STANDS, UNTESTED, VERDICTS
+from .claims import Claim
+from .paper import BEST, KERNEL, NAN, Rows
 
-STANDS, IN_KIND, BASELINE, SETUP, NOT_HERE, UNTESTED = VERDICTS = (
-    "stands", "stands in kind, not in size", "stands only against the paper's baseline",
-    "stands only in the paper's setup", "does not transfer", "not tested here",
-)  # fmt: skip
 SHARE, CLOSE = 0.5, 0.05  # of a gain that must arrive; around an equality, and above the arithmetic
 
 # Reasons, as the claims have them: the family they are counted in, and what their fair setup changes.
@@ -51,26 +50,31 @@ def verdict(kind: str, claimed: float, paper_setup: float, fair: float, changes:
     `holds`."""
     if math.isnan(fair):
         return UNTESTED
-    if holds(kind, claimed, fair, share):
-        return IN_KIND if kind == "gain" and claimed > ceiling * (1 + CLOSE) else STANDS
-    if holds(kind, claimed, paper_setup, share):
+    above = kind == "gain" and claimed > ceiling * (1 + CLOSE)  # never for NaN
+    possible = ceiling if above else claimed
+    if holds(kind, possible, fair, share):
+        return IN_KIND if above else STANDS
+    if holds(kind, possible, paper_setup, share):
         return BASELINE if changes == "baseline" else SETUP
     return NOT_HERE
 
 
 def judged(claims: Sequence[Claim], rows: Rows, share: float = SHARE):
     """A frame with a line for every claim: claim, family, kind, claimed, paper_setup, fair, ceiling, stand_in (what
-    stands in for the paper's batch, or NaN), group, verdict. rows: those of one GPU."""
+    stands in for the paper's batch, or NaN), disturbed (whether a disturbed row went into one of the two ratios),
+    group, verdict. rows: those of one GPU."""
     import pandas
 
     found = []
     for one in claims:
         family, changes = GROUPS[one.group]
+        rows.touched = False
         ratios = dict(paper_setup=one.paper_setup(rows), fair=one.fair(rows))
+        shaky = rows.touched
         ceiling = one.ceiling(rows)
         found.append(dict(
             claim=one.claim, family=family, kind=one.kind, claimed=one.claimed, **ratios, ceiling=ceiling,
-            stand_in=one.substituted(rows), group=one.group,
+            stand_in=one.substituted(rows), disturbed=shaky, group=one.group,
             verdict=verdict(one.kind, one.claimed, **ratios, changes=changes, ceiling=ceiling, share=share),
         ))  # fmt: skip
     return pandas.DataFrame(found)
@@ -91,10 +95,12 @@ APART = 1.1  # what is said to differ differs by 10 %; what is said not to, by l
 
 
 class Objection(NamedTuple):
-    """pair: `(rows, batch)` to the ratio that the objection is about.  batches: those that the paper names for it.
-    alike: whether it says that the two sides hardly differ; limit: the ratio that lies between."""
+    """pair: `(rows, batch)` to the ratio that the objection is about; sides: that ratio in words.  batches: those that
+    the paper names for it.  alike: whether it says that the two sides hardly differ; limit: the ratio that lies
+    between."""
 
     text: str
+    sides: str
     pair: object
     batches: tuple[float, ...]
     alike: bool = False
@@ -108,26 +114,31 @@ def objections() -> list[Objection]:
     """The six of notebook 08."""
     gpu = dict(clock="gpu_us")
     return [
-        Objection("1 the padded baseline is a straw man",
+        Objection("1 the padded baseline is a straw man", "images/s: fair padding over the paper's, both eager",
                   lambda r, b: r.speed("sdpa_padded", b) / r.speed("paper_padded", b), MODEL_BATCHES),
-        Objection("2 equal counts need no ragged kernel",
+        Objection("2 equal counts need no ragged kernel", f"images/s: the paper's kernel over a dense gather, {BEST}",
                   lambda r, b: r.speed("paper_triton", b, BEST) / r.speed("dense", b, BEST), MODEL_BATCHES, True),
-        Objection("3 FA2's GPU time is flat on short images",
+        Objection("3 FA2's GPU time is flat on short images", "GPU time of a call: 99 tokens over 39",
                   lambda r, b: r.call("flash_attn", "99", b, **gpu) / r.call("flash_attn", "39", b, **gpu),
                   CALL_BATCHES, True, 1.5),
-        Objection("4 the unpruned baseline is eager",
+        Objection("4 the unpruned baseline is eager", f"images/s: {BEST} over eager",
                   lambda r, b: r.speed("unpruned", b, BEST) / r.speed("unpruned", b), MODEL_BATCHES),
-        Objection("5 NestedTensor is timed with its making",
+        Objection("5 NestedTensor is timed with its making", "wall time of a call: made inside over made outside",
                   lambda r, b: r.call("paper_nested", "39", b) / r.call("nested", "39", b), CALL_BATCHES),
-        Objection("6 three copies per layer are not free",
+        Objection("6 three copies per layer are not free", "GPU time of a call: with copies over contiguous",
                   lambda r, b: r.call("paper_triton", "197", b, **gpu) / r.call(KERNEL, "197", b, **gpu), CALL_BATCHES),
     ]  # fmt: skip
 
 
 def settle(objection: Objection, rows: Rows) -> tuple[str, dict[float, float]]:
-    """One of OUTCOMES, or UNTESTED where no batch is recorded; and the ratio at every batch that is."""
-    ratios = {batch: objection.pair(rows, batch) for batch in objection.batches}
-    ratios = {batch: ratio for batch, ratio in ratios.items() if not math.isnan(ratio)}
+    """One of OUTCOMES, or UNTESTED where no batch is recorded; and the ratio at every batch that is, a
+    `data.Disturbed` where it rests on a disturbed row."""
+    ratios = {}
+    for batch in objection.batches:
+        rows.touched = False
+        ratio = objection.pair(rows, batch)
+        if not math.isnan(ratio):
+            ratios[batch] = data.noted(ratio, rows.touched)
     if not ratios:
         return UNTESTED, ratios
     upheld = [(ratio < objection.limit) == objection.alike for ratio in ratios.values()]

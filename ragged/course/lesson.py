@@ -96,10 +96,11 @@ def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
 
 
 def table(rows: Sequence[dict], digits: int = 1) -> str:
-    """rows, dicts with the same keys, as lines of text: words to the left, numbers (to so many digits) to the right."""
+    """rows, dicts with the same keys, as lines of text: words to the left, numbers (to so many digits) to the right.
+    Where a number is a `data.Disturbed` it is marked, and a line below says what the mark means."""
     if not rows:
         return "(no rows)"
-    texts = [[f"{v:,.{digits}f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    texts = [[_cell(v, digits) for v in row.values()] for row in rows]
     names = [str(name) for name in rows[0]]
     widths = [max(map(len, column)) for column in zip(names, *texts)]
     words = [isinstance(v, str) for v in rows[0].values()]
@@ -107,7 +108,14 @@ def table(rows: Sequence[dict], digits: int = 1) -> str:
     def line(cells):
         return "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(cells, widths, words)).rstrip()
 
-    return "\n".join([line(names), "  ".join("-" * w for w in widths), *map(line, texts)])
+    note = [data.NOTE] if any(isinstance(v, data.Disturbed) for row in rows for v in row.values()) else []
+    return "\n".join([line(names), "  ".join("-" * w for w in widths), *map(line, texts), *note])
+
+
+def _cell(value, digits):
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.{digits}f}" + data.MARK * isinstance(value, data.Disturbed)
 
 
 # ---- recorded results ----

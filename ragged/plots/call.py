@@ -13,13 +13,16 @@ from .style import (
     AXIS_TITLES,
     draw_line,
     in_order,
+    label_bars,
     log_ticks,
     look,
+    marked,
     new_figure,
     one_of_each,
     rows_where,
     short,
     subtitle,
+    whiskers,
 )
 
 # Data-sheet peaks of the dense half-precision tensor cores (FLOP/s) and of the memory (bytes/s).
@@ -45,19 +48,21 @@ def host_against_gpu(frame, *, batch=32, tokens="39", mode="eager", dtype="float
         rows_where(rows, name, metric=metric)
     one_of_each(rows, name, "gpu")
     backends = in_order(rows["backend"])[::-1]  # bars are drawn from the bottom up: the first of the order on top
-    times = rows.pivot(index="backend", columns="metric", values="value").reindex(index=backends, columns=clocks)
     labels, colours = [look(b).label for b in backends], [look(b).colour for b in backends]
     below = subtitle(rows, f"batch {batch}", f"{tokens} tokens", mode, dtype)
     figure = new_figure("Who takes the time, the host or the GPU?", below, height=150 + 64 * len(backends))
     # the colour belongs to the backend and the filling to the clock, so the keys are grey
     for metric, key in (("wall_us", "wall clock: call and wait"), ("gpu_us", "GPU: run"), ("host_us", "host: enqueue")):
-        if times[metric].isna().all():
+        times = rows[rows["metric"] == metric].set_index("backend")
+        if times.empty:
             continue
-        text = [short(t) if t == t else "" for t in times[metric]]
-        figure.add_bar(y=labels, x=times[metric], text=text, textposition="outside", cliponaxis=False, orientation="h",
-                       textfont=dict(size=11), constraintext="none", marker=filling(metric, colours),
-                       showlegend=False)  # fmt: skip
-        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"))
+        text = [marked(short(times["value"][b]), times["disturbed"][b]) if b in times.index else "" for b in backends]
+        times = times.reindex(backends)
+        figure.add_bar(y=labels, x=times["value"], error_x=whiskers(times.fillna(0)), orientation="h",
+                       marker=filling(metric, colours), showlegend=False, offsetgroup=metric)  # fmt: skip
+        label_bars(figure, labels, times, text, metric)
+        figure.add_bar(y=[None], x=[None], orientation="h", name=key, marker=filling(metric, "#777777"),
+                       offsetgroup=metric)  # fmt: skip
     keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0, traceorder="reversed")
     figure.update_layout(barmode="group", bargap=0.25, legend=keys, margin_t=110)
     return figure.update_xaxes(title_text="time per call, µs", rangemode="tozero")
@@ -89,9 +94,12 @@ def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_trito
         bars = bars.assign(public=bars["layer"].isna()).sort_values(["public", "value"], ascending=False)
         labels = bars["layer"].fillna("<b>the public function</b>").str.replace("_", " ")
         # two-level labels: layers of different providers share names
-        figure.add_bar(y=[[look(provider).label] * len(bars), labels], x=bars["value"], orientation="h",
-                       marker=dict(color=look(provider).colour), text=[short(v) for v in bars["value"]],
-                       textposition="outside", cliponaxis=False, constraintext="none", showlegend=False)  # fmt: skip
+        text = [marked(short(v), bad) for v, bad in zip(bars["value"], bars["disturbed"])]
+        places = [[look(provider).label] * len(bars), labels]
+        figure.add_bar(y=places, x=bars["value"], orientation="h", marker=dict(color=look(provider).colour),
+                       error_x=whiskers(bars), showlegend=False)  # fmt: skip
+        label_bars(figure, places, bars, text)
+    figure.update_layout(barmode="overlay")
     figure.update_yaxes(autorange="reversed", tickson="boundaries", dividercolor="#bbbbbb")
     return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
 
@@ -110,12 +118,14 @@ def kernel_grid(
     one_of_each(rows, name, "gpu", "mode")
     keys = ["batch", "tokens"]
     ours, theirs = (rows_where(rows, name, backend=b).set_index(keys)["value"] for b in (backend, baseline))
+    shaky = {(r.batch, r.tokens) for r in rows[rows["backend"].isin([backend, baseline])].itertuples() if r.disturbed}
     ratio = (theirs / ours).dropna()
     if ratio.empty:
         raise ValueError(f"{name}: {backend} and {baseline} have no batch and token count in common")
     grid = ratio.unstack("tokens")
     grid = grid[sorted(grid.columns, key=_mean_tokens)]
-    text = [[_cell(grid.loc[b, t], ours.get((b, t)), theirs.get((b, t))) for t in grid.columns] for b in grid.index]
+    text = [[marked(_cell(grid.loc[b, t], ours.get((b, t)), theirs.get((b, t))), (b, t) in shaky)
+             for t in grid.columns] for b in grid.index]  # fmt: skip
     reach = max(0.3, grid.map(lambda r: abs(math.log2(r)) if r == r else 0.0).max().max())  # both sides alike
     ticks = [r for r in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16, 32, 64) if abs(math.log2(r)) <= reach]
     title = f"{look(backend).label} against {look(baseline).label}"
@@ -173,24 +183,27 @@ def roofline(frame, *, batch=256, heads=12, head_dim=64, dtype="float16", mode="
 
 
 def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us", mode="eager", **only):
-    """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times.
+    """What padding to the longest costs: predicted from the lengths alone, then measured as a ratio of times, with
+    padding and unpadding inside the timed call; and, where "<padded>:attention" is recorded, with both outside.
 
     Needs rows of both backends with the same batch and a distribution of lengths such as "U(20,197)" (equal lengths
     have no padding). For the metric images_per_s the ratio is ragged over
     padded, for times padded over ragged: either way, above 1 padding loses.
     """
     name = "padded_waste"
-    rows = rows_where(frame, name, metric=metric, mode=mode, backend=[padded, ragged], **only)
+    rows = rows_where(frame, name, metric=metric, mode=mode, backend=[padded, f"{padded}:attention", ragged], **only)
     ragged_only = rows[rows["tokens"].str.startswith("U")]
     if ragged_only.empty:
         raise ValueError(f"{name}: no rows with lengths such as U(20,197), only {sorted(set(rows['tokens']))}")
     rows = ragged_only
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
     keys = ["batch", "tokens"]
-    slow, fast = (rows_where(rows, name, backend=b).set_index(keys)["value"] for b in (padded, ragged))
-    measured = (fast / slow if metric == "images_per_s" else slow / fast).dropna()
+    slow, fast = (rows_where(rows, name, backend=b).set_index(keys) for b in (padded, ragged))
+    measured = _times(slow, fast, metric)
     if measured.empty:
         raise ValueError(f"{name}: {padded} and {ragged} have no batch and token count in common")
+    outside = rows[rows["backend"] == f"{padded}:attention"].set_index(keys)
+    shaky = set(rows[rows["disturbed"]].set_index(keys).index)
     order = sorted(measured.index, key=lambda key: (_mean_tokens(key[1]), key[0]))
     shapes = [lengths(tokens, int(batch)) for batch, tokens in order]
     row_cost = [len(n) * max(n) / sum(n) for n in shapes]
@@ -202,11 +215,26 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
     text = dict(texttemplate="%{y:.2f}", textposition="outside", cliponaxis=False)
     figure.add_bar(x=x, y=row_cost, name="predicted: rows (MLP, projections)", marker=dict(color="#cccccc"), **text)
     figure.add_bar(x=x, y=square_cost, name="predicted: rows² (attention)", marker=dict(color="#888888"), **text)
-    figure.add_bar(x=x, y=[measured[k] for k in order], name="measured", marker=dict(color=look(padded).colour), **text)
+    bars = {"measured, padding inside the call": measured, "measured, padded before it": _times(outside, fast, metric)}
+    for label, found in bars.items():
+        if len(found):
+            found, inside = found.reindex(order), label.endswith("call")
+            said = [marked(f"{v:.2f}", key in shaky) if v == v else "" for key, v in found["value"].items()]
+            figure.add_bar(x=x, y=list(found["value"].round(3)), name=label, error_y=whiskers(found.fillna(0)),
+                           marker=filling("gpu_us" if inside else "host_us", look(padded).colour),
+                           **text | dict(texttemplate=None, text=said))  # fmt: skip
     figure.add_hline(y=1, line=dict(color="#222222", width=1))
     figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
     figure.update_xaxes(title_text="batch × tokens per image", type="category")
     return figure.update_yaxes(title_text="padded / ragged cost", rangemode="tozero")
+
+
+def _times(slow, fast, metric: str):
+    """How many times as long `slow` takes as `fast`: a frame of ratios by key, with the widest quantiles there are."""
+    over, under = (fast, slow) if metric == "images_per_s" else (slow, fast)
+    ratio = (over["value"] / under["value"]).dropna().to_frame("value")
+    ends = dict(q20=over["q20"] / under["q80"], q80=over["q80"] / under["q20"])
+    return ratio.assign(**{name: end.reindex(ratio.index) for name, end in ends.items()})
 
 
 def _moments(tokens: str) -> tuple[float, float]:

@@ -9,33 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data import Disturbed
 from .call import filling
 from .model import MODEL_LABELS, _panels
 from .style import (
     AXIS_TITLES,
     INK,
+    RINGED,
     in_order,
+    label_bars,
     log_ticks,
     look,
+    marked,
     new_figure,
     one_of_each,
+    ring,
     rows_where,
     short,
     subtitle,
     ticks_at,
+    whiskers,
 )
 
 GREY = "#777777"
 
 
 def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
-    """Rows of single calls on equal counts, one line per call and one column per metric; calls that lack one of the
-    metrics are left out."""
+    """Rows of single calls on equal counts, one line per call, one column per metric, and whether that one, or
+    any of them, was disturbed ("host_us bad", "disturbed"); calls that lack one of the metrics are left out."""
     rows = rows_where(frame, name, metric=metrics, mode=mode, dtype=dtype, **only)
     rows = rows[rows["tokens"].str.fullmatch(r"\d+")]
     one_of_each(rows, name, "gpu", "mode", "dtype", "model")
-    table = rows.pivot(index=["backend", "batch", "tokens"], columns="metric", values="value")
-    table = table.reindex(columns=metrics).dropna().reset_index()
+    keys = ["backend", "batch", "tokens"]
+    table = rows.pivot(index=keys, columns="metric", values="value").reindex(columns=metrics).dropna()
+    bad = rows.pivot(index=keys, columns="metric", values="disturbed").reindex(index=table.index, columns=metrics)
+    table = table.assign(disturbed=bad.any(axis=1), **{f"{m} bad": bad[m] for m in metrics}).reset_index()
     if table.empty:
         raise ValueError(f"{name}: no call has rows of all of {', '.join(metrics)}")
     return rows, table.assign(batch=table["batch"].astype(int), tokens=table["tokens"].astype(int))
@@ -68,8 +76,11 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
             marker = dict(size=13, color=inside, line=dict(color=colours, width=2.5))
             figure.add_scatter(x=times, y=labels, mode="markers", marker=marker, hoverinfo="x", showlegend=False,
                                row=1, col=column)  # fmt: skip
-        for label, h, g in zip(labels, host, gpu) if len(cases) == 1 else ():
-            text = f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}"
+        shaky = panel.loc[order, "disturbed"]
+        for metric, times in (("host_us", host), ("gpu_us", gpu)):
+            ring(figure, times, labels, dict(disturbed=panel.loc[order, f"{metric} bad"]), row=1, col=column)
+        for label, h, g, bad in zip(labels, host, gpu, shaky) if len(cases) == 1 else ():
+            text = marked(f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}", bad)
             figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
                                   yshift=18, font=dict(size=11, color=INK))  # fmt: skip
     for key, colour in (("host: time to enqueue", "white"), ("GPU: time to run", GREY)):
@@ -89,15 +100,15 @@ def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype=
     """
     import plotly.graph_objects as go
 
-    name = "host_or_gpu"
-    rows, calls = _calls(frame, name, ["host_us", "gpu_us"], mode, dtype, backend=list(backend), **only)
+    name, clocks = "host_or_gpu", ["host_us", "gpu_us"]
+    rows, calls = _calls(frame, name, clocks, mode, dtype, backend=list(backend), **only)
     order = in_order(calls["backend"])
     figure = _panels("Where the host rules, and where the GPU", [look(b).label for b in order],
                     subtitle(rows, "in every cell host over GPU, µs", dtype))  # fmt: skip
     for column, name in enumerate(order, 1):
         panel = calls[calls["backend"] == name].set_index(["batch", "tokens"])
         ratio = (panel["gpu_us"] / panel["host_us"]).map(math.log2).unstack("tokens")
-        cells = panel.apply(lambda c: f"{short(c['host_us'])}<br>{short(c['gpu_us'])}", axis=1)
+        cells = panel.apply(lambda c: "<br>".join(marked(short(c[m]), c[f"{m} bad"]) for m in clocks), axis=1)
         text = cells.unstack("tokens").fillna("")
         figure.add_trace(go.Heatmap(
             z=ratio, x=[str(t) for t in ratio.columns], y=[str(b) for b in ratio.index], text=text, hoverinfo="skip",
@@ -136,11 +147,12 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_t
                            showlegend=False, hoverinfo="skip", row=1, col=column)  # fmt: skip
         for backend in in_order(calls["backend"]):
             at, style = (calls["backend"] == backend).to_numpy().nonzero()[0], look(backend)
+            x, y = ([round(values[i], 1) for i in at] for values in (guesses[guess], calls[clock]))
             figure.add_scatter(
-                x=[round(guesses[guess][i], 1) for i in at], y=[round(calls[clock][i], 1) for i in at], mode="markers",
-                name=style.label, legendgroup=backend, showlegend=column == 1, row=1, col=column,
-                marker=dict(color=style.colour, symbol=style.symbol, size=8),
+                x=x, y=y, mode="markers", name=style.label, legendgroup=backend, showlegend=column == 1, row=1,
+                col=column, marker=dict(color=style.colour, symbol=style.symbol, size=8),
             )  # fmt: skip
+            ring(figure, x, y, calls.iloc[at], size=12, row=1, col=column)
     ticks = dict(type="log", range=[math.log10(x) for x in reach], tickvals=[1, 10, 100, 1000])
     ticks |= dict(ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="guess, µs", **ticks)
@@ -175,7 +187,9 @@ def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), 
                     x=line["batch"], y=line["value"] / 1000, mode="lines+markers", name=f"{style.label}: {part}",
                     line=dict(color=style.colour, width=2, dash="dot" if part == "host" else "solid"), marker=marker,
                     legendgroup=f"{backend} {part}", showlegend=column == 1, row=1, col=column,
+                    error_y=whiskers(line, 1000),
                 )  # fmt: skip
+                ring(figure, line["batch"], line["value"] / 1000, line, row=1, col=column)
     figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"] / 1000))
     return figure.update_yaxes(title_text="per forward pass, ms (log)", col=1).update_layout(width=760)
@@ -198,8 +212,9 @@ def timeline(lanes: dict[str, Sequence[tuple[str, float, float]]], *, title: str
     return figure.update_xaxes(title_text="time, µs", rangemode="tozero").update_layout(margin_t=110)
 
 
-def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str):
-    """Measured times (µs) against a size, and the model floor + size * per_item with its two parts."""
+def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str, spread=None):
+    """Measured times (µs) against a size, and the model floor + size * per_item with its two parts. spread: 20 % and
+    80 % quantile of every time, for whiskers."""
     figure = new_figure(title, below)
     model = [floor + n * per_item for n in sizes]
     low = min(min(times), floor) / 2
@@ -209,18 +224,31 @@ def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, 
     figure.add_scatter(x=[n for n, _ in work], y=[y for _, y in work], mode="lines", name="slope: the work",
                        line=dict(color=GREY, dash="dash"))  # fmt: skip
     figure.add_scatter(x=sizes, y=model, mode="lines", name="their sum", line=dict(color="#0072b2", width=2))
-    figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9))
+    low_high = [(max(0, t - a), max(0, b - t)) for t, (a, b) in zip(times, spread or [(t, t) for t in times])]
+    bars = dict(type="data", symmetric=False, array=[b for _, b in low_high], arrayminus=[a for a, _ in low_high])
+    figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9),
+                       error_y=bars | dict(thickness=1.5) if spread else None)  # fmt: skip
     figure.update_xaxes(title_text=f"{item} (log)", type="log", dtick=1, exponentformat="power")
     return figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)]))
 
 
-def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton"):
-    """Host time of several ways to start the same thing, dearest on top. costs: way -> µs per call. floor: a dotted
-    line at what no way can go below."""
+def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton",
+                 spread: dict[str, tuple[float, float]] | None = None):  # fmt: skip
+    """Host time of several ways to start the same thing, dearest on top. costs: way -> µs per call, a
+    `ragged.data.Disturbed` where its row is: it gets a mark. floor: a dotted line at what no way can go below. spread:
+    way -> 20 % and 80 % quantile, for whiskers."""
+    import pandas
+
     ways = sorted(costs, key=costs.get)
-    figure = new_figure(title, below, height=150 + 34 * len(ways))
-    figure.add_bar(y=ways, x=[costs[way] for way in ways], orientation="h", marker=dict(color=look(backend).colour),
-                   text=[short(costs[way]) for way in ways], textposition="outside", cliponaxis=False)  # fmt: skip
+    shaky = any(isinstance(cost, Disturbed) for cost in costs.values())
+    figure = new_figure(title, " · ".join([below] + [RINGED] * shaky), height=150 + 34 * len(ways))
+    ends = [(spread or {}).get(way, (costs[way], costs[way])) for way in ways]
+    rows = pandas.DataFrame(dict(value=[float(costs[way]) for way in ways], q20=[low for low, _ in ends],
+                                 q80=[high for _, high in ends]))  # fmt: skip
+    figure.add_bar(y=ways, x=rows["value"], orientation="h", marker=dict(color=look(backend).colour),
+                   error_x=whiskers(rows), showlegend=False)  # fmt: skip
+    label_bars(figure, ways, rows, [marked(short(costs[way]), isinstance(costs[way], Disturbed)) for way in ways])
+    figure.update_layout(barmode="overlay")
     if floor is not None:
         figure.add_vline(x=floor, line=dict(color=INK, width=1, dash="dot"))
     return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")

@@ -64,9 +64,10 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
     ceilings = rows[rows["metric"] == "flops_ratio"]
     rows = rows_where(rows, name, metric="images_per_s", batch=batch, mode=mode)
     one_of_each(rows, name, "gpu", "mode")
-    base = rows_where(rows, name, backend="unpruned")["value"].median()
+    whole = rows_where(rows, name, backend="unpruned")
     rows = rows[rows["backend"] != "unpruned"]
-    rows = rows.assign(**{column: (rows[column] / base).round(4) for column in ("value", "q20", "q80")})
+    divided = {c: (rows[c] / whole["value"].median()).round(4) for c in ("value", "q20", "q80")}
+    rows = rows.assign(**divided, disturbed=rows["disturbed"] | whole["disturbed"].any())
     pruners = sorted(set(rows["pruner"]), key=place(PRUNER_LABELS))
     below = subtitle(rows, MODEL_LABELS.get(model, model), f"batch {batch}", rows["mode"].iloc[0], dtype)
     figure = _panels("Speedup over the unpruned model", [PRUNER_LABELS.get(p, p) for p in pruners], below)
@@ -95,7 +96,7 @@ def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype=
     rows = rows_where(frame, name, model=model, dtype=dtype, mode=mode, **only)
     modes = sorted(set(rows["mode"]), key=place(MODES))
     found = {m: _over_unpruned(rows[rows["mode"] == m], name, tokens) for m in modes}
-    below = subtitle(rows, MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
+    below = subtitle(_drawn(found, rows), MODEL_LABELS.get(model, model), f"pruned: {tokens} tokens", dtype)
     return _speedup_panels(found, name, below)
 
 
@@ -114,7 +115,8 @@ def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+
         kept = f"U({patches * 30 // 196},{patches * 168 // 196})" if ragged else str(1 + patches // 2)
         label = f"{16 * math.isqrt(patches)} pixels, {full} tokens, pruned: {kept}"
         found[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
-    return _speedup_panels(found, name, subtitle(rows, MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype))
+    below = subtitle(_drawn(found, rows), MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype)
+    return _speedup_panels(found, name, below)
 
 
 def _over_unpruned(rows, name: str, tokens: str):
@@ -123,10 +125,12 @@ def _over_unpruned(rows, name: str, tokens: str):
         return rows[:0]
     one_of_each(rows, name, "gpu", "mode")
     speeds = rows[rows["metric"] == "images_per_s"]
-    base = rows_where(speeds, name, backend="unpruned").set_index("batch")["value"]
+    unpruned = rows_where(speeds, name, backend="unpruned").set_index("batch")
+    base = unpruned["value"]
     speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
     whole = base.loc[speeds["batch"]].to_numpy()
     divided = {column: (speeds[column] / whole).round(4) for column in ("value", "q20", "q80")}
+    divided["disturbed"] = speeds["disturbed"] | unpruned.loc[speeds["batch"], "disturbed"].to_numpy()
     ceiling = rows[(rows["metric"] == "flops_ratio") & (rows["tokens"] == tokens)]
     import pandas
 
@@ -156,6 +160,11 @@ def _speedup_panels(found: dict, name: str, below: str):
     figure.update_xaxes(title_text="batch (log)", **ticks_at(batches))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
+
+
+def _drawn(found: dict, rows):
+    """What a figure shows of `rows`, for its subtitle: whether any of it was disturbed."""
+    return rows.assign(disturbed=any(part["disturbed"].any() for part in found.values() if len(part)))
 
 
 def _ceiling(figure, rows, column: int) -> None:

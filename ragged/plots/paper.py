@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import math
 
+from ..data.evidence import BASELINE, IN_KIND, NOT_HERE, SETUP, STANDS, UNTESTED, VERDICTS
 from .model import MODEL_LABELS, MODES, _panels
 from .style import (
     INK,
+    RINGED,
     draw_line,
     in_order,
+    label_bars,
     log_ticks,
     look,
+    marked,
     need_columns,
     new_figure,
     one_of_each,
     place,
+    ring,
     rows_where,
     short,
     subtitle,
     ticks_at,
+    whiskers,
 )
 
-# Verdicts on a claim, in order. Colour and symbol both tell them apart.
-STANDS, BASELINE, NOT_HERE, UNTESTED = VERDICTS = (
-    "stands", "stands only against the paper's baseline", "does not transfer", "not tested here",
-)  # fmt: skip
-VERDICT_LOOKS = {
-    STANDS: ("#009e73", "circle"), BASELINE: ("#e69f00", "diamond"), NOT_HERE: ("#cc79a7", "x"),
-    UNTESTED: ("#999999", "circle-open"),
+VERDICT_LOOKS = {  # colour and symbol both tell them apart
+    STANDS: ("#009e73", "circle"), IN_KIND: ("#56b4e9", "square"), BASELINE: ("#e69f00", "diamond"),
+    SETUP: ("#8c6d1f", "triangle-up"), NOT_HERE: ("#cc79a7", "x"), UNTESTED: ("#999999", "circle-open"),
 }  # fmt: skip
 
 
@@ -45,6 +47,7 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     Needs images_per_s rows. tokens: the distribution of the pruned pipelines. Orange: ours is faster. Purple: the
     named rival is.
     """
+    import pandas
     import plotly.graph_objects as go
 
     name = "best_choice"
@@ -58,7 +61,9 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
     if others.empty:
         raise ValueError(f"{name}: {ours} and {', '.join(rivals)} have no model, mode and batch in common")
     ratio, best = table.loc[others.index, ours] / others.max(axis=1), others.idxmax(axis=1)
+    shaky = rows.groupby(["model", "mode", "batch"])["disturbed"].any()
     text = ratio.map("<b>{:.2f}×</b><br>".format) + best.map(lambda b: look(b).label)
+    text = pandas.Series([marked(words, shaky[cell]) for cell, words in text.items()], index=text.index)
     grid, words = (column.unstack("batch") for column in (ratio, text))
     in_turn = sorted(grid.index, key=lambda row: (place(MODEL_LABELS)(row[0]), place(MODES)(row[1])))
     grid, words = grid.loc[in_turn], words.loc[in_turn]
@@ -80,18 +85,21 @@ def best_choice(frame, *, tokens="99", ours="triton", rivals=("unpruned", "dense
 def ladder(steps, *, title, unit, below=""):
     """Horizontal bars, one for every step, in the order given: each step changes one thing.
 
-    steps: a frame with label, backend and value, one row per bar; a value may be NaN where nothing is recorded.
+    steps: a frame with label, backend and value, one row per bar; a value may be NaN where nothing is recorded. With
+    q20 and q80 the bars get whiskers, with disturbed (bool) their labels a mark.
     """
     need_columns(steps, "ladder", "label", "backend", "value")
     if not steps["value"].notna().any():
         raise ValueError("ladder: none of the steps has a value")
     figure = new_figure(title, below, height=150 + 38 * len(steps))
-    text = [short(v) if v == v else "not recorded" for v in steps["value"]]
+    bad = steps.get("disturbed", [False] * len(steps))
+    text = [marked(short(v), b) if v == v else "not recorded" for v, b in zip(steps["value"], bad)]
     figure.add_bar(
-        y=steps["label"], x=steps["value"].fillna(0), orientation="h", text=text, textposition="outside",
-        cliponaxis=False, showlegend=False, constraintext="none",
-        marker=dict(color=[look(b).colour for b in steps["backend"]]),
+        y=steps["label"], x=steps["value"].fillna(0), orientation="h", showlegend=False,
+        marker=dict(color=[look(b).colour for b in steps["backend"]]), error_x=whiskers(steps.fillna(0)),
     )  # fmt: skip
+    label_bars(figure, steps["label"], steps, text)
+    figure.update_layout(barmode="overlay")
     figure.update_xaxes(title_text=unit, rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category")
 
@@ -103,7 +111,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
     """Expected speedup against the share kept, a line for every pipeline, and recorded cells as markers.
 
     curves, points: frames with panel, keep, backend, note and value; the note says what a line or a marker stands for.
-    One panel for every panel that has a curve, in their order.
+    One panel for every panel that has a curve, in their order. With a column disturbed, those points get a ring.
     """
     for frame in (curves, points):
         need_columns(frame, "expectation", "panel", "keep", "backend", "note", "value")
@@ -123,6 +131,7 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
                             line=dict(color=style.colour if dash == "dot" else INK, width=1.5)),
             )  # fmt: skip
             shown.add(label)
+            ring(figure, line["keep"], line["value"], line, row=1, col=names.index(panel) + 1)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
     figure.update_layout(width=max(760, figure.layout.width), legend_y=-0.26)
     figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
@@ -137,7 +146,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     """The paper's figure and each machine's, line by line: hollow markers are the paper's, filled ones measured.
 
     pairs: a frame with case, backend, source ("paper" or a GPU's name) and value. The backend has its colour; every
-    measured source its own symbol.
+    measured source its own symbol. With a column disturbed (bool), those points get a ring.
     """
     need_columns(pairs, "paper_beside", "case", "backend", "source", "value")
     pairs = pairs[pairs["value"].notna()]
@@ -146,7 +155,8 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     sources = list(dict.fromkeys(pairs["source"]))
     symbols = dict(zip([s for s in sources if s != "paper"], ("circle", "diamond", "square", "triangle-up")))
     cases = list(dict.fromkeys(pairs["case"]))
-    figure = new_figure(title, below or " · ".join(sources), height=210 + 30 * len(cases))
+    below = " · ".join([below or " · ".join(sources)] + [RINGED] * any(pairs.get("disturbed", [])))
+    figure = new_figure(title, below, height=210 + 30 * len(cases))
     for backend in in_order(pairs["backend"]):
         for source in sources:
             found = pairs[(pairs["backend"] == backend) & (pairs["source"] == source)]
@@ -157,6 +167,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
                           line=dict(width=2, color=colour))  # fmt: skip
             figure.add_scatter(x=found["value"], y=found["case"], mode="markers", marker=marker, showlegend=True,
                                name=f"{look(backend).label}: {source}")  # fmt: skip
+            ring(figure, found["value"], found["case"], found)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
     figure.update_layout(legend=dict(orientation="h", y=-62 / (30 * len(cases) + 20), yanchor="top", x=0))
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
@@ -166,13 +177,21 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
 def claims(table, *, title="Which claims stand?", below=""):
     """One row per claim: what the paper claims, what its own comparison gives here, and what a fair one gives.
 
-    table: a frame with claim, claimed, paper_setup, fair and verdict; the first three numbers are ratios. A bar spans
-    claimed and fair, and the coloured marker on `fair` (or on `claimed`, where nothing was measured) is the verdict.
+    table: a frame with claim, claimed, paper_setup, fair (three ratios) and verdict (one of
+    `ragged.data.evidence.VERDICTS`). A bar spans claimed and fair, and the coloured marker on `fair` (or on `claimed`,
+    where nothing was measured) is the verdict. With a column ceiling, a pink stroke says where the arithmetic ends, if
+    the claim lies above it; with a column disturbed, claims that rest on a disturbed row are marked.
     """
     need_columns(table, "claims", "claim", "claimed", "paper_setup", "fair", "verdict")
     if table.empty:
         raise ValueError("claims: no claim to draw")
+    unknown = sorted(set(table["verdict"]) - {*VERDICTS})
+    if unknown:
+        raise ValueError(f"claims: expected verdicts of {list(VERDICTS)}, got {unknown}")
     table = table.round({"claimed": 4, "paper_setup": 4, "fair": 4})
+    if "disturbed" in table.columns and table["disturbed"].any():
+        table = table.assign(claim=[marked(c, bad) for c, bad in zip(table["claim"], table["disturbed"])])
+        below = " · ".join(part for part in (below, RINGED) if part)
     figure = new_figure(title, below, width=860, height=210 + 22 * len(table))
     spans = [(row.claim, x) for row in table.itertuples() if row.fair == row.fair
              for x in (row.claimed, row.fair, None)]  # None ends a stroke
@@ -183,6 +202,11 @@ def claims(table, *, title="Which claims stand?", below=""):
                        marker=dict(symbol="line-ns-open", line=dict(width=2.5, color=INK), **grey))  # fmt: skip
     figure.add_scatter(x=table["paper_setup"], y=table["claim"], mode="markers", name="the paper's comparison, here",
                        marker=dict(symbol="triangle-down-open", **grey))  # fmt: skip
+    over = table[table["claimed"] > table["ceiling"]] if "ceiling" in table.columns else table[:0]
+    if len(over):
+        figure.add_scatter(x=over["ceiling"].round(4), y=over["claim"], mode="markers", name="what arithmetic allows",
+                           marker=dict(symbol="line-ns-open", size=15, line=dict(width=2.5, color="#cc79a7"),
+                                       color="#cc79a7"))  # fmt: skip
     for verdict in VERDICTS:
         found = table[table["verdict"] == verdict]
         colour, symbol = VERDICT_LOOKS[verdict]

@@ -19,11 +19,13 @@ from .style import (
     Look,
     log_ticks,
     look,
+    marked,
     new_figure,
     one_of_each,
     rows_where,
     short,
     subtitle,
+    whiskers,
 )
 
 GAP = 1.0  # between two panels, in patches
@@ -232,9 +234,10 @@ def packing_ways(frame, *, batch=64, tokens="U(30,168)", clock="host_us", dtype=
     styles = {"eager": ("eager", "#666666", "circle-open", "top"),
               "graph": ("replayed as a graph", look("triton").colour, "circle", "bottom")}  # fmt: skip
     for mode, (label, colour, symbol, side) in styles.items():
-        times = rows[rows["mode"] == mode].set_index("backend")["value"].reindex(ways)
-        figure.add_scatter(y=list(labels.values()), x=times, name=label, mode="markers+text",
-                           text=[short(t) if t == t else "" for t in times], textposition=f"{side} center",
+        there = rows[rows["mode"] == mode].set_index("backend").loc[lambda r: [way for way in ways if way in r.index]]
+        text = [marked(short(t), bad) for t, bad in zip(there["value"], there["disturbed"])]
+        figure.add_scatter(y=[labels[way] for way in there.index], x=there["value"], name=label, mode="markers+text",
+                           text=text, textposition=f"{side} center", error_x=whiskers(there),
                            textfont=dict(size=11), cliponaxis=False,
                            marker=dict(color=colour, symbol=symbol, size=12, line=dict(width=2)))  # fmt: skip
     figure.update_layout(legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)

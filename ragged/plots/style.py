@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ..data import MARK, disturbed
+
 
 class Look(NamedTuple):
     """How one backend is drawn. dash and symbol tell apart what colour alone would not."""
@@ -53,6 +55,7 @@ AXIS_TITLES = {
 INK, FAINT = "#222222", "#e5e5e5"
 LEAST = 600  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
 LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 20, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
+RINGED = "ring or *: disturbed"  # how figures mark the rows that `ragged.data.disturbed` finds
 
 
 def look(backend: str) -> Look:
@@ -95,10 +98,14 @@ def rows_where(frame, figure: str, **wanted):
     """The rows whose columns have the wanted values: a value, a list of allowed ones, or None for any.
 
     Rows whose status is not "ok" are left out. ValueError names the first column for which nothing is left and the
-    values there are.
+    values there are. Rows of whole recordings get a column `disturbed`, before any are left out: a row is judged beside
+    its neighbours.
     """
     need_columns(frame, figure, "gpu", "date", "status", "metric", "value", *wanted)
     frame = frame[frame["status"].isin(["ok", ""])]
+    if "disturbed" not in frame.columns:
+        whole = {"batch", "tokens", "q20", "q80"} <= set(frame.columns) and len(frame)
+        frame = frame.assign(disturbed=disturbed(frame) if whole else False)
     for column, value in wanted.items():
         if value is None:
             continue
@@ -130,7 +137,10 @@ def one_of_each(frame, figure: str, *columns: str) -> None:
 
 
 def subtitle(frame, *more: str) -> str:
-    """Device, date and conditions: "NVIDIA H200 · 2026-11-03 · batch 32"."""
+    """Device, date and conditions: "NVIDIA H200 · 2026-11-03 · batch 32"; says how disturbed rows are marked, if there
+    are any."""
+    if "disturbed" in frame.columns and frame["disturbed"].any():
+        more = (*more, RINGED)
     devices, dates = (sorted({str(v) for v in frame[c] if str(v)}) for c in ("gpu", "date"))
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "undated"
     return " · ".join([", ".join(devices) or "unnamed device", span, *(m for m in more if m)])
@@ -218,14 +228,49 @@ def draw_line(figure, x, rows, backend, *, y=None, label=None, hover=None, legen
     """One backend's line; bars of uncertainty where the rows have quantiles and y is the value itself."""
     style, bars = look(backend), None
     if y is None:
-        y = rows["value"]
-        if {"q20", "q80"} <= set(rows.columns) and rows[["q20", "q80"]].notna().all(axis=None):
-            bars = dict(type="data", symmetric=False, array=rows["q80"] - y, arrayminus=y - rows["q20"], thickness=1)
+        y, bars = rows["value"], whiskers(rows)
     figure.add_scatter(
         x=x, y=y, error_y=bars, text=hover, mode="lines+markers", name=label or style.label, legendgroup=backend,
         showlegend=legend, line=dict(color=style.colour, dash=style.dash, width=2),
         marker=dict(symbol=style.symbol, size=9, color=style.colour), **place,
     )  # fmt: skip
+    ring(figure, x, y, rows, **place)
+
+
+def whiskers(rows, scale: float = 1.0) -> dict | None:
+    """Bars of uncertainty from the 20 % to the 80 % quantile, for error_x or error_y; None where rows have none. scale:
+    what the values are divided by."""
+    if not {"q20", "q80"} <= set(rows.columns) or not rows[["q20", "q80"]].notna().all(axis=None):
+        return None
+    up, down = ((rows["q80"] - rows["value"]) / scale).round(4), ((rows["value"] - rows["q20"]) / scale).round(4)
+    return dict(type="data", symmetric=False, array=up.clip(lower=0), arrayminus=down.clip(lower=0), thickness=1,
+                color=INK)  # fmt: skip
+
+
+def label_bars(figure, y, rows, text, group: str | None = None) -> None:
+    """Labels of horizontal bars behind their whiskers: on bars that cannot be seen and end at q80. group: the offset
+    group of the bars that can."""
+    ends = rows[["value", "q80"]].max(axis=1) if "q80" in rows.columns else rows["value"]
+    figure.add_bar(
+        y=y, x=ends.fillna(0), text=text, textposition="outside", cliponaxis=False, orientation="h", hoverinfo="skip",
+        textfont=dict(size=11), constraintext="none", marker=dict(color="rgba(0,0,0,0)"), showlegend=False,
+        offsetgroup=group,
+    )  # fmt: skip
+
+
+def ring(figure, x, y, rows, size: int = 18, **place) -> None:
+    """A ring, so many points wide, round every point of a disturbed row; nothing where there is none."""
+    points = [(a, b) for a, b, bad in zip(x, y, rows.get("disturbed", [])) if bad]
+    if points:
+        figure.add_scatter(
+            x=[a for a, _ in points], y=[b for _, b in points], mode="markers", name="disturbed", showlegend=False,
+            hoverinfo="skip", marker=dict(symbol="circle-open", size=size, color=INK, line=dict(width=1.5)), **place,
+        )  # fmt: skip
+
+
+def marked(text: str, bad) -> str:
+    """The label of a recorded value, with the mark of a disturbed row."""
+    return f"{text}{MARK}" if bad else text
 
 
 def log_ticks(values):
