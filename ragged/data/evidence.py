@@ -49,10 +49,11 @@ def _out_of_line(rows):
     """Whether a row took SPREAD times as long as one of its series with at least as many images and tokens."""
     import pandas
 
-    slow = np.where(rows["metric"] == "images_per_s", rows["batch"] / rows["value"], rows["value"])
+    images = pandas.to_numeric(rows["batch"], errors="coerce")
+    slow = np.where(rows["metric"] == "images_per_s", images / rows["value"], rows["value"])
     size = pandas.to_numeric(rows["tokens"], errors="coerce")
     kind = rows["tokens"].where(size.isna(), "")  # "U(20,197)" has neighbours at other batches only
-    frame = pandas.DataFrame(dict(slow=slow, batch=rows["batch"], size=size.fillna(0), kind=kind))
+    frame = pandas.DataFrame(dict(slow=slow, batch=images, size=size.fillna(0), kind=kind))
     batch, tokens, times = (frame[c].to_numpy() for c in ("batch", "size", "slow"))
     found = np.zeros(len(rows), dtype=bool)
     series = [rows[c].astype(str) for c in _SERIES if c in rows.columns]
