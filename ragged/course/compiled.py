@@ -5,6 +5,7 @@ Compiling for a GPU needs none. It does need a process in which Triton is not in
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -65,5 +66,13 @@ def facts(*tokens: int) -> list[dict] | str:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: `look` at each number of tokens, as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m ragged.course.compiled", description=__doc__.splitlines()[0])
+    parser.add_argument("tokens", nargs="+", type=int, help="of every image")
+    print(json.dumps([{"tokens": n} | look(n) for n in parser.parse_args(arguments).tokens]))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps([{"tokens": n} | look(n) for n in map(int, sys.argv[1:])]))
+    sys.exit(main())
