@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks, launch
 from .backends import BACKENDS, Backend, gluon_or_triton, reference
+from .kernels import flow
 
 OURS = ("auto", "triton", "gluon")  # what `launch.quick` knows
 
@@ -45,14 +46,14 @@ def varlen_attention(
         softmax_scale = _default_scale(q)
     if compiling:
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend, _wants_gradients(q, k, v))
+        out, lse = _op(q, k, v, *sizes, softmax_scale, return_lse, backend, flow.wanted(q, k, v))
         return (out, lse) if return_lse else out
     checks.check_attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not isinstance(backend, str):
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     max_seqlen_q, max_seqlen_k = _plain_int(max_seqlen_q), _plain_int(max_seqlen_k)
     shapes = (q.shape[1:], k.shape[1:], v.shape[1:])
-    gradient = _wants_gradients(q, k, v)
+    gradient = flow.wanted(q, k, v)
     key = (backend, bool(return_lse), gradient, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, shapes)
     picked = _accepted.get(key)
     if picked is None:
@@ -145,10 +146,6 @@ def _resolve(backend: str, q: Tensor, gradient: bool) -> Backend:
 
 def _able(fact: str) -> str:
     return ", ".join(repr(name) for name, backend in BACKENDS.items() if getattr(backend, fact))
-
-
-def _wants_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _default_scale(q: Tensor) -> float:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .kernels.padding import image_of_rows
+
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -51,9 +53,9 @@ def by_autograd(run: Callable, always_lse: bool = False, leaves_gaps: bool = Fal
 
 def _only_rows_of(met: Tensor, cu: Tensor, dx: Tensor) -> Tensor:
     """dx (total, nheads, headdim) with zeros in rows of other sequences than those marked by met, bool (batch,)."""
-    row = torch.arange(dx.shape[0], device=dx.device)
-    sequence = torch.searchsorted(cu[1:], row, right=True).clamp_(max=met.shape[0] - 1)
-    return torch.where((met[sequence] & (row < cu[-1]))[:, None, None], dx, 0)
+    image = image_of_rows(cu, dx.shape[0])
+    owned, image = image < met.shape[0], image.clamp_max(met.shape[0] - 1)
+    return torch.where((met[image] & owned)[:, None, None], dx, 0)
 
 
 @contextmanager

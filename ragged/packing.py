@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_tensor, may_look
+from .kernels.padding import image_of_rows
 from .rows import equal_offsets, grid_rows, kept_rows, move_rows, picked_rows, take_rows
 
 
@@ -280,8 +281,7 @@ def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:
     """canvas (batch, seqlen, dim) with the rows of `state` in their original places: tokens, the state's or others of
     the same leading shape. Fused tokens have no place and are left out. No wait."""
     slots, tokens = state.batch * state.seqlen, tokens.flatten(0, -2)
-    row, cu = torch.arange(tokens.shape[0], device=tokens.device), state.cu_seqlens
-    image = torch.searchsorted(cu[1:], row, right=True)
+    image = image_of_rows(state.cu_seqlens, tokens.shape[0])
     ids = state.ids.flatten()
     # one slot more than there are: everything that has no place goes there and is cut off
     slot = torch.where((ids < 0) | (image >= state.batch), slots, image * state.seqlen + ids)
@@ -295,8 +295,7 @@ def packed_state(tokens: Tensor, cu_seqlens: Tensor, lengths: list[int], ids: Te
     batch, longest = len(lengths), max(lengths)
     if ids is None:
         row = torch.arange(tokens.shape[0], device=tokens.device)
-        image = torch.searchsorted(cu_seqlens[1:], row, right=True)
-        ids = row - cu_seqlens[image]
+        ids = row - cu_seqlens[image_of_rows(cu_seqlens, tokens.shape[0])]
     if min(lengths) == longest:
         return Packed(tokens, ids, cu_seqlens, longest, batch, longest, longest)
     counts = Counts(cu_seqlens.diff(), tuple(lengths))

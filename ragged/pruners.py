@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import rows as row_ops
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
 from .loading import load_predictors, private_random
 from .packing import Counts, Selection
-from .rows import patch_scores, with_prefix
+from .rows import with_prefix
 from .rules import View, at_least, chance, chosen_rows, inverse_cdf, row_norms, top_k
 
 PLACES = ("before", "inside", "after")
@@ -129,14 +130,17 @@ class Predictor(nn.Module):
     def scores(self, view: View) -> Tensor | None:
         """The log-probabilities of "keep" of a view's patches (batch, patches), in two launches; None where the kernels
         do not run, or where something hangs on this network."""
+        patches = view.columns - view.prefix
+        if not 0 < view.state.batch * patches <= row_ops.MOST_SCORED:
+            return None
         parts = [*self.in_conv, *self.out_conv]
         kinds = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
         if [type(part) for part in parts] != kinds or any(map(hangs, (self, self.in_conv, self.out_conv, *parts))):
             return None
         state, lengths = view.state, view.lengths
         starts = None if isinstance(lengths, int) else state.starts
-        patches = view.columns - view.prefix
-        return patch_scores(state.tokens.flatten(0, -2), starts, lengths, view.prefix, patches, parts[0], parts[1::2])
+        tokens, layers = state.tokens.flatten(0, -2), (parts[0], parts[1::2])
+        return row_ops.patch_scores(tokens, starts, lengths, view.prefix, patches, *layers)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         x = self.in_conv(x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import launch
 from .kernels import flow
+from .kernels.padding import image_of_rows
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
@@ -118,12 +119,12 @@ def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, 
 def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
                  layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
     """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch, or None:
-    the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many first
-    rows are no patches.  patches: no image has more.  norm, layers: of a `Predictor`, its four products."""
+    the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many rows
+    are no patches.  patches: 1 to MOST_SCORED in a batch, no image has more.  norm, layers: a `Predictor`'s."""
     dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
     equal = lengths if isinstance(lengths, int) else 0
     batch = x.shape[0] // equal if equal else lengths.shape[0]
-    fits = patches > 0 and dim % 8 == 0 and dim <= WIDEST and batch * patches <= MOST_SCORED
+    fits = dim % 8 == 0 and dim <= WIDEST
     plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
     plain &= fits and x.dtype in (torch.float16, torch.bfloat16)
     if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
@@ -394,7 +395,6 @@ def _sources(starts: Tensor, index: Tensor, counts: Tensor, total: int) -> tuple
     """Where the rows of `take_rows` come from, int64 (total,), which of them come from anywhere, bool (total,), and its
     offsets."""
     cu_seqlens = offsets(counts).clamp_(max=total)
-    row = torch.arange(total, device=index.device)
-    image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp_(max=counts.shape[0] - 1)
+    row, image = torch.arange(total, device=index.device), image_of_rows(cu_seqlens, total).clamp_(max=len(counts) - 1)
     column = (row - cu_seqlens[image]).clamp_(max=index.shape[1] - 1)
     return starts[image] + index[image, column], row < cu_seqlens[-1], cu_seqlens

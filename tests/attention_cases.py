@@ -177,3 +177,31 @@ def poisoned(arguments, victim, value):
     others = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
     others[rows] = False
     return (q, k, v, cu_q, cu_k, *longest), others
+
+
+def assert_gradients_written(lengths, monkeypatch, **kind):
+    """Memory full of NaN before, and rows that belong to no sequence: what is not written would show. kind: as `inputs`
+    takes it."""
+    monkeypatch.setattr(launch, "new_output", lambda q, *shape: q.new_full(shape, math.nan))
+    q, k, v, *sizes = inputs(lengths, **kind)
+    with torch.enable_grad():
+        wide = [torch.cat((x, x.new_full((21, *x.shape[1:]), math.nan))).requires_grad_() for x in (q, k, v)]
+        out = ragged.varlen_attention(*wide, *sizes, backend="triton")
+        dout = torch.cat((dout_like(q), q.new_full((21, *q.shape[1:]), math.nan)))
+        got = torch.autograd.grad(out, wide, dout)
+    assert not any(x[-21:].any() for x in got)
+    assert_gradients_in_budget("triton", (q, k, v, *sizes), [x[:-21] for x in got])
+
+
+def by_both_ways(monkeypatch, run, *leaves):
+    """Gradients of `run` by the small kernels, and by PyTorch's operations in their place."""
+    found = []
+    for by_kernels in (True, False):
+        with monkeypatch.context() as patch, torch.enable_grad():
+            if not by_kernels:
+                patch.setattr(launch, "usable", lambda device: False)
+            mine = [x.detach().clone().requires_grad_() for x in leaves]
+            out = run(*mine)
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.device)
+            found.append(torch.autograd.grad((out.float() * weights).sum(), mine))
+    return found

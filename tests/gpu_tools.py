@@ -1,5 +1,6 @@
 """What the GPU tests share: printing, waits of the host, kernels that were compiled, the eager twin of a graph."""
 
+import math
 import re
 import sys
 import warnings
@@ -17,6 +18,22 @@ def uncaptured(request):
     """What is printed in here reaches the terminal, whatever pytest captures otherwise."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         yield
+
+
+def print_table(request, title, lines):
+    """A table under the dots of the tests."""
+    with uncaptured(request):
+        print(f"\n\n{title}")
+        for line in lines:
+            print(f"  {line}")
+
+
+def share_line(item):
+    """A line for a backend and dtype: the worst of its shares of the error budget, or why there are none."""
+    (backend, dtype), cells = item
+    if isinstance(cells, list):
+        cells = f"worst {max(cells, default=math.nan):.2f} of 1 over {len(cells)} cases"
+    return f"{backend:18}{dtype:6}{cells}"
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from attention_cases import (
     SHORT_K,
     SHORT_Q,
     assert_gradients_in_budget,
+    assert_gradients_written,
     assert_in_budget,
     assert_lse,
+    by_both_ways,
     dout_like,
     inputs,
     layouts,
@@ -150,16 +152,7 @@ def test_gradients_of_every_kind_of_strides():
 
 @pytest.mark.parametrize("lengths", [[3, 0, 18], [0, 0], [300, 1, 0]], ids=str)
 def test_every_number_of_a_gradient_is_written(lengths, monkeypatch):
-    """Memory full of NaN before, and rows that belong to no sequence."""
-    monkeypatch.setattr(launch, "new_output", lambda q, *shape: q.new_full(shape, math.nan))
-    q, k, v, *sizes = inputs(lengths, heads=1, dtype=torch.float16)
-    with torch.enable_grad():
-        wide = [torch.cat((x, x.new_full((21, *x.shape[1:]), math.nan))).requires_grad_() for x in (q, k, v)]
-        out = ragged.varlen_attention(*wide, *sizes, backend="triton")
-        dout = torch.cat((dout_like(q), q.new_full((21, *q.shape[1:]), math.nan)))
-        got = torch.autograd.grad(out, wide, dout)
-    assert not any(x[-21:].any() for x in got)
-    assert_gradients_in_budget("triton", (q, k, v, *sizes), [x[:-21] for x in got])
+    assert_gradients_written(lengths, monkeypatch, heads=1, dtype=torch.float16)
 
 
 def test_a_gradient_of_the_log_sum_exp():
@@ -453,26 +446,12 @@ def test_the_sanitizers_cases():
     for name, run, arguments in [*sanitize.attention_cases(), *sanitize.special_cases()]:
         if "q=1 " not in name:
             kinds.setdefault((run, re.sub(r"\w+=\d+|\d+", "", name)), arguments)
-    assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 6
+    assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 7
     for (run, _), arguments in kinds.items():
         run("cpu", *arguments)
 
 
 # --- gradients through the small kernels
-
-
-def twice(monkeypatch, run, *leaves):
-    """Gradients of `run` by the kernels, and by PyTorch where they do not run."""
-    found = []
-    for by_kernels in (True, False):
-        with monkeypatch.context() as patch, torch.enable_grad():
-            if not by_kernels:
-                patch.setattr(launch, "usable", lambda device: False)
-            mine = [x.detach().clone().requires_grad_() for x in leaves]
-            out = run(*mine)
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
-            found.append(torch.autograd.grad((out.float() * weights).sum(), mine))
-    return found
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -483,7 +462,7 @@ def test_rows_return_to_where_they_were(dim, dtype, monkeypatch):
     index = torch.stack([torch.cat((torch.randperm(n), torch.zeros(18 - n, dtype=torch.int64))) for n in lengths])
     counts, ids = torch.tensor([4, 0, 1, 11]).int(), torch.arange(28)
     run = lambda x: row_ops.take_rows(x, ids, cu[:-1], index, counts, 18, 11)[0]  # noqa: E731
-    got, want = twice(monkeypatch, run, torch.randn(28, dim, dtype=dtype))
+    got, want = by_both_ways(monkeypatch, run, torch.randn(28, dim, dtype=dtype))
     assert torch.equal(*got, *want) and got[0].abs().sum() > 0
 
 
@@ -499,7 +478,7 @@ def test_moved_rows_and_the_fused_token_have_gradients(dense, fused, dtype, monk
     ids = ids[: len(x)]
     leaves = (x, blend) if fused else (x,)
     run = lambda x, *b: row_ops.move_rows(x, ids, starts, index, b[0] if b else None)[0]  # noqa: E731
-    got, want = twice(monkeypatch, run, *leaves)
+    got, want = by_both_ways(monkeypatch, run, *leaves)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
 
@@ -511,7 +490,7 @@ def test_the_row_of_cls_has_gradients(lengths, dtype, monkeypatch):
     sizes = (cu[:-1], 9 if lengths == 9 else cu.diff(), int(cu.diff().max()), 0.3)
     qkv = torch.randn(int(cu[-1]), 3, 2, 20, dtype=dtype)
     run = lambda qkv: row_ops.cls_attention(qkv[:, 0], qkv[:, 1], *sizes)  # noqa: E731
-    (got,), (want,) = twice(monkeypatch, run, qkv)
+    (got,), (want,) = by_both_ways(monkeypatch, run, qkv)
     torch.testing.assert_close(got, want, rtol=2e-3 if dtype == torch.float16 else 1e-4, atol=1e-5)
     assert got[:, 1].abs().sum() > 0
 

@@ -57,15 +57,18 @@ def offsets(counts, device):
     return torch.tensor([0, *counts]).cumsum(0).int().to(device)
 
 
-def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, together=False):
-    """One call with given tiles against float64. room: surplus rows, which belong to no image.  together: q, k and v
-    as views of one projection."""
+def tensors(device, dtype, counts_q, counts_k, dim, room, together):
+    """q, k and v with `room` surplus rows, which belong to no image. together: as views of one projection."""
     total_q, total_k = sum(counts_q) + room, sum(counts_k) + room
     if together:
-        q, k, v = numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
-    else:
-        q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
-        k, v = (numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3))
+        return numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
+    q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
+    return (q, *(numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3)))
+
+
+def attention(device, tiles, counts_q, counts_k, dim, dtype, room=0, lse=False, together=False):
+    """One call with given tiles against float64. room, together: as in `tensors`."""
+    q, k, v = tensors(device, dtype, counts_q, counts_k, dim, room, together)
     arguments = (q, k, v, offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
     want, want_lse = varlen_attention_ref(*(x.cpu() if torch.is_tensor(x) else x for x in arguments), return_lse=True)
     rows = sum(counts_q)
@@ -129,12 +132,8 @@ def backward_cases():
 
 def backward(device, tiles, counts_q, counts_k, dim, dtype, room=0, dlse=False, together=False):
     """One backward pass with given tiles against float64; the arguments as in `attention`."""
-    total_q, total_k = sum(counts_q) + room, sum(counts_k) + room
-    if together:
-        q, k, v = numbers(device, dtype, total_q, 3, HEADS, dim).unbind(1)
-    else:
-        q = numbers(device, dtype, total_q, HEADS, dim, seed=1)
-        k, v = (numbers(device, dtype, total_k, HEADS, dim, seed=seed) for seed in (2, 3))
+    q, k, v = tensors(device, dtype, counts_q, counts_k, dim, room, together)
+    total_q = q.shape[0]
     sizes = (offsets(counts_q, device), offsets(counts_k, device), max(counts_q), max(counts_k))
     dout = numbers(device, dtype, total_q, HEADS, dim, seed=4)
     extra = numbers(device, SINGLE, HEADS, total_q, seed=5) if dlse else None

@@ -145,7 +145,6 @@ def record_the_others(recorder, dims, dtypes):
             row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
         for width in (192, 384) if dtype != torch.float32 else ():
-            recorder.monkeypatch.setattr(row_ops, "MOST_SCORED", 1024)
             norm, layers = predictor_parts(width, dtype)
             x = torch.empty(32, width, dtype=dtype)
             row_ops.patch_scores(x, None, 16, 1, 15, norm, layers)

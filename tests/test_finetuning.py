@@ -86,7 +86,7 @@ def test_predictors_are_frozen_or_trained(tmp_path):
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert [r[2] for r in rates[:3]] == [0, 0, 1e-5] and rates[3][2] <= 1e-5  # not for the first sixth, then slowly
     assert rates[0][0] == 1e-3 and rates[3][0] < 1e-5
-    finetune.save_predictors(soft.predictors, tmp_path / "again.safetensors")
+    finetune.write_half(finetune.scorers(soft.predictors), tmp_path / "again.safetensors")
     again = ragged.PRUNERS["dynamicvit"](keep=0.5, predictors=tmp_path / "again.safetensors")
     assert ragged.RaggedViT(vit, again)(pictures()).shape == (4, 10)
 
@@ -171,7 +171,7 @@ def test_a_run_that_is_interrupted_goes_on_and_is_counted(tmp_path, monkeypatch,
     assert facts["pruner"] == "evit" and facts["after"]["low"] <= facts["after"]["top1"] <= facts["after"]["high"]
     assert facts["before"]["kept_tokens"] == facts["after"]["kept_tokens"] < facts["unpruned"]["kept_tokens"] == 197
     assert ragged.load_deit("deit_tiny", weights=path).head.weight.shape[0] == 10
-    rows = data.results("finetune", folder=tmp_path / "r" / "cpu")
+    rows = data.results("finetune", folder=tmp_path / "r")
     assert set(rows.tokens) == {"unpruned", "before", "after"} and {"top1", "top1_low", "top1_high"} <= set(rows.metric)
     with pytest.raises(ValueError, match="is there already"):
         finetune.main(command)

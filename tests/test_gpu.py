@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import LENGTHS, SHORT_K, SHORT_Q, assert_in_budget, assert_lse, inputs, layouts
-from gpu_tools import uncaptured
+from gpu_tools import print_table, share_line
 
 import ragged
 
@@ -26,12 +26,8 @@ TABLE = {}
 def table(request):
     """After the last test: one line for every backend and dtype."""
     yield
-    with uncaptured(request):
-        print("\n\nlargest error against float64, as a share of the budget (2 x eager + rounding)")
-        for (backend, dtype), cells in TABLE.items():
-            if isinstance(cells, list):
-                cells = f"worst {max(cells, default=math.nan):.2f} of 1 over {len(cells)} cases"
-            print(f"  {backend:14}{dtype:6}{cells}")
+    title = "largest error against float64, as a share of the budget (2 x eager + rounding)"
+    print_table(request, title, map(share_line, TABLE.items()))
 
 
 def usable(name, dtype=HALF, dim=64):

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from gpu_tools import eager, eager_list, uncaptured, waits
+from gpu_tools import eager, eager_list, print_table, waits
 
 import ragged
 from ragged.bench.quadtree import quadtree_tokens
@@ -27,10 +27,7 @@ TABLE = []
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
     yield
-    with uncaptured(request):
-        print("\n\nfp16 logits of graphs against the eager model, DeiT-Ti, random weights")
-        for line in TABLE:
-            print("  " + line)
+    print_table(request, "fp16 logits of graphs against the eager model, DeiT-Ti, random weights", TABLE)
 
 
 def pruner(name):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu_tools import eager, uncaptured, waits
+from gpu_tools import eager, print_table, waits
 from pruner_cases import VARIANTS
 
 import ragged
@@ -30,10 +30,7 @@ BACKENDS = ("triton", "flash_attn", "torch_varlen", "nested", "paper_triton", "p
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
     yield
-    with uncaptured(request):
-        print("\n\nfp16 logits against sdpa_padded on the same masks, DeiT-S, 16 images, random weights")
-        for line in TABLE:
-            print("  " + line)
+    print_table(request, "fp16 logits against sdpa_padded on the same masks, DeiT-S, 16 images, random weights", TABLE)
 
 
 def build(name, single=False, **more):

@@ -5,29 +5,15 @@ import copy
 
 import pytest
 import torch
+from attention_cases import by_both_ways
 from pruner_cases import build, pictures, small_vit
 
 import ragged
-from ragged import launch
 from ragged import rows as row_ops
 
 pytestmark = [pytest.mark.gpu]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LENGTHS = [120, 0, 1, 197, 64, 33]
-
-
-def both(monkeypatch, run, *leaves):
-    """Gradients by the kernels, and by PyTorch's operations in their place."""
-    found = []
-    for by_kernels in (True, False):
-        with monkeypatch.context() as patch, torch.enable_grad():
-            if not by_kernels:
-                patch.setattr(launch, "usable", lambda device: False)
-            mine = [x.detach().clone().requires_grad_() for x in leaves]
-            out = run(*mine)
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.device)
-            found.append(torch.autograd.grad((out.float() * weights).sum(), mine))
-    return found
 
 
 def ragged_index(width=200, device="cuda"):
@@ -41,7 +27,7 @@ def test_taken_rows(dtype, monkeypatch):
     index, counts, cu = ragged_index()
     total, ids = int(counts.sum()) + 3, torch.arange(int(cu[-1]), device="cuda")
     run = lambda x: row_ops.take_rows(x, ids, cu[:-1], index, counts, total, 99)[0]  # noqa: E731
-    got, want = both(monkeypatch, run, torch.randn(len(ids), 192, device="cuda", dtype=dtype))
+    got, want = by_both_ways(monkeypatch, run, torch.randn(len(ids), 192, device="cuda", dtype=dtype))
     assert torch.equal(*got, *want)
 
 
@@ -53,7 +39,7 @@ def test_moved_rows(fused, dtype, monkeypatch):
     blend = torch.rand(4, 197, device="cuda").scatter(1, index, 0.0) / 99
     leaves = (torch.randn(4 * 197, 384, device="cuda", dtype=dtype), *([blend] if fused else []))
     run = lambda x, *b: row_ops.move_rows(x, ids, starts, index, b[0] if b else None)[0]  # noqa: E731
-    for a, b in zip(*both(monkeypatch, run, *leaves)):
+    for a, b in zip(*by_both_ways(monkeypatch, run, *leaves)):
         scale = float(b.abs().max())
         torch.testing.assert_close(a, b, rtol=1e-2, atol=(1e-4 if dtype == torch.float32 else 1e-2) * scale)
 
@@ -63,7 +49,7 @@ def test_the_row_of_cls(dtype, monkeypatch):
     _, _, cu = ragged_index()
     qkv = torch.randn(int(cu[-1]), 3, 6, 64, device="cuda", dtype=dtype)
     run = lambda x: row_ops.cls_attention(x[:, 0], x[:, 1], cu[:-1], cu.diff(), 197, 0.125)  # noqa: E731
-    (got,), (want,) = both(monkeypatch, run, qkv)
+    (got,), (want,) = by_both_ways(monkeypatch, run, qkv)
     scale = float(want.abs().max())
     torch.testing.assert_close(got, want, rtol=1e-2, atol=(1e-5 if dtype == torch.float32 else 1e-2) * scale)
 

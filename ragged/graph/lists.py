@@ -23,6 +23,7 @@ from .. import blocks, launch
 from ..backends import BACKENDS
 from ..blocks import Pass, Pending
 from ..checks import check_image_list, check_packed, weight_of
+from ..kernels.padding import image_of_rows
 from ..packing import Counts, Packed
 from ..rules import View
 from .parts import FEW_ROWS, WIDTH_STEP, Recorded, Recorder, Rest, bucket_sizes, needed, rest_sizes, to_the_end
@@ -253,8 +254,7 @@ class CapturedTokens(CapturedList):
 
     def _tokens(self, rows: int, longest: int) -> tuple[Tensor, Tensor]:
         row, cu = torch.arange(rows, device=self.table.device), self.table[:, START].contiguous()
-        image = torch.searchsorted(cu[1:], row, right=True).clamp_(max=self.batch - 1)
-        return self.buffer[:rows], row - cu[image]
+        return self.buffer[:rows], row - cu[image_of_rows(cu, rows).clamp_(max=self.batch - 1)]
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
         """As `RaggedViT.forward_tokens`: without lengths the offsets are read, which is a wait."""

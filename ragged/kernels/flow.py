@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import launch
+from .padding import image_of_rows
 
 ROWS, BLOCK = 8, 128  # of a program that moves gradients
 
@@ -96,8 +97,7 @@ class Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (cu,) = ctx.saved_tensors
-        row = torch.arange(ctx.total, device=grad.device)
-        image = torch.searchsorted(cu[1:], row, right=True)
+        row, image = torch.arange(ctx.total, device=grad.device), image_of_rows(cu, ctx.total)
         owned, image = image < grad.shape[0], image.clamp_(max=grad.shape[0] - 1)
         found = grad[image, (row - cu[image]).clamp_(0, grad.shape[1] - 1)]
         return (torch.where(owned.view(-1, *[1] * (found.dim() - 1)), found, 0.0), *[None] * 4)

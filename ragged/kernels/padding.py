@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def image_of_rows(cu: Tensor, total: int) -> Tensor:
+    """Which image each of `total` packed rows belongs to, int64 (total,), by the offsets cu (batch + 1,); batch for
+    those behind the last image. No wait."""
+    return torch.searchsorted(cu[1:], torch.arange(total, device=cu.device), right=True)
+
+
 def pad_rows(x: Tensor, cu: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Rows x (total, ...) as (batch, width, ...), and which entries are real, bool (batch, width). No wait."""
     column = torch.arange(width, device=x.device)
@@ -22,8 +28,7 @@ def pad_rows(x: Tensor, cu: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def unpad_rows(x: Tensor, cu: Tensor, total: int) -> Tensor:
     """The inverse of `pad_rows`: (batch, width, ...) to (total, ...). Rows past the last offset belong to nobody and
     get some other row's values. No wait."""
-    row = torch.arange(total, device=x.device)
-    image = torch.searchsorted(cu[1:], row, right=True).clamp_(max=x.shape[0] - 1)
+    row, image = torch.arange(total, device=x.device), image_of_rows(cu, total).clamp_(max=x.shape[0] - 1)
     return x[image, (row - cu[image]).clamp_(max=x.shape[1] - 1)]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..kernels.padding import image_of_rows
+
 
 def refuse_to_train(vit: nn.Module, whole: Container[int]) -> None:
     """ValueError, naming the part, where `vit`, whose blocks are run in pieces but for those in `whole`, does something
@@ -44,6 +46,4 @@ def drop_images(drop: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tensor
         return x
     batch = cu_seqlens.shape[0] - 1
     factor = drop(x.new_ones(batch, 1))  # (batch, 1): 0, or what the rest is scaled by
-    row = torch.arange(x.shape[0], device=x.device)
-    image = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=batch - 1)
-    return x * factor.index_select(0, image)
+    return x * factor.index_select(0, image_of_rows(cu_seqlens, x.shape[0]).clamp_(max=batch - 1))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..loading import DEITS, load_deit
 from ..pruners import PRUNERS
 from . import several
 from .losses import CLASSES, Masked, Taught, dynamicvit_loss, label_loss, taught_loss, top1
-from .run import Run
+from .run import Run, fill_usual, scorers
 
 STAGES = {"dense": "", "dynamicvit": "_dynamicvit"}
 TEACH = {"boxes": "_digits", "labels": "_digits_labels"}  # what a network is taught with, and what it is then called
@@ -102,24 +101,11 @@ def parser() -> argparse.ArgumentParser:
 
 def fill_in(asked: argparse.Namespace) -> None:
     """Fill in what was not asked for, by the device. ValueError for what cannot be."""
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
-    asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in USUAL[asked.device].items():
-        if getattr(asked, name) is None:
-            setattr(asked, name, value)
-    if asked.pool % asked.fresh:
-        raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
-    if not 0 < asked.keep <= 1:
-        raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
+    fill_usual(asked, USUAL)
     if not 0 <= asked.coarse < 1 or (asked.coarse and asked.stage != "dense"):
         raise ValueError(f"--coarse: expected a share in [0, 1), and 0 for --stage dynamicvit, got {asked.coarse}")
     if asked.start and asked.stage != "dense":
         raise ValueError("--from: expected --stage dense; predictors begin with the network of the stage before")
-    if not 0 < asked.lr < math.inf:
-        raise ValueError(f"--lr: expected a positive number, got {asked.lr}")
-    if not 0 < asked.minutes < math.inf:
-        raise ValueError(f"--minutes: expected a positive number, got {asked.minutes}")
 
 
 def dense(run: Run) -> None:
@@ -187,10 +173,8 @@ def dynamicvit(run: Run) -> None:
     run.train(module, list(module.score_predictor.parameters()), loss_of)
     if not run.group.first:
         return
-    prefix = "score_predictor."
-    tensors = {prefix + name: x for name, x in module.score_predictor.state_dict().items()}
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    run.save(tensors, {"keep": asked.keep, "network": source.name, "network_sha256": digest})
+    run.save(scorers(module.score_predictor), {"keep": asked.keep, "network": source.name, "network_sha256": digest})
     pruner = PRUNERS["dynamicvit"](keep=asked.keep, predictors=run.path)
     print(f"top-1 at keep {asked.keep}: {top1(vit, pruner, asked.held_out, asked.device):.4f}")
 

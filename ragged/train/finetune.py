@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..data.intervals import wilson
 from ..loading import BUNDLED, DEITS, load_deit
 from . import several
 from .recipes import RECIPES, Recipe, pruner_of
-from .run import Run
+from .run import Run, fill_usual, scorers, write_half
 
 NETWORKS = {"boxes": BUNDLED["digits"], "labels": BUNDLED["digits-labels"]}  # how it was taught -> what it is called
 USUAL = {
@@ -66,19 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def fill_in(asked: argparse.Namespace) -> None:
     """Fill in what was not asked for, by the device. ValueError for what cannot be."""
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
-    asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in USUAL[asked.device].items():
-        if getattr(asked, name) is None:
-            setattr(asked, name, value)
-    if asked.pool % asked.fresh:
-        raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
-    if not 0 < asked.keep <= 1:
-        raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
-    for name in ("lr", "minutes"):
-        if not 0 < getattr(asked, name) < math.inf:
-            raise ValueError(f"--{name}: expected a positive number, got {getattr(asked, name)}")
+    fill_usual(asked, USUAL)
     if asked.predictors and not asked.pruner.startswith("dynamicvit"):
         raise ValueError(f"--predictors: are for --pruner dynamicvit, got {asked.pruner}")
     if asked.start and asked.pruner.startswith("dynamicvit") and not asked.predictors:
@@ -140,7 +127,7 @@ def finetune(run: Run) -> None:
     trained = None
     if recipe.predictors is not None:
         trained = run.path.with_name(f"{run.path.stem}_predictors.safetensors")
-        save_predictors(recipe.predictors, trained)
+        write_half(scorers(recipe.predictors), trained)
         facts["predictors"] = trained.name
     after = count(vit, setting_of(asked, trained or predictors(asked)), scenes)
     print(f"after: {said(after)}", flush=True)
@@ -156,14 +143,6 @@ def predictors(asked: argparse.Namespace) -> Path | None:
     if asked.predictors:
         return Path(asked.predictors)
     return checkpoint_path(f"{network_name(asked)}_dynamicvit")
-
-
-def save_predictors(module: nn.Module, path: Path) -> None:
-    """DynamicViT's scorers under their published names, in float16."""
-    from safetensors.torch import save_file
-
-    named = {f"score_predictor.{name}": x.detach().to("cpu", torch.float16) for name, x in module.state_dict().items()}
-    save_file({name: x.contiguous() for name, x in named.items()}, path)
 
 
 # ---- what it was good for ----

@@ -163,10 +163,7 @@ class Run:
 
     def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """The checkpoint in float16, its hash, and how it was made; the state to go on from is done with."""
-        from safetensors.torch import save_file
-
-        save_file({name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()}, self.path)
-        self.path.chmod(0o644)  # safetensors writes for the owner alone
+        write_half(tensors, self.path)
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         sidecar(self.path).write_text(f"{digest}  {self.path.name}\n", encoding="utf-8")
         asked = settings_of(self.asked)
@@ -210,6 +207,37 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+
+
+def fill_usual(asked: argparse.Namespace, usual: dict[str, dict]) -> None:
+    """Fill in what every training program may leave out: the device, and what is usual there. usual: "cuda" or "cpu" ->
+    option -> value. ValueError for what cannot be."""
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; --device cpu is for trying things out")
+    asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in usual[asked.device].items():
+        if getattr(asked, name) is None:
+            setattr(asked, name, value)
+    if asked.pool % asked.fresh:
+        raise ValueError(f"--pool: expected a multiple of --fresh, got {asked.pool} and {asked.fresh}")
+    if not 0 < asked.keep <= 1:
+        raise ValueError(f"--keep: expected a share in (0, 1], got {asked.keep}")
+    for name in ("lr", "minutes"):
+        if not 0 < getattr(asked, name) < math.inf:
+            raise ValueError(f"--{name}: expected a positive number, got {getattr(asked, name)}")
+
+
+def write_half(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors by name as float16 in a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def scorers(module: nn.Module) -> dict[str, Tensor]:
+    """DynamicViT's scorers under their published names."""
+    return {f"score_predictor.{name}": x for name, x in module.state_dict().items()}
 
 
 def settings_of(asked: argparse.Namespace) -> dict:
