@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,6 +192,21 @@ def test_threads_share_the_compiled_records(started, restless):  # noqa: F811
     seen = [call for call in started.calls if call != "Python"]
     assert all(pointers[call[5][0]] == call[0] for call in seen)
     assert len({call[0] for call in seen}) == len(kinds), "every kind was started from C++ at some time"
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(front, "__file__", str(tmp_path / "front.py"))  # there is no front.cpp beside it
+    with pytest.raises(RuntimeError, match="front.cpp was not compiled; it needs a C.. compiler and ninja"):
+        front.compile_source()
+
+
+def test_a_session_that_half_forgot_distutils_can_compile(module, monkeypatch):
+    """setuptools takes the rest for its own and stops; here it runs elsewhere."""
+    monkeypatch.delitem(sys.modules, "distutils", raising=False)
+    monkeypatch.setitem(sys.modules, "distutils.core", SimpleNamespace(__file__="elsewhere"))
+    folder = os.path.dirname(os.path.dirname(module.__file__))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", folder)
+    assert front.compile_source().__file__ == module.__file__
 
 
 def test_without_a_driver_it_says_so():

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +37,34 @@ def build(verbose: bool = False) -> None:
     use(compile_source(verbose), ctypes.cast(driver, ctypes.c_void_p).value, launch.current_stream)
 
 
-def compile_source(verbose: bool = False) -> Any:
-    """`front.cpp` as an imported module, compiled once for each version of PyTorch. `verbose` and errors as in `build`.
-    """
-    from torch.utils import cpp_extension
+COMPILE = """
+import sys
+from torch.utils import cpp_extension
+name, source, verbose = sys.argv[1:]
+made = cpp_extension.load(name, [source], extra_cflags=["-O2"], with_cuda=False, verbose=verbose == "True")
+print(made.__file__)
+"""
 
+
+def compile_source(verbose: bool = False) -> Any:
+    """`front.cpp` as an imported module, compiled once for each version of PyTorch, in a process of its own:
+    setuptools, which compiles, is particular about what was imported before it. `verbose`, errors: as in `build`."""
     name = "ragged_front_" + "".join(c if c.isalnum() else "_" for c in torch.__version__)
-    source = Path(__file__).with_name("front.cpp")
     path = os.environ.get("PATH", "")
-    try:
-        if launch.installed("ninja"):  # where a Python is called by its path, its scripts are not on PATH
-            os.environ["PATH"] = os.pathsep.join([path, import_module("ninja").BIN_DIR])
-        return cpp_extension.load(name, [str(source)], extra_cflags=["-O2"], with_cuda=False, verbose=verbose)
-    except (RuntimeError, OSError, ImportError) as error:
+    if launch.installed("ninja"):  # where a Python is called by its path, its scripts are not on PATH
+        path = os.pathsep.join([path, import_module("ninja").BIN_DIR])
+    command = [sys.executable, "-c", COMPILE, name, str(Path(__file__).with_name("front.cpp")), str(verbose)]
+    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    if done.returncode:
         need = "it needs a C++ compiler and ninja (pip install 'ragged-vit[compiled]')"
-        raise RuntimeError(f"front.build: front.cpp was not compiled; {need}: {error}") from error
-    finally:
-        os.environ["PATH"] = path
+        raise RuntimeError(f"front.build: front.cpp was not compiled; {need}: {done.stderr.strip()[-2000:]}")
+    *said, file = done.stdout.splitlines()
+    if verbose:
+        print("\n".join(said))
+    spec = spec_from_file_location(name, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def use(module: Any, address: int, stream: Any) -> None:
