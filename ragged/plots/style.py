@@ -51,7 +51,7 @@ AXIS_TITLES = {
 }
 INK, FAINT = "#222222", "#e5e5e5"
 LEAST = 600  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
-LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 20, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
+LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 29, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
 
 
 def look(backend: str) -> Look:
