@@ -7,7 +7,9 @@ import pytest
 pytest.importorskip("plotly")
 
 from ragged import data, plots
+from ragged.data.intervals import wilson
 from ragged.plots.quality import pareto_front, pruner_looks
+from ragged.plots.style import LEAST, legend_names
 
 PRUNERS = ("threshold_l2", "threshold_l2_tau", "dynamicvit", "evit", "ats")
 
@@ -126,10 +128,10 @@ def test_the_front_holds_what_no_other_point_beats():
 
 
 def test_counts_are_drawn_for_each_pruner_with_their_correlation():
-    counts = {"ATS": ("ats", [50, 60, 70], 1.0), "ATS again": ("ats", [70, 60, 50], -1.0)}
+    counts = {"ATS": ("ats", [50, 60, 70], 1.0, (0.5, 1.0)), "ATS again": ("ats", [70, 60, 50], -1.0)}
     figure = plots.counts_against_size([20, 60, 120], counts)
     texts = [a.text for a in figure.layout.annotations]
-    assert texts == ["ATS<br>rank correlation +1.00", "ATS again<br>rank correlation -1.00"]
+    assert texts == ["ATS<br>rank correlation +1.00<br>95 %: +0.50 to +1.00", "ATS again<br>rank correlation -1.00"]
     assert list(figure.data[1].y) == [70, 60, 50] and figure.layout.xaxis2.title.text
 
 
@@ -152,3 +154,101 @@ def test_a_pruner_of_one_s_own_gets_a_panel_beside_the_published_ones():
     own = frame[(frame.pruner == "evit")].assign(pruner="mine")
     figure = plots.sparsity_speedup(pandas.concat([own, frame[frame.pruner.isin(["none", "threshold_l2", "ats"])]]))
     assert [a.text for a in figure.layout.annotations] == ["Threshold-L2", "ATS", "mine"]
+
+
+NETWORKS = ("deit_tiny_digits", "deit_tiny_digits_labels")
+
+
+def two_networks():
+    frame = accuracy_frame()
+    counted = frame[frame.metric == "top1"].assign(metric="images", value=2000.0)
+    both = pandas.concat([frame, counted])
+    return pandas.concat([both, both.assign(model=NETWORKS[1])])
+
+
+def test_networks_stand_side_by_side_with_one_legend_and_95_percent_intervals():
+    figure = plots.accuracy(two_networks(), model=list(NETWORKS), tokens=["197", "single cut"])
+    assert len([a for a in figure.layout.annotations if "taught" in a.text]) == 2
+    names = legend_names(figure)
+    assert len(names) == len(set(names)) == 1 + len(PRUNERS) and len(figure.data) == 2 * len(names)
+    assert "95 % intervals of 2,000 scenes" in figure.layout.title.subtitle.text
+    whole = figure.data[0]
+    low, high = wilson(0.95, 2000)
+    assert whole.error_y.array[0] == pytest.approx(100 * high - 95)
+    assert whole.error_y.arrayminus[0] == pytest.approx(95 - 100 * low)
+
+
+def fidelity_frame():
+    shared = dict(suite="fidelity", backend="auto", batch=64.0)
+    return frames.rows([
+        shared | dict(model=model, pruner=pruner, keep=keep, tokens=schedule, metric=metric, value=value,
+                      q20=value - 0.1, q80=value + 0.1)
+        for model in NETWORKS for pruner in (*PRUNERS, "random", "random_adaptive", "dynamicvit:untrained")
+        for schedule in ("published", "single cut") for keep in (0.9, 0.5)
+        for metric, value in (("feature_cosine", keep), ("top1_agreement", keep), ("kept_tokens", 196 * keep),
+                              ("images", 19.0))
+    ])  # fmt: skip
+
+
+def test_fidelity_has_quantiles_for_cosines_and_intervals_for_agreement():
+    cosine = plots.fidelity(fidelity_frame(), tokens="single cut")
+    assert list(cosine.data[0].y) == [0.5, 0.9] and cosine.data[0].error_y.array[0] == pytest.approx(0.1)
+    agree = plots.fidelity(fidelity_frame(), metric="top1_agreement", model=NETWORKS[0])
+    assert agree.data[0].error_y.array[0] == pytest.approx(100 * wilson(0.5, 19)[1] - 50)
+    with pytest.raises(ValueError, match="metric: expected feature_cosine or top1_agreement, got 'top1'"):
+        plots.fidelity(fidelity_frame(), metric="top1")
+
+
+def seeds_frame():
+    shared = dict(backend="auto", mode="eager", tokens="single cut")
+    rows = [
+        shared | dict(suite=suite, model=model, pruner=pruner, keep=keep, metric=metric, value=value)
+        for suite, model, more in (("accuracy", "net", ["dynamicvit"]), ("seeds", "net seed 1", []),
+                                   ("seeds", "network seed 7", []))
+        for pruner in ("evit", "random", *more) for keep in (0.5, 0.7)
+        for metric, value in (("top1", keep), ("images", 100.0))
+    ]  # fmt: skip
+    return frames.rows(rows)
+
+
+def test_seeds_compare_what_all_of_them_were_counted_with():
+    figure = plots.seeds(seeds_frame(), model="net", keep=(0.7, 0.5))
+    assert [t.name for t in figure.data if t.showlegend] == ["seed 0", "seed 1"]
+    assert {x for t in figure.data for x in t.x} == {"EViT", "random"} and list(figure.data[0].y) == [70, 70]
+
+
+def lines(text):
+    return [part for part in (text or "").split("<br>") if part]
+
+
+@pytest.mark.parametrize("width", [None, LEAST])
+def test_nothing_around_a_plot_stands_over_anything_else(width):
+    """Room for the legend and the titles at the figure's own width, and at the narrowest that a page draws. Measured:
+    a row of the legend takes 29 pixels, a letter of 12 pixels at most 7, of which 6 in the subtitle."""
+    errors = [dict(name=f"Threshold-L2<br>{i}", padded=1e-6, ragged=1e-6, apart=1e-6) for i in range(8)]
+    drawn = (
+        plots.accuracy(two_networks(), model=list(NETWORKS)), plots.accuracy(accuracy_frame(), against="images_per_s"),
+        plots.fidelity(fidelity_frame()), plots.seeds(seeds_frame(), model="net", keep=(0.7, 0.5)),
+        plots.logit_differences(equivalence_frame(), claim={"evit": 0.005}), plots.rounding(errors, below="x · " * 60),
+        plots.counts_against_size([1, 2, 3], {"a": ("ats", [1, 2, 3], 1.0, (0.9, 1.0))}),
+    )  # fmt: skip
+    for figure in drawn:
+        layout, names = figure.layout, legend_names(figure)
+        shown = width or layout.width
+        below = lines(layout.title.subtitle.text)
+        assert max(map(len, below), default=0) * 6 <= shown - 32, below
+        heads = max((len(lines(a.text)) for a in layout.annotations if a.yref == "paper"), default=0)
+        assert layout.margin.t >= 40 + 15 * len(below) + 16 * heads
+        if names:
+            assert layout.legend.entrywidth >= 6.5 * max(map(len, names)) and layout.legend.yref == "container"
+            rows = -(-len(names) // max(1, int((shown - 88) // (layout.legend.entrywidth + 50))))
+            room = layout.legend.y * layout.height  # from the top of the legend to the lower edge
+            assert room >= 29 * rows and layout.margin.b - room >= 55, layout.title.text
+
+
+def test_a_strip_is_wide_enough_for_its_words():
+    import numpy as np
+
+    names, ids = ["threshold_l2 says 6", "evit"], [[0, 1, 2], [0, 1, -1]]
+    figure = plots.kept_patches(np.zeros((3, 64, 64), dtype=np.float32), ids, names, side=60)
+    assert figure.layout.width >= 2 * 8 * len(names[0])

@@ -35,6 +35,7 @@ def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title=
     """A strip of images in which dropped patches are washed out, each with its name and its number of kept patches.
 
     images: one image for all, or one for each.  ids: for each panel the kept row numbers.  names: a line of text each.
+    side: of a panel in pixels; more where the text above it is longer.
     """
     count = len(ids)
     if len(names) != count or count == 0:
@@ -45,6 +46,8 @@ def kept_patches(images, ids, names, *, patch=16, columns=None, side=200, title=
         raise ValueError(f"images: expected one, or one for each of {count} lists of ids, got {len(images)}")
     columns = min(count, columns or count)
     rows = -(-count // columns)
+    fused = any(np.any(np.asarray(kept) == -1) for kept in ids)
+    side = max(side, 8 * max(map(len, names)), 140 if fused else 112)  # letters of 12 px, the name in bold
     figure = new_figure(title, below, columns * (side + 12) + 20, rows * (side + 46) + (76 if below else 56))
     figure.update_layout(margin=dict(l=16, r=16, t=72 if below else 52, b=12))
     step_x, step_y = (side + 12) / side, (side + 46) / side

@@ -44,7 +44,7 @@ def pruner_look(name: str) -> Look:
     return PRUNER_LOOKS[known]._replace(label=PRUNER_LOOKS[known].label + name[len(known) :])
 
 
-def score_maps(images, scores, labels, *, patch=16, side=84, title="Which patches rank high?", below=""):
+def score_maps(images, scores, labels, *, patch=16, side=104, title="Which patches rank high?", below=""):
     """One row per image: the image, then one heat map per score laid over it. Colour is the rank within the image.
 
     scores: for each image a dict of score name -> one number per patch.  labels: one per image.

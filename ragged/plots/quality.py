@@ -102,9 +102,9 @@ def rounding(errors, *, title="Whose rounding is it?", below=""):
         figure.add_bar(x=names, y=values, name=label, text=text, textposition="outside", cliponaxis=False,
                        marker=marker)  # fmt: skip
     exponents = _powers(_positive([one[key] for one in errors for key, *_ in bars]))
-    figure.update_layout(barmode="group")
+    figure.update_layout(barmode="group", width=880 if len(errors) > 6 else 760)
     figure.update_yaxes(title_text="difference of logits,<br>root mean square (log)", **exponents)
-    return fitted(figure)
+    return fitted(figure, axis=90 if len(errors) > 6 else 62)  # names of many groups are turned on a narrow page
 
 
 # ---- accuracy ----
@@ -260,10 +260,10 @@ def counts_against_size(sizes, counts, *, title="Kept tokens follow the content"
 def count_distribution(counts, *, seqlen=197, title="The counts of one batch", below=""):
     """Every image of a batch as a dot at the tokens it keeps; a thick bar marks the mean, a thin one the longest.
 
-    counts: {pruner: tokens per image}. The text at the right says which share of the rows would be padding.
+    counts: {pruner: tokens per image}. The text above says which share of the rows would be padding.
     """
     looks = pruner_looks(counts)
-    figure = new_figure(title, below, height=150 + 70 * len(counts))
+    figure = new_figure(title, below, height=160 + 82 * len(counts))
     for pruner, tokens in list(counts.items())[::-1]:
         style, longest, mean = looks[pruner], max(tokens), sum(tokens) / len(tokens)
         figure.add_box(x=list(tokens), name=style.label, boxpoints="all", jitter=0.8, pointpos=0, hoverinfo="x",
@@ -273,10 +273,10 @@ def count_distribution(counts, *, seqlen=197, title="The counts of one batch", b
             mark = dict(symbol="line-ns-open", size=size, color=INK, line_width=3 if at == mean else 1.5)
             figure.add_scatter(x=[at], y=[style.label], mode="markers", marker=mark, showlegend=False, hoverinfo="x")
         text = f"mean {mean:.0f}, longest {longest}: {1 - mean / longest:.0%} padding"
-        figure.add_annotation(x=seqlen * 1.02, y=style.label, text=text, showarrow=False, xanchor="left",
+        figure.add_annotation(x=0, y=style.label, text=text, showarrow=False, xanchor="left", yshift=30,
                               font=dict(size=11))  # fmt: skip
     ticks = [*range(0, seqlen, 50), seqlen]
-    figure.update_xaxes(title_text="tokens kept, CLS included", range=[0, seqlen * 1.45], tickvals=ticks)
+    figure.update_xaxes(title_text="tokens kept, CLS included", range=[-2, seqlen * 1.02], tickvals=ticks)
     return figure.update_yaxes(showgrid=False)
 
 

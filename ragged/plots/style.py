@@ -54,7 +54,7 @@ AXIS_TITLES = {
 }
 INK, FAINT = "#222222", "#e5e5e5"
 LEAST = 600  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
-LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 20, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
+LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 29, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
 RINGED = "ring or *: disturbed"  # how figures mark the rows that `ragged.data.disturbed` finds
 
 
