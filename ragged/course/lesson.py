@@ -19,6 +19,7 @@ import torch
 from .. import data, launch
 from ..attention import pick_backend
 from ..backends import BACKENDS
+from .exercises import Exercise, check_exercise, unlike
 from .output import figure_bundle, saving, use_small_pictures
 
 HEAD_DIM = 64  # of every DeiT
@@ -177,41 +178,28 @@ def _shown(result) -> dict:
 
 
 def check(spec: object, yours: object, *inputs: object, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
-    """Compare your answer with the specification and say where they differ. Returns whether they agree.
+    """Compare your answer with what was asked and say where they differ. Returns whether they agree.
 
-    spec, yours: tensors, arrays, numbers, lists, or functions, which are both called with `inputs`.  atol, rtol: as
-    in `torch.allclose`. An exercise still to be done (None or NotImplementedError) is said to be so.
+    spec: the name of an exercise, "lesson/number", whose cases are then tried one by one (`exercises.check_exercise`);
+    or a tensor, array, number, list, or function to compare with.  yours: the same, or a function; functions are called
+    with `inputs`.  atol, rtol: as in `torch.allclose`. An exercise that is not begun (None or NotImplementedError) is
+    said to be so.
     """
+    if isinstance(spec, str):
+        return check_exercise(spec, yours)
+    exercise = Exercise(spec if callable(spec) else lambda *_: spec, {"": inputs}, atol=atol, rtol=rtol)
     if callable(yours):
-        try:
-            yours = yours(*inputs)
-        except NotImplementedError:
-            yours = None
+        return check_exercise("", yours, exercise)
     if yours is None:
-        print("Not done yet: your function returned nothing.")
+        print("Not begun: there is no value yet.")
         return False
-    spec = spec(*inputs) if callable(spec) else spec
-    verdict = difference(spec, yours, atol, rtol)
+    verdict = difference(spec(*inputs) if callable(spec) else spec, yours, atol, rtol)
     print(verdict or "Correct.")
     return verdict is None
 
 
 def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e-4) -> str | None:
-    """What is wrong with `yours` beside `spec` in one line, or None within atol and rtol: shape, NaN, largest error and
-    first bad index."""
-    want, got = (torch.as_tensor(x).detach().cpu() for x in (spec, yours))
-    if want.shape != got.shape:
-        return f"Wrong shape: expected {tuple(want.shape)}, got {tuple(got.shape)}."
-    if got.is_floating_point() != want.is_floating_point():
-        return f"Wrong kind of numbers: expected {want.dtype}, got {got.dtype}."
-    want, got = want.double(), got.double()
-    error = (want - got).abs()
-    bad = ~torch.isclose(got, want, rtol, atol)  # NaN fails, equal infinities pass
-    if not bad.any():
-        return None
-    first = tuple(bad.nonzero()[0].tolist())
-    where = f"[{', '.join(map(str, first))}]" if first else ""
-    return (
-        f"{int(bad.sum())} of {bad.numel()} values differ, the largest error is {error[bad].max():.3g}. "
-        f"First at {where or 'the value itself'}: expected {want[first]:.6g}, got {got[first]:.6g}."
-    )
+    """What is wrong with `yours` beside `spec`, or None within atol and rtol: shape, kind of numbers, NaN, the rows
+    that differ and the first bad value. Lists, tuples and dicts are compared part by part."""
+    found = unlike(spec, yours, atol, rtol)
+    return found and found[0].upper() + found[1:]
