@@ -16,7 +16,8 @@ LIGHT = "03"  # runs quickly; RAGGED_GRADE_ALL=1 grades all of them, which takes
 
 
 def solutions(lesson):
-    return {n: cell["source"] for n, cell in tagged(read(lesson.parent / "solutions" / lesson.name), "exercise").items()}
+    solved = tagged(read(lesson.parent / "solutions" / lesson.name), "exercise")
+    return {number: cell["source"] for number, cell in solved.items()}
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
 """The course as assignments for otter-grader: `python -m ragged.course.assignment --out FOLDER` (`make assignment`).
 
-Every lesson and its solution become one notebook in the form that `otter assign` reads; it writes two folders, `student`
-to hand out and `autograder` with the solutions and the archive that `otter run` or Gradescope grades with.
+Every lesson and its solution become one notebook in the form that `otter assign` reads; it writes two folders,
+`student` to hand out and `autograder` with the solutions and the archive that `otter run` or Gradescope grades with.
 """
 
 from __future__ import annotations
