@@ -36,6 +36,7 @@ bake: $(STAMP)
 	    --ExecutePreprocessor.record_timing=False \
 	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec', 'language_info'}" $(NOTEBOOKS)
+	$(BIN)/python -m ragged.course.frames
 
 # From the saved outputs: nothing is run. The pages need no network and no server.
 site: $(STAMP)

@@ -8,6 +8,7 @@ import torch
 import ragged
 from ragged import course, data
 from ragged.course import output as notebook_output
+from ragged.course.frames import FRAMES
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +139,8 @@ def test_a_slider_of_figures_hands_over_plotly_json(shown, monkeypatch):
 def test_a_saved_notebook_gets_the_picture_without_the_widget(shown, monkeypatch, capsys):
     monkeypatch.setenv("PLOTLY_RENDERER", notebook_output.SAVING)
     assert course.slider(str, [1, 2, 3], start=2, label="k") is None
-    assert shown[1] == [] and shown[0].shown == [{"text/plain": "2"}]
+    frames = {"label": "k", "stops": ["1", "2", "3"], "start": 1, "frames": ["1", "2", "3"]}
+    assert shown[1] == [] and shown[0].shown == [{"text/plain": "2", FRAMES: frames}]
     assert "k = 2" in capsys.readouterr().out
 
 

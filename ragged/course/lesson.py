@@ -138,8 +138,8 @@ def slider(render: Callable, values: Sequence, start: object = None, label: str 
 
     render: value -> a plotly figure or text, and nothing else: it neither prints nor keeps state, so it can be tested
     and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider. Returns
-    the widget (None in a saved notebook, where only the first picture remains: widget state does not survive a static
-    view).
+    the widget (None in a notebook that runs to be saved: widget state does not survive a static view, so the
+    pictures of all stops are saved for the site, see `frames`).
     """
     from IPython.display import display
 
@@ -148,8 +148,10 @@ def slider(render: Callable, values: Sequence, start: object = None, label: str 
     if start not in values:
         raise ValueError(f"start: expected one of {values}, got {start!r}")
     if saving():
+        from .frames import FRAMES, computed
+
         print(f"{label} = {start}   (run this cell to get a slider over {values[0]} … {values[-1]})")
-        display(_shown(render(start)), raw=True)
+        display(_shown(render(start)) | {FRAMES: computed(render, values, start, label)}, raw=True)
         return None
     import ipywidgets
 
