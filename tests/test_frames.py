@@ -42,8 +42,10 @@ def test_frames_of_a_cell_that_is_gone_are_deleted(notebook):
     assert path.exists() and not other.exists()
 
 
-@pytest.mark.parametrize("content", [b"x", gzip.compress(b"[]"), gzip.compress(json.dumps(FILM | {"start": 7}).encode()),
-                                     gzip.compress(json.dumps(FILM | {"frames": []}).encode())])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    b"x", gzip.compress(b"[]"), gzip.compress(json.dumps(FILM | {"start": 7}).encode()),
+    gzip.compress(json.dumps(FILM | {"frames": []}).encode()),
+])  # fmt: skip
 def test_damaged_frames_are_refused(notebook, content):
     (path,) = frames.move_out(notebook)
     path.write_bytes(content)
