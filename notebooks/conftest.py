@@ -24,6 +24,7 @@ import torch
 
 # Kernels inherit it: these runs look at no picture, and drawing PNGs would start a browser for each notebook.
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
+os.environ.setdefault("RAGGED_PROGRESS", "off")  # nothing that tests solve is anybody's progress
 
 MOST_CPU_SECONDS = 120 * torch.get_num_threads()  # a thread that waits for another one uses its core, too
 collect_ignore_glob = ["solutions/*"]

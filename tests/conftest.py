@@ -11,6 +11,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: one core, here and in the programs started from here
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.setdefault("RAGGED_PROGRESS", "off")  # nothing that tests solve is anybody's progress
+
 import torch
 from filelock import FileLock  # PyTorch needs it
 

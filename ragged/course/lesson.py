@@ -19,6 +19,7 @@ import torch
 from .. import data, launch
 from ..attention import pick_backend
 from ..backends import BACKENDS
+from .exercises import Exercise, check_exercise, unlike
 from .output import figure_bundle, saving, use_small_pictures
 
 HEAD_DIM = 64  # of every DeiT
@@ -138,7 +139,7 @@ def recorded(suite: str, draw: Callable, gpu: str | None = "NVIDIA H200", **opti
         return None
 
 
-def progress(items: Sequence, label: str) -> Iterable:
+def steps(items: Sequence, label: str) -> Iterable:
     """The items one by one, under a bar that is gone at the end; without one where the notebook is being saved.
 
     items: what a cell that takes longer than a few seconds works through. label: beside the bar.
@@ -156,8 +157,8 @@ def slider(render: Callable, values: Sequence, start: object = None, label: str 
 
     render: value -> a plotly figure or text, and nothing else: it neither prints nor keeps state, so it can be tested
     and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider. Returns
-    the widget (None in a saved notebook, where only the first picture remains: widget state does not survive a static
-    view).
+    the widget (None in a notebook that runs to be saved: widget state does not survive a static view, so the
+    pictures of all stops are saved for the site, see `frames`).
     """
     from IPython.display import display
 
@@ -166,8 +167,10 @@ def slider(render: Callable, values: Sequence, start: object = None, label: str 
     if start not in values:
         raise ValueError(f"start: expected one of {values}, got {start!r}")
     if saving():
+        from .frames import FRAMES, computed
+
         print(f"{label} = {start}   (run this cell to get a slider over {values[0]} … {values[-1]})")
-        display(_shown(render(start)), raw=True)
+        display(_shown(render(start)) | {FRAMES: computed(render, values, start, label)}, raw=True)
         return None
     import ipywidgets
 
@@ -196,41 +199,28 @@ def _shown(result) -> dict:
 
 
 def check(spec: object, yours: object, *inputs: object, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
-    """Compare your answer with the specification and say where they differ. Returns whether they agree.
+    """Compare your answer with what was asked and say where they differ. Returns whether they agree.
 
-    spec, yours: tensors, arrays, numbers, lists, or functions, which are both called with `inputs`.  atol, rtol: as
-    in `torch.allclose`. An exercise still to be done (None or NotImplementedError) is said to be so.
+    spec: the name of an exercise, "lesson/number", whose cases are then tried one by one (`exercises.check_exercise`);
+    or a tensor, array, number, list, or function to compare with.  yours: the same, or a function; functions are called
+    with `inputs`.  atol, rtol: as in `torch.allclose`. An exercise that is not begun (None or NotImplementedError) is
+    said to be so.
     """
+    if isinstance(spec, str):
+        return check_exercise(spec, yours)
+    exercise = Exercise(spec if callable(spec) else lambda *_: spec, {"": inputs}, atol=atol, rtol=rtol)
     if callable(yours):
-        try:
-            yours = yours(*inputs)
-        except NotImplementedError:
-            yours = None
+        return check_exercise("", yours, exercise)
     if yours is None:
-        print("Not done yet: your function returned nothing.")
+        print("Not begun: there is no value yet.")
         return False
-    spec = spec(*inputs) if callable(spec) else spec
-    verdict = difference(spec, yours, atol, rtol)
+    verdict = difference(spec(*inputs) if callable(spec) else spec, yours, atol, rtol)
     print(verdict or "Correct.")
     return verdict is None
 
 
 def difference(spec: object, yours: object, atol: float = 1e-5, rtol: float = 1e-4) -> str | None:
-    """What is wrong with `yours` beside `spec` in one line, or None within atol and rtol: shape, NaN, largest error and
-    first bad index."""
-    want, got = (torch.as_tensor(x).detach().cpu() for x in (spec, yours))
-    if want.shape != got.shape:
-        return f"Wrong shape: expected {tuple(want.shape)}, got {tuple(got.shape)}."
-    if got.is_floating_point() != want.is_floating_point():
-        return f"Wrong kind of numbers: expected {want.dtype}, got {got.dtype}."
-    want, got = want.double(), got.double()
-    error = (want - got).abs()
-    bad = ~torch.isclose(got, want, rtol, atol)  # NaN fails, equal infinities pass
-    if not bad.any():
-        return None
-    first = tuple(bad.nonzero()[0].tolist())
-    where = f"[{', '.join(map(str, first))}]" if first else ""
-    return (
-        f"{int(bad.sum())} of {bad.numel()} values differ, the largest error is {error[bad].max():.3g}. "
-        f"First at {where or 'the value itself'}: expected {want[first]:.6g}, got {got[first]:.6g}."
-    )
+    """What is wrong with `yours` beside `spec`, or None within atol and rtol: shape, kind of numbers, NaN, the rows
+    that differ and the first bad value. Lists, tuples and dicts are compared part by part."""
+    found = unlike(spec, yours, atol, rtol)
+    return found and found[0].upper() + found[1:]

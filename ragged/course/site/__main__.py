@@ -8,6 +8,7 @@ links to other files of the project lead to its repository. No page asks the net
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
     from plotly.offline import get_plotlyjs
     from pygments.formatters import HtmlFormatter
 
-    from .page import FIGURE, FILES, Page, PageExporter
+    from .page import FIGURE, FILES, PLACEHOLDER, Page, PageExporter, contents, sections
     from .place import draft
 except ModuleNotFoundError as missing:
     sys.exit(f"ragged.course.site: {missing.name} is not installed; try pip install 'ragged-vit[notebooks,bake,site]'")
@@ -79,11 +80,12 @@ class Site:
     def __init__(self, root: Path, out: Path):
         self.root, self.out, self.name = root, out, repository(root)
         self.pages = find_pages(root)
+        self.index: list[dict] = []  # every section of every page, for the search
         self.by_source = {page.source: page for page in self.pages}
 
     def build(self) -> list[Page]:
         """Write everything; returns the pages."""
-        for file in ("style.css", "figures.js"):
+        for file in ("style.css", "figures.js", "course.js"):
             self.write(f"assets/{file}", (FILES / file).read_bytes())
         self.write("assets/plotly.min.js", get_plotlyjs().encode())
         light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
@@ -94,6 +96,8 @@ class Site:
         # as if it lay among the notebooks, so that its links are like theirs
         front = Page(self.root / "notebooks" / "index.md", "index.html", plain_title(text))
         self.write_page(front, nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]))
+        words = json.dumps(self.index, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        self.write("assets/search.js", f"window.SECTIONS={words};\n".encode())
         return self.pages
 
     def write_page(self, page: Page, notebook) -> None:
@@ -108,7 +112,9 @@ class Site:
             "partner": self.partner(page), "repository": self.name,
         }  # fmt: skip
         html, _ = PageExporter(self, page).from_notebook_node(notebook, resources)
-        self.write(page.out, html.encode())
+        found = sections(html)
+        self.index += [{"page": page.out, "lesson": page.title, **section} for section in found]
+        self.write(page.out, html.replace(PLACEHOLDER, contents(found), 1).encode())
 
     def partner(self, page: Page) -> Page | None:
         """The solutions of a lesson, the lesson of solutions."""

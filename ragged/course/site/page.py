@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from bs4 import BeautifulSoup
 from jinja2 import pass_context
 from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from .. import frames
 from ..notebooks import COLAB, NotebookError
 
 FILES = Path(__file__).parent / "files"
@@ -87,6 +89,7 @@ class PageExporter(HTMLExporter):
         self.register_filter("markdown2html", self.markdown2html)
         self.register_filter("figure", self.figure)
         self.register_filter("png_text", self.png_text)
+        self.register_filter("film", self.film)
 
     @pass_context
     def markdown2html(self, context, source):
@@ -112,7 +115,24 @@ class PageExporter(HTMLExporter):
             raise NotebookError(f"{where}: the figure cannot be drawn ({error!r}): run `make bake` again") from None
         text = text.replace("<", "\\u003c")  # neither </script> nor <!-- is left, and JSON reads the same
         alt, src = str(output.data["text/plain"]).strip(), self.page.to(path.as_posix())
-        return {"json": text, "alt": alt, "src": src} | size
+        return {"json": text, "alt": alt, "src": src} | size | self.film(output, cell)
+
+    def film(self, output, cell) -> dict:
+        """The slider of an output whose cell has one: the script with the pictures of all stops, loaded when it is
+        first moved, and the control, which is hidden where there are no scripts. Empty for other outputs."""
+        shown = [one for one in cell.outputs if one.output_type in ("display_data", "execute_result")]
+        found = frames.read(self.page.source, str(cell.get("id"))) if output in shown[:1] else None
+        if found is None:
+            return {"frames": "", "control": ""}
+        place = f"frames/{frames.place_of(self.page.source, cell.id).name.removesuffix('.json.gz')}.js"
+        text = json.dumps(found["frames"], separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        self.site.write(place, f"(window.FRAMES ??= {{}})[{json.dumps(place)}]={text};\n".encode())
+        label, last, stops = escape(found["label"]), len(found["stops"]) - 1, escape(json.dumps(found["stops"]))
+        control = (
+            f'<label class="slider" hidden><span>{label}</span><input type="range" min="0" max="{last}" '
+            f'value="{found["start"]}" aria-label="{label}" data-stops="{stops}"><output></output></label>'
+        )
+        return {"frames": place, "control": control}
 
     def png_text(self, output, cell):
         """The base64 of an output's PNG, which is one."""
@@ -136,3 +156,34 @@ def length(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= 20_000:
         raise ValueError(f"expected pixels, got {value!r}")
     return round(value)
+
+
+# ---- what a page says of itself ----
+
+PLACEHOLDER = "CONTENTS-OF-THIS-PAGE"  # in the template
+
+
+def sections(html: str) -> list[dict]:
+    """The sections of a page: level, title, anchor, and the text up to the next heading, code and outputs left out."""
+    main = BeautifulSoup(html, "html.parser").find("main")
+    for part in main.select(".output, .input, script, style, .anchor-link, noscript"):
+        part.decompose()
+    found: list[dict] = []
+    for node in main.descendants:
+        if getattr(node, "name", None) in ("h1", "h2", "h3"):
+            title = " ".join(node.get_text(" ").split())
+            found.append({"level": int(node.name[1]), "title": title, "anchor": node.get("id", ""), "text": []})
+        elif node.name is None and found and not node.find_parent(["h1", "h2", "h3"]):
+            found[-1]["text"].append(str(node))
+    return [section | {"text": " ".join(" ".join(section["text"]).split())} for section in found]
+
+
+def contents(found: list[dict]) -> str:
+    """The list of a page's sections, as HTML; empty for a page with fewer than three."""
+    listed = [section for section in found if section["level"] in (2, 3) and section["anchor"]]
+    if len(listed) < 3:
+        return ""
+    lines = [f'<li class="level-{s["level"]}"><a href="#{escape(s["anchor"])}">{escape(s["title"])}</a></li>'
+             for s in listed]  # fmt: skip
+    head = '<details class="contents" open><summary>On this page</summary>'
+    return f'<aside aria-label="On this page">{head}<ol>{"".join(lines)}</ol></details></aside>'
