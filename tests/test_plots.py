@@ -159,9 +159,22 @@ def test_the_pipeline_shows_cu_seqlens():
     assert "5   = cu_seqlens" in texts and "1.20 times as many rows" in texts
 
 
+def test_the_diagram_lights_the_parts_that_are_named():
+    parts = ("images", "blocks", "pruner", "pack", "attend", "classify")
+    for lit in ((), parts, ("pack",), "pruner"):
+        figure = plots.stages(lit=lit, title="A title")
+        coloured = [shape for shape in figure.layout.shapes if shape.type == "rect" and shape.line.color == "#d55e00"]
+        assert len(coloured) == (1 if lit in (("pack",), "pruner") else 6)
+        assert figure.layout.title.text == "A title" and len(figure.to_json()) < 20_000
+    said = plots.alt_text(plots.stages())
+    assert all(name in said for name in parts) and "cu_seqlens says where each image begins" in said
+    assert "<br>" not in said
+
+
 @pytest.mark.parametrize(
     "call, said",
     [
+        (lambda: plots.stages(lit=("pack", "unpack")), "lit: expected names of .*; got 'unpack'"),
         (lambda: plots.image_patches(IMAGE[0]), r"image: expected \(3, H, W\)"),
         (lambda: plots.image_patches(IMAGE[:, :60]), "multiples of 16"),
         (lambda: plots.image_patches(IMAGE * 4 - 2), r"floats in \[0, 1\]"),

@@ -42,6 +42,7 @@ from .speculation import (
     verification,
     who_sees_whom,
 )
+from .stages import stages
 from .style import LOOKS, alt_text
 
 __all__ = [
@@ -52,7 +53,7 @@ __all__ = [
     "image_patches", "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences",
     "measured_lines", "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline",
     "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling", "score_maps",
-    "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch",
-    "tile_cover", "tile_waste", "timeline", "token_schedules", "tree_of_guesses", "two_clocks", "verification",
-    "who_sees_whom",
+    "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "stages",
+    "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "tree_of_guesses", "two_clocks",
+    "verification", "who_sees_whom",
 ]  # fmt: skip
