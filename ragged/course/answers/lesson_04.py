@@ -75,10 +75,10 @@ EXERCISES = {
         spec=_threshold,
         cases={
             "the norms of five patches differ": (_norms([4, 1, 2, 3.5, 4, 5]), 1.0),
-            "a loud CLS, which has no say": (_norms([50, 1, 2, 3, 4, 5]), 1.0),
-            "a quiet CLS, which stays all the same": (_norms([0, 1, 2, 3, 4, 5]), 1.0),
+            "a loud CLS, which has no say": (_norms([50, 1, 2, 3.5, 4, 5]), 1.0),
+            "a quiet CLS, which stays all the same": (_norms([0, 1, 2, 3.5, 4, 5]), 1.0),
             "every patch exactly at the mean": (_norms([2, 3, 3, 3, 3, 3]), 1.0),
-            "two images of different loudness": (_norms([1, 1, 2, 3, 4, 5], [1, 20, 40, 60, 80, 99]), 1.0),
+            "two images of different loudness": (_norms([1, 1, 2, 3.5, 4, 5], [1, 20, 40, 60, 80, 99]), 1.0),
             "tau = 1.5": (_norms([1, 1, 2, 3, 4, 5]), 1.5),
         },
         hints=(
