@@ -1,5 +1,7 @@
 """What the notebooks lean on: set-up, tables, sliders at both ends, and the feedback on exercises."""
 
+import base64
+
 import numpy as np
 import pandas
 import pytest
@@ -147,6 +149,26 @@ def test_a_saved_notebook_gets_the_picture_without_the_widget(shown, monkeypatch
 def test_a_slider_starts_at_one_of_its_stops():
     with pytest.raises(ValueError, match="start: expected one of"):
         course.slider(str, [1, 2], start=3)
+
+
+def test_a_picture_of_photographs_is_shown_in_its_size():
+    """It has twice the pixels; what has not, stays as it is."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    Image.new("RGB", (660, 390)).save(file, "PNG")
+    png = base64.b64encode(file.getvalue()).decode()
+
+    def sent(layout):
+        figure = {"application/vnd.plotly.v1+json": {"data": [], "layout": layout}, "image/png": png}
+        return notebook_output.with_size({"content": {"data": figure, "metadata": {"a": 1}}})["content"]["metadata"]
+
+    assert sent({"images": [{"source": "x"}]}) == {"a": 1, "image/png": {"width": 330, "height": 195}}
+    assert sent({}) == {"a": 1}
+    other = {"content": {"data": {"text/plain": "x"}}}
+    assert notebook_output.with_size(other) is other and notebook_output.with_size({}) == {}
 
 
 def test_the_saving_renderer_shrinks_its_png(monkeypatch):
