@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ def trace(kernel: Callable, grid: tuple[int, ...], *arguments: object) -> list[T
     names = [*inspect.signature(raw).parameters]
     room = {name: _Room(x) for name, x in zip(names, arguments) if isinstance(x, Tensor)}
     inner = [room[name].inner if name in room else x for name, x in zip(names, arguments)]
-    with _interpreting(room) as (interpreted, touches), np.errstate(all="ignore"):
+    with _interpreting(room) as (interpreted, touches), np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy would comment on every NaN
         try:
             interpreted(raw)[grid](*inner)
         except Exception as error:
@@ -132,8 +134,9 @@ def _interpreting(room: dict[str, _Room]) -> Iterator[tuple[type, list[Touch]]]:
         found = {name: space.places(at) for name, space in room.items()}
         inside = {name: int((near & taken).sum()) for name, (_, near) in found.items()}
         name = max(inside, key=inside.get, default="")
-        places, near = found[name] if name and (inside[name] or not taken.any()) else (at.astype(np.int64), taken & False)
-        name = name if near.any() else ""
+        if not inside.get(name):  # in no tensor, or nothing is taken
+            name = ""
+        places, near = found.get(name, (at.astype(np.int64), np.zeros_like(taken)))
         touches.append(Touch(tuple(builder.grid_idx), kind, name, places.ravel(), at.shape, taken.ravel()))
         return interpreter.TensorHandle(taken & near, tl.int1)
 
