@@ -248,7 +248,7 @@ def output(run: Run, options: dict) -> object:
 
     good = torch.isclose(run.out.double(), run.want, 2e-4, 1e-5).flatten(1).T.numpy()
     return touched_rows(run.lengths, np.ones_like(good), good, title="Which numbers of the output are right",
-                        below="all programs", across="number in the row: heads × dim",
+                        below="all programs", across="number in the row",
                         words=("right", "wrong", "not written"))  # fmt: skip
 
 
