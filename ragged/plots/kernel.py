@@ -8,9 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 
-from .style import INK, log_ticks, look, new_figure
+import numpy as np
+
+from .style import INK, fitted, log_ticks, look, new_figure
 
 REAL, WASTED, EDGE = "#56b4e9", "#e69f00", "#ffffff"
+WRONG, MISSED = "#d7191c", "#222222"
+IMAGE_COLOURS = ("#0072b2", "#009e73", "#8c6d1f", "#7f3c8d")  # far from WRONG, with room for paler ones
 PROGRAM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f")
 
 
@@ -22,7 +26,7 @@ def softmax_steps(steps, *, title="A softmax that sees its keys tile by tile", b
     """
     if not steps:
         raise ValueError("steps: expected at least one tile")
-    names = [f"tile {i + 1}: max {s['top']:.3g}, sum {s['total']:.3g}" for i, s in enumerate(steps)]
+    names = [f"tile {i + 1}:<br>max {s['top']:.3g}, sum {s['total']:.3g}" for i, s in enumerate(steps)]
     figure = _panels(new_figure(title, below, height=330), 1, len(steps), names, shared_yaxes=True)
     for i, step in enumerate(steps):
         weights = list(step["weights"])
@@ -34,8 +38,8 @@ def softmax_steps(steps, *, title="A softmax that sees its keys tile by tile", b
     longest = len(steps[-1]["weights"])
     figure.update_xaxes(title_text="key", range=[-0.6, longest - 0.4], dtick=max(1, longest // 6))
     figure.update_yaxes(range=[0, 1.05])
-    figure.update_yaxes(title_text="exp(score − max so far)", col=1)
-    return figure.update_layout(barmode="overlay", bargap=0.15, legend=_legend_below(-0.28), margin=dict(t=112, b=84))
+    figure.update_yaxes(title_text="exp(score − max)", col=1)
+    return fitted(figure.update_layout(barmode="overlay", bargap=0.15), plot=150)
 
 
 def tile_cover(panels, *, columns=None, title="Tiles over the score matrix", below="", side=172):
@@ -48,9 +52,10 @@ def tile_cover(panels, *, columns=None, title="Tiles over the score matrix", bel
         raise ValueError("panels: expected at least one")
     columns = min(len(panels), columns or len(panels))
     down = -(-len(panels) // columns)
-    names = [f"{p['name']}: {cover_waste(p):.0%} wasted" for p in panels]
-    figure = new_figure(title, below, max(380, columns * (side + 48) + 60), down * (side + 84) + 110)
-    figure = _panels(figure, down, columns, names, horizontal_spacing=0.28 / columns, vertical_spacing=0.44 / down)
+    names = [f"{p['name']}:<br>{cover_waste(p):.0%} wasted" for p in panels]
+    between, plot = 84, down * side + 84 * (down - 1)  # px: axis of one row of panels, names of the next
+    figure = new_figure(title, below, max(380, columns * (side + 48) + 60))
+    figure = _panels(figure, down, columns, names, horizontal_spacing=0.28 / columns, vertical_spacing=between / plot)
     for i, panel in enumerate(panels):
         place = dict(row=i // columns + 1, col=i % columns + 1)
         size, n = (sum(panel["keys"]), sum(panel["rows"])), panel["tokens"]
@@ -64,7 +69,7 @@ def tile_cover(panels, *, columns=None, title="Tiles over the score matrix", bel
         figure.update_yaxes(range=[reach, 0], showgrid=False, nticks=5, **place)
     figure.update_xaxes(title_text="keys")
     figure.update_yaxes(title_text="queries", col=1)
-    return figure.update_layout(legend=_legend_below(-0.2 / down - 0.06), margin=dict(t=106, b=80))
+    return fitted(figure, plot=plot)
 
 
 def cover_waste(panel) -> float:
@@ -94,7 +99,7 @@ def tile_waste(curves, *, strong=(), title="Arithmetic wasted at the edge of the
         figure.add_annotation(x=tokens, y=1, yref="paper", text=f"{tokens} tokens", showarrow=False, xanchor="right",
                               xshift=-4, font=dict(size=11))  # fmt: skip
     figure.update_xaxes(title_text="tokens per image")
-    return figure.update_yaxes(title_text="wasted share of the arithmetic, %", range=[0, 100])
+    return fitted(figure.update_yaxes(title_text="wasted arithmetic, %", range=[0, 100]), plot=240)
 
 
 def program_schedule(plans, *, slots, title="Programs on the processors of a GPU", below="", unit="tile steps",
@@ -108,8 +113,9 @@ def program_schedule(plans, *, slots, title="Programs on the processors of a GPU
         raise ValueError("plans: expected at least one plan with at least one program")
     ends = {name: max(start + length for _, start, length, _ in bars) for name, bars in plans.items()}
     names = [f"{name}: done after {ends[name]:g} {unit}" for name in plans]
-    figure = _panels(new_figure(title, below, height=150 + len(plans) * (16 * slots + 80)), len(plans), 1, names,
-                     vertical_spacing=0.2)  # fmt: skip
+    between = 52  # px: ticks of one panel, title of the next
+    plot = len(plans) * max(70, 17 * slots) + between * (len(plans) - 1)
+    figure = _panels(new_figure(title, below), len(plans), 1, names, vertical_spacing=between / plot)
     named = set()
     for i, bars in enumerate(plans.values()):
         for image in sorted({bar[3] for bar in bars}):
@@ -124,8 +130,45 @@ def program_schedule(plans, *, slots, title="Programs on the processors of a GPU
     figure.update_yaxes(range=[slots - 0.5, -0.5], dtick=max(1, slots // 4), title_text="processor", showgrid=False)
     if rows:
         figure.update_yaxes(tickvals=list(range(slots)), ticktext=rows, title_text=None)
-    figure.update_xaxes(range=[0, 1.02 * max(ends.values())], title_text=unit)
-    return figure.update_layout(barmode="overlay", margin_t=104)
+    figure.update_xaxes(range=[0, 1.02 * max(ends.values())])
+    figure.update_xaxes(title_text=unit, row=len(plans))
+    return fitted(figure.update_layout(barmode="overlay"), plot=plot)
+
+
+def touched_rows(lengths, touched, needed, *, title="Which rows were touched", below="", across="number in the row",
+                 words=("touched", "touched, but not its own", "its own, not touched")):  # fmt: skip
+    """The rows of a packed batch, coloured by image: pale where nothing happened, strong where it should have, red
+    where it should not.
+
+    lengths: tokens per image.  touched, needed: bools, (numbers, rows); rows past the last image are nobody's.  across:
+    what stands along the second axis.  words: what the three kinds of places are called.
+    """
+    touched, needed = np.asarray(touched, dtype=bool), np.asarray(needed, dtype=bool)
+    if touched.ndim != 2 or touched.shape != needed.shape or touched.shape[1] < sum(lengths):
+        raise ValueError(f"touched and needed: expected two arrays (numbers, at least {sum(lengths)} rows), "
+                         f"got {touched.shape} and {needed.shape}")  # fmt: skip
+    images = len(IMAGE_COLOURS)
+    owner = np.repeat([i % images for i in range(len(lengths))], lengths)
+    owner = np.append(owner, np.full(touched.shape[1] - len(owner), images))  # nobody's
+    kind = np.where(touched & needed, owner + images + 1, np.broadcast_to(owner, touched.shape))
+    kind = np.where(touched & ~needed, 2 * images + 2, np.where(needed & ~touched, 2 * images + 3, kind))
+    colours = [_paler(c) for c in IMAGE_COLOURS] + ["#ededed", *IMAGE_COLOURS, "#777777", WRONG, MISSED]
+    steps = [(i + side) / len(colours) for i in range(len(colours)) for side in (0, 1)]
+    figure = new_figure(title, " · ".join(filter(None, (below, f"strong colour: {words[0]}"))), width=760)
+    figure.add_heatmap(z=kind.astype(int).tolist(), zmin=-0.5, zmax=len(colours) - 0.5, showscale=False,
+                       colorscale=[[at, colours[i // 2]] for i, at in enumerate(steps)],
+                       hovertemplate="packed row %{x}, " + across + " %{y}<extra></extra>")  # fmt: skip
+    names = {f"image {i}: {n} token{'s' * (n != 1)}": IMAGE_COLOURS[i % images] for i, n in enumerate(lengths) if n}
+    names |= {"past the end": "#ededed"} if touched.shape[1] > sum(lengths) else {}
+    names |= {words[1]: WRONG}
+    names |= {words[2]: MISSED} if (needed & ~touched).any() else {}
+    for name, colour in names.items():
+        marker = dict(symbol="square", size=11, color=colour, line=dict(width=1, color="#888888"))
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
+    figure.update_xaxes(title_text="packed row", range=[-0.5, touched.shape[1] - 0.5], showgrid=False)
+    figure.update_yaxes(title_text=across, range=[len(touched) - 0.5, -0.5], showgrid=False,
+                        dtick=max(1, len(touched) // 4))  # fmt: skip
+    return fitted(figure, plot=170)
 
 
 def error_budget(errors, allowed, *, title="Largest error against float64", below=""):
@@ -147,7 +190,9 @@ def error_budget(errors, allowed, *, title="Largest error against float64", belo
     figure.add_annotation(x=math.log10(allowed), y=1, yref="paper", yanchor="bottom", text=f"budget {allowed:.1e}",
                           showarrow=False, font=dict(size=11))  # fmt: skip
     reach = [min([*values, allowed]) / 2, max([*values, allowed]) * 4]
-    powers = log_ticks(reach)["tickvals"][::3]  # of 1, 2 and 5 in every decade the first
+    powers = [tick for tick in log_ticks(reach)["tickvals"] if reach[0] <= tick <= reach[1]]
+    if len(powers) > 7:  # of 1, 2 and 5 in every decade the first
+        powers = [tick for tick in powers if f"{tick:.0e}"[0] == "1"]
     figure.update_xaxes(title_text="largest absolute error (log)", type="log", range=[math.log10(v) for v in reach],
                         tickvals=powers, ticktext=[f"{v:.0e}" for v in powers])  # fmt: skip
     return figure.update_yaxes(type="category", showgrid=False)
@@ -156,13 +201,15 @@ def error_budget(errors, allowed, *, title="Largest error against float64", belo
 # ---- parts ----
 
 
+def _paler(colour: str) -> str:
+    """A colour with three parts of white."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{255 - (255 - part) // 4:02x}" for part in parts)
+
+
 def _panels(figure, rows: int, columns: int, names, **options):
     figure.set_subplots(rows, columns, subplot_titles=names, **options)
     return figure.update_annotations(font_size=12)
-
-
-def _legend_below(y: float) -> dict:
-    return dict(orientation="h", x=0, y=y, yanchor="top")
 
 
 def _rectangle(figure, width, height, colour, name, legend, place) -> None:
