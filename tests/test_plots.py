@@ -171,10 +171,22 @@ def test_the_diagram_lights_the_parts_that_are_named():
     assert "<br>" not in said
 
 
+def test_the_machine_lights_the_parts_that_are_named():
+    parts = ("host", "queue", "multiprocessor", "registers", "shared", "l2", "memory")
+    for lit, coloured in (((), 9), (parts, 9), (("registers", "shared"), 2), ("multiprocessor", 3)):
+        figure = plots.machine(lit=lit, title="A title")
+        shapes = [shape for shape in figure.layout.shapes if shape.line.color == "#d55e00"]
+        assert len(shapes) == coloured and figure.layout.title.text == "A title"
+    said = plots.alt_text(plots.machine())
+    assert all(word in said for word in ("host", "queue", "registers", "shared memory", "L2 cache"))
+    assert "<" not in said
+
+
 @pytest.mark.parametrize(
     "call, said",
     [
         (lambda: plots.stages(lit=("pack", "unpack")), "lit: expected names of .*; got 'unpack'"),
+        (lambda: plots.machine(lit="L3"), "lit: expected names of .*; got 'L3'"),
         (lambda: plots.image_patches(IMAGE[0]), r"image: expected \(3, H, W\)"),
         (lambda: plots.image_patches(IMAGE[:, :60]), "multiples of 16"),
         (lambda: plots.image_patches(IMAGE * 4 - 2), r"floats in \[0, 1\]"),
