@@ -42,7 +42,10 @@ def disturbed(rows: pd.DataFrame) -> pd.Series:
         raise ValueError(f"rows: expected a frame of recorded rows, the columns {missing} are missing")
     timed = rows["metric"].str.endswith("_us") | (rows["metric"] == "images_per_s")
     wide = timed & (rows["q20"] > 0) & (rows["q80"] > SPREAD * rows["q20"])
-    return wide | _out_of_line(rows[timed & rows["value"].gt(0)]).reindex(rows.index, fill_value=False)
+    some = (timed & rows["value"].gt(0)).to_numpy()  # by place: frames put together may repeat an index
+    slow = np.zeros(len(rows), dtype=bool)
+    slow[some] = _out_of_line(rows[some])
+    return wide | slow
 
 
 def _out_of_line(rows):
@@ -60,4 +63,4 @@ def _out_of_line(rows):
     for at in frame.groupby([*series, "kind"], sort=False, dropna=False).indices.values():
         more = (batch[at][None] >= batch[at][:, None]) & (tokens[at][None] >= tokens[at][:, None])  # row, larger ones
         found[at] = times[at] > SPREAD * np.where(more, times[at][None], np.inf).min(1)
-    return pandas.Series(found, index=rows.index)
+    return found
