@@ -61,8 +61,17 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
     return sum(numbers), max(numbers)
 
 
+class _Batch:
+    def having(self, tokens: Tensor) -> Packed | Padded:
+        """The same batch with other tokens of the same leading shape; `dataclasses.replace` asks all fields one by one,
+        which takes longer than a block's launches leave time for."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, tokens=tokens)
+        return new
+
+
 @dataclass(frozen=True)
-class Packed:
+class Packed(_Batch):
     """A ragged batch without padding.
 
     tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
@@ -110,7 +119,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(_Batch):
     """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
     or None when every row is real, seqlen, count, rows and unpruned as in `Packed`. Padding rows are zero and have the
     id -1."""

@@ -24,23 +24,6 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
     return module(*inputs)
 
 
-def through(module: nn.Module, x: Tensor) -> Tensor:
-    """What module makes of x. Identities and plain products on which nothing hangs are not called: at batch 1 the host
-    is what takes time, and a call of a module costs it a microsecond."""
-    kind = type(module)
-    if (kind is not nn.Identity and kind is not nn.Linear) or torch.compiler.is_compiling():
-        return module(x)
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return module(x)
-    if "forward" in own or kind.forward is not PLAIN[kind]:  # somebody put another in its place
-        return module(x)
-    return x if kind is nn.Identity else nn.functional.linear(x, module.weight, module.bias)
-
-
-PLAIN = {kind: kind.forward for kind in (nn.Identity, nn.Linear)}
-
-
 @dataclass(frozen=True)
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
