@@ -334,7 +334,7 @@ class RaggedViT(nn.Module):
         if isinstance(state_q, Padded):
             unfused = blocks.runs_unfused(state_k, run.backend, block)
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
-        k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
+        k, v = (k, v) if k.dim() == 3 else (x.flatten(0, -3) for x in (k, v))  # keys that are still dense
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
         return self._run["attend_packed"](q, k, v, *sizes, scale, self._named(state_q, run))
 

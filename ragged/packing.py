@@ -10,6 +10,7 @@ Two layouts hold the same thing, and everything after this file works on either:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -91,7 +92,7 @@ class Packed(_Batch):
     rows: Counts | None = None
     unpruned: Counts | None = None
 
-    @property
+    @functools.cached_property
     def starts(self) -> Tensor:
         """First row of every image, int32 (batch,)."""
         return self.cu_seqlens[:-1]
@@ -183,7 +184,9 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     total are zeros that no attention call looks at.
     """
     batch, index, counts = state.batch, selection.index, selection.counts
-    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    tokens, ids = state.tokens, state.ids
+    if isinstance(state, Padded):
+        tokens, ids = tokens.flatten(0, -2), ids.flatten()
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend))
         rows = counts + (selection.blend is not None)

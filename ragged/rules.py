@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +50,9 @@ class View:
     def scored(self, needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
         """This view with the parts that `needs` names, made of a block's q, k, v (..., nheads, headdim); scale: what
         its scores are multiplied by."""
-        state, lead, parts = self.state, q.shape[:-2], {}
-        heads, places = [x.flatten(0, -3) for x in (q, k, v)], (state.starts, self.lengths, state.width)
+        state, lead, parts = self.state, q.shape[:-2], dict(vars(self), lengths=self.lengths)
+        heads = (q, k, v) if q.dim() == 3 else [x.flatten(0, -3) for x in (q, k, v)]
+        places = (state.starts, self.lengths, state.width)
         if needs & {"attention", "importance"}:
             probs = cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
         if "attention" in needs:
@@ -60,8 +61,8 @@ class View:
             parts["importance"] = importance(probs, heads[2], *places)  # (batch, n)
         if "values" in needs:
             parts["value_norm"] = state.grid(row_norms(v.flatten(-2)))  # (batch, n)
-        view = replace(self, **parts)
-        vars(view)["lengths"] = self.lengths  # to find them may be a launch
+        view = object.__new__(View)  # `dataclasses.replace` asks all fields one by one, and `lengths` may be a launch
+        vars(view).update(parts)
         return view
 
     def real(self) -> Tensor:
