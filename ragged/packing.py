@@ -64,8 +64,7 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
 
 class _Batch:
     def having(self, tokens: Tensor) -> Packed | Padded:
-        """The same batch with other tokens of the same leading shape; `dataclasses.replace` asks all fields one by one,
-        which takes longer than a block's launches leave time for."""
+        """The same batch with other tokens of the same leading shape (`dataclasses.replace` asks field by field)."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__, tokens=tokens)
         return new
@@ -115,8 +114,11 @@ class Packed(_Batch):
 
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
-        rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
-        return picked_rows(self.tokens, rows.clamp_(max=self.tokens.shape[0] - 1))  # a recording's may be too small
+        if self.count is not None and self.count >= count:
+            return self.tokens.unflatten(0, (self.batch, self.count))[:, :count]
+        rows = self.starts[:, None]
+        rows = rows if count == 1 else rows + torch.arange(count, device=rows.device)
+        return picked_rows(self.tokens, rows.clamp(max=self.tokens.shape[0] - 1))  # a recording's may be too small
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,8 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     total are zeros that no attention call looks at.
     """
     batch, index, counts = state.batch, selection.index, selection.counts
-    tokens, ids = state.tokens, state.ids
-    if isinstance(state, Padded):
-        tokens, ids = tokens.flatten(0, -2), ids.flatten()
+    packed, tokens, ids = isinstance(state, Packed), state.tokens, state.ids
+    tokens, ids = (tokens, ids) if packed else (tokens.flatten(0, -2), ids.flatten())
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend))
         rows = counts + (selection.blend is not None)

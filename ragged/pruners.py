@@ -131,7 +131,7 @@ class Predictor(nn.Module):
         """The log-probabilities of "keep" of a view's patches (batch, patches), in two launches; None where the kernels
         do not run, or where something hangs on this network."""
         patches = view.columns - view.prefix
-        if not 0 < view.state.batch * patches <= row_ops.MOST_SCORED:
+        if not 0 < view.state.batch * patches * view.state.tokens.shape[-1] <= row_ops.MOST_SCORED:
             return None
         parts = [*self.in_conv, *self.out_conv]
         kinds = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]

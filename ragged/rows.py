@@ -19,8 +19,8 @@ ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
 CHUNK, MASK_CHUNK = 128, 256  # counts, or entries of a mask, that a program adds up at once
 MOST_RANKED = 1024  # patches that one program compares, faster than `topk` and `sort` (times: data/results/notes.md)
-# Patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
-MOST_SCORED, WIDEST = 3200, 384
+# Numbers in the patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
+MOST_SCORED, WIDEST = 400_000, 384
 
 
 def offsets(counts: Tensor) -> Tensor:

@@ -156,6 +156,21 @@ def test_a_failing_call_drops_out_of_the_rounds_alone():
     assert runner.reason(runner.Wrong("off by 1")) == "wrong: off by 1"
 
 
+def test_disturbed_times_are_read_again_and_the_calmer_ones_kept(monkeypatch):
+    readings = {"calm": [[1.0] * 4], "once": [[1.0, 1.0, 9.0, 9.0], [2.0] * 4], "always": [[1.0, 9.0]] * 9,
+                "calmer": [[1.0, 9.0], [1.0, 8.0], [1.0, 5.0], [1.0, 7.0]]}  # fmt: skip
+    subjects = {name: Subject([lambda: None], clocks=("wall_us",)) for name in readings}
+    for name, subject in subjects.items():
+        monkeypatch.setattr(subject, "warm_up", lambda: None)
+        scripted = iter(readings[name])
+        monkeypatch.setattr(subject, "sample", lambda _, s=subject, i=scripted: s.times.update(wall_us=next(i)))
+    measure(list(subjects.values()), 1, 10)
+    found = {name: subject.times["wall_us"] for name, subject in subjects.items()}
+    assert found == {"calm": [1.0] * 4, "once": [2.0] * 4, "always": [1.0, 9.0], "calmer": [1.0, 5.0]}
+    assert [name for name, subject in subjects.items() if subject.disturbed()] == ["always", "calmer"]
+    assert all(subject.error is None and subject.clocks == ("wall_us",) for subject in subjects.values())
+
+
 def test_a_case_is_written_with_its_failures(tmp_path):
     def broken():
         raise runner.Skip("not here")

@@ -98,17 +98,17 @@ def measure(subjects: Sequence[Subject], repeats: int = 7, slice_us: float = 400
     turn, in an order that is shuffled per round, so that a drifting GPU clock favours nobody. What raises gets an
     `error` and drops out; `Broken` if it took the GPU's context with it.
 
-    Those that were disturbed take turns once more, up to AGAIN times, and of every clock the calmer readings are kept:
-    what is then still too wide apart is written as it is, and marked by whoever shows it."""
+    What a clock of theirs disturbed is read once more, up to AGAIN times, again in turns, and the calmer readings are
+    kept. What is then still too wide apart is written as it is, and marked by whoever shows it."""
     _take_turns(subjects, repeats, slice_us, seed)
     for again in range(1, AGAIN + 1):
-        shaky = {id(s): (s, dict(s.times)) for s in subjects if s.error is None and s.disturbed()}
-        for subject, _ in shaky.values():
-            subject.times = {}
-        _take_turns([subject for subject, _ in shaky.values()], repeats, slice_us, seed + again)
-        for subject, before in shaky.values():
-            subject.times = {clock: min(before[clock], times, key=_spread) for clock, times in subject.times.items()
-                             } if subject.error is None else before  # fmt: skip
+        shaky = {id(s): (s, s.clocks, s.times) for s in subjects if s.error is None and s.disturbed()}
+        for subject, _, _ in shaky.values():
+            subject.clocks, subject.times = tuple(subject.disturbed()), {}
+        _take_turns([subject for subject, _, _ in shaky.values()], repeats, slice_us, seed + again)
+        for subject, clocks, before in shaky.values():
+            calmer = {clock: min(before[clock], times, key=_spread) for clock, times in subject.times.items()}
+            subject.clocks, subject.times = clocks, before | (calmer if subject.error is None else {})
 
 
 def _spread(times: list[float]) -> float:
