@@ -104,10 +104,10 @@ class RaggedViT(nn.Module):
         self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 
-    def with_pruner(self, pruner: Pruner | None) -> RaggedViT:
-        """The same network and backend with another pruner; compiled pieces are shared, so that both round alike."""
+    def with_pruner(self, pruner: Pruner | None, backend: str | None = None) -> RaggedViT:
+        """The network with another pruner and, if named, backend; compiled pieces are shared, so both round alike."""
         trained = [module.training for module in self.vit.modules()]  # wrapping sets all to eval mode
-        twin = RaggedViT(self.vit, pruner, self.backend)
+        twin = RaggedViT(self.vit, pruner, backend or self.backend)
         twin._compiled, twin._run = self._compiled, self._run
         for module, was in zip(self.vit.modules(), trained, strict=True):
             module.training = was

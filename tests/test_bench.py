@@ -132,6 +132,14 @@ def test_a_wrong_output_is_found(monkeypatch):
         made.check(model, lambda images: model(images) + 0.1)
 
 
+def test_what_is_compiled_shares_its_pieces(monkeypatch):
+    made = small_bench(monkeypatch)
+    pruner = PRUNERS["evit"](keep=0.5, at=(3,), where="after")
+    model = made.model(pruner, "sdpa_padded", compiled=True)
+    assert (model.pruner, model.backend) == (pruner, "sdpa_padded")
+    assert model._run is made.compiled._run and made.model(pruner, "reference")._run is not model._run
+
+
 def test_another_selection_needs_another_answer(monkeypatch):
     made = small_bench(monkeypatch)
     pruner = PRUNERS["evit"](keep=0.5, at=(3,), where="after")
