@@ -1,9 +1,9 @@
 """A transformer block in pieces: four row-wise ones around one attention call.
 
 Row-wise pieces do not care whether they get (batch, n, dim) or (total, dim); only attention does. Every piece is a
-plain function of a block and tensors, so that `torch.compile` compiles it once and uses it for all blocks. One more
-comes before the first block: `embed`. They take the place of timm's `forward` methods where a block is plain;
-support/ decides that.
+plain function of a block and tensors, so that `torch.compile` compiles it once and uses it for all blocks; an eager
+pass gives it a `Bare` block. One more comes before the first block: `embed`. They take the place of timm's `forward`
+methods where a block is plain; support/ decides that.
 
 Then the records of a pass through the blocks: where it stands, and what it leaves behind.
 """
@@ -17,22 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import packing
 from .attention import varlen_attention
 from .backends import Backend, masked_sdpa, unfused_softmax
 from .gradients import split_projection
-from .packing import (
-    Packed,
-    Padded,
-    Selection,
-    packed_state,
-    padded_state,
-    put_back,
-    take_by_loop,
-    take_packed,
-    take_padded,
-)
+from .packing import Packed, Padded, Selection, packed_state, padded_state, put_back
 from .rows import host_offsets
-from .rules import run_module, through
+from .rules import run_module
+from .support.bare import Bare
 from .support.training import drop_images
 
 State = Packed | Padded
@@ -58,35 +50,41 @@ def _patch_rows(patch: nn.Module, images: Tensor) -> Tensor:
     return patch.norm(x.unflatten(0, (batch, high * wide)))  # (batch, patches, dim)
 
 
-def scale_of(block: nn.Module) -> float:
+def scale_of(block: nn.Module | Bare) -> float:
     """What the scores of a block are multiplied by. timm's fused attention does not ask `attn.scale`."""
     return block.attn.head_dim**-0.5 if block.attn.fused_attn else block.attn.scale
 
 
-def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(block: nn.Module | Bare, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for tokens x (..., dim), each (..., nheads, headdim): views of one
     projection."""
+    if isinstance(block, Bare):
+        return block.project(x)
     attn = block.attn
-    qkv = through(attn.qkv, block.norm1(x))  # (..., 3 * dim)
+    qkv = attn.qkv(block.norm1(x))  # (..., 3 * dim)
     qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (..., 3, nheads, headdim)
     q, k, v = split_projection(qkv) if qkv.dim() == 4 and qkv.requires_grad else qkv.unbind(-3)
-    return through(attn.q_norm, q), through(attn.k_norm, k), v
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
-def finish_attention(block: nn.Module, x: Tensor, heads: Tensor, cu: Tensor | None = None,
+def finish_attention(block: nn.Module | Bare, x: Tensor, heads: Tensor, cu: Tensor | None = None,
                      drops: bool = False) -> Tensor:  # fmt: skip
     """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim). drops:
     with what is dropped in training; cu: then the offsets of packed rows."""
+    if isinstance(block, Bare):
+        return block.finish_attention(x, heads)
     attn, out = block.attn, heads.flatten(-2)  # (..., dim)
-    out = through(attn.proj, through(attn.norm, out) if hasattr(attn, "norm") else out)
+    out = attn.proj(attn.norm(out) if hasattr(attn, "norm") else out)
     if drops:
         return x + drop_images(block.drop_path1, block.ls1(attn.proj_drop(out)), cu)
-    return x + through(block.ls1, out)
+    return x + block.ls1(out)
 
 
-def finish_block(block: nn.Module, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
+def finish_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
     """The MLP half of a block on x (..., dim); cu, drops: as in `finish_attention`."""
-    out = through(block.ls2, block.mlp(block.norm2(x)))
+    if isinstance(block, Bare):
+        return block.finish_block(x)
+    out = block.ls2(block.mlp(block.norm2(x)))
     return x + (drop_images(block.drop_path2, out, cu) if drops else out)
 
 
@@ -106,7 +104,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, sca
     return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
 
 
-def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str,
+def packed_block(block: nn.Module | Bare, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str,
                  drops: bool = False) -> Tensor:  # fmt: skip
     """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
     `attend_packed`; drops: as in `finish_attention`."""
@@ -115,7 +113,7 @@ def packed_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: f
     return finish_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
 
 
-def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool,
+def padded_block(block: nn.Module | Bare, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool,
                  drops: bool = False) -> Tensor:  # fmt: skip
     """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); scale, unfused: as in
     `attend_padded`; drops: as in `finish_attention`."""
@@ -124,10 +122,8 @@ def padded_block(block: nn.Module, x: Tensor, lengths: Tensor | None, scale: flo
     return finish_block(block, x, None, drops)
 
 
-PIECES = (
-    embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
-    run_module,
-)  # fmt: skip
+PIECES = (embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
+          run_module)  # fmt: skip
 
 # Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
 # the winner of that moment: a pass becomes up to a tenth slower, and another one every time.
@@ -378,13 +374,13 @@ def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
     if cut.selection is None:
         return cut.state
     if backend.paper_padding:  # the paper pads to the original length, always
-        return take_by_loop(cut.state, cut.selection)
+        return packing.take_by_loop(cut.state, cut.selection)
     if backend.pads:
-        return take_padded(cut.state, cut.selection, sizes and sizes[1])
-    return take_packed(cut.state, cut.selection, lambda counts: sizes)
+        return packing.take_padded(cut.state, cut.selection, sizes and sizes[1])
+    return packing.take_packed(cut.state, cut.selection, lambda counts: sizes)
 
 
-def runs_unfused(state: Padded, backend: Backend, block: nn.Module) -> bool:
+def runs_unfused(state: Padded, backend: Backend, block: nn.Module | Bare) -> bool:
     """Whether attention is plain products and a softmax: where timm's own is, and in the paper's padded baseline, which
     leaves the fused kernels once there is padding; before the first cut it is dense."""
     return not block.attn.fused_attn or (backend.paper_padding and state.lengths is not None)

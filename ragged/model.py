@@ -6,7 +6,6 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from .graph import Captured, aside, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner
 from .rules import View
-from .support import Survey, check_supported, convolves_as_usual, refuse_fixed_programs
+from .support import Bare, Survey, check_supported, convolves_as_usual, refuse_fixed_programs
 from .support.training import refuse_to_train
 from .support.trial import MODULE_PARTS
 
@@ -105,10 +104,10 @@ class RaggedViT(nn.Module):
         self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 
-    def with_pruner(self, pruner: Pruner | None) -> RaggedViT:
-        """The same network and backend with another pruner; compiled pieces are shared, so that both round alike."""
+    def with_pruner(self, pruner: Pruner | None, backend: str | None = None) -> RaggedViT:
+        """The network with another pruner and, if named, backend; compiled pieces are shared, so both round alike."""
         trained = [module.training for module in self.vit.modules()]  # wrapping sets all to eval mode
-        twin = RaggedViT(self.vit, pruner, self.backend)
+        twin = RaggedViT(self.vit, pruner, backend or self.backend)
         twin._compiled, twin._run = self._compiled, self._run
         for module, was in zip(self.vit.modules(), trained, strict=True):
             module.training = was
@@ -273,40 +272,42 @@ class RaggedViT(nn.Module):
             return run.canvas
         return self.vit.forward_head(self._normed(state))
 
+    def _block(self, i: int, run: Pass) -> nn.Module | Bare:
+        """Block i as the pieces take it: in an eager pass without the calls of its modules."""
+        eager = self._compiled is None and not run.drops and not torch.compiler.is_compiling()
+        return (eager and self.survey.bare[i]) or self.vit.blocks[i]
+
     def _whole_block(self, state: State, i: int, run: Pass) -> State:
-        block, backend = self.vit.blocks[i], run.backend
         if i in self.survey.whole:
-            x = block(blocks.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
+            x = self.vit.blocks[i](blocks.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
             self._look_again()
-            return replace(state, tokens=x if isinstance(state, Padded) else x.flatten(0, 1))
+            return state.having(x if isinstance(state, Padded) else x.flatten(0, 1))
+        block, x = self._block(i, run), state.tokens
         if isinstance(state, Packed):
-            sizes, name = (state.cu_seqlens, state.max_seqlen), self._named(state, run)
-            x = self._run["packed_block"](block, state.tokens, *sizes, scale_of(block), name, run.drops)
-        else:
-            unfused = blocks.runs_unfused(state, backend, block)
-            x = self._run["padded_block"](block, state.tokens, state.lengths, scale_of(block), unfused, run.drops)
-        return replace(state, tokens=x)
+            places = (state.cu_seqlens, state.max_seqlen, scale_of(block), self._named(state, run))
+            return state.having(self._run["packed_block"](block, x, *places, run.drops))
+        how = (scale_of(block), blocks.runs_unfused(state, run.backend, block), run.drops)
+        return state.having(self._run["padded_block"](block, x, state.lengths, *how))
 
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
         """Run block i as far as its cut, and ask the pruner which rows stay."""
-        if i < 0:
+        if i < 0 or (self.pruner.where != "inside" and not self.pruner.needs):
+            state = state if i < 0 else self._whole_block(state, i, run)
             return Cut(state, self._select(state, i), i)
-        if self.pruner.where != "inside" and not self.pruner.needs:
-            state = self._whole_block(state, i, run)
-            return Cut(state, self._select(state, i), i)
-        block, x, pruner = self.vit.blocks[i], state.tokens, self.pruner
+        block, x, pruner = self._block(i, run), state.tokens, self.pruner
         q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
+        scored = (q, k, v, scale_of(block))
         if pruner.where == "inside" and pruner.rows_only:
-            selection = self._select(state, i, q, k, v)
-            queries_too = replace(state, tokens=torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
+            selection = self._select(state, i, *scored)
+            queries_too = state.having(torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
             return Cut(queries_too, selection, i, "attention", k, v)
         drops = _images_of(state, run.drops)
-        early = aside(lambda: self._select(state, i, q, k, v), q.is_cuda) if pruner.scores_only else None
+        early = aside(lambda: self._select(state, i, *scored), q.is_cuda) if pruner.scores_only else None
         x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run), *drops)
         if pruner.where != "inside":
             x = self._run["finish_block"](block, x, *drops)
-        after = replace(state, tokens=x)
-        selection = early() if early else self._select(after, i, q, k, v)
+        after = state.having(x)
+        selection = early() if early else self._select(after, i, *scored)
         return Cut(after, selection, i, "mlp" if pruner.where == "inside" else "")
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
@@ -318,22 +319,22 @@ class RaggedViT(nn.Module):
             run.stages.append(blocks.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
         if not cut.remains:
             return new
-        block, x, drops = self.vit.blocks[cut.block], new.tokens, _images_of(new, run.drops)
+        block, x, drops = self._block(cut.block, run), new.tokens, _images_of(new, run.drops)
         if cut.remains == "attention":
             heads, dim = cut.keys.shape[-2:]
             x, q = x[..., : -heads * dim], x[..., -heads * dim :].unflatten(-1, (heads, dim))
             # under autocast tokens and queries differ in dtype, and went through the cut in the wider one
             out = self._attend(new, cut.state, q.to(cut.keys.dtype), cut.keys, cut.values, block, run)
             x = self._run["finish_attention"](block, x, out, *drops)
-        return replace(new, tokens=self._run["finish_block"](block, x, *drops))
+        return new.having(self._run["finish_block"](block, x, *drops))
 
-    def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module,
+    def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module | Bare,
                 run: Pass) -> Tensor:  # fmt: skip
         scale = scale_of(block)
         if isinstance(state_q, Padded):
             unfused = blocks.runs_unfused(state_k, run.backend, block)
             return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
-        k, v = (x.flatten(0, -3) for x in (k, v))  # (total, nheads, headdim), also where keys are still dense
+        k, v = (k, v) if k.dim() == 3 else (x.flatten(0, -3) for x in (k, v))  # keys that are still dense
         sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
         return self._run["attend_packed"](q, k, v, *sizes, scale, self._named(state_q, run))
 
@@ -342,12 +343,11 @@ class RaggedViT(nn.Module):
         wherever rows would suffice for them: in a graph's spare room by chance, and the kernel would pay twice."""
         return "auto" if self.backend == "auto" and state.count is not None else run.backend.name
 
-    def _select(self, state: State, i: int, q: Tensor | None = None, k: Tensor | None = None,
-                v: Tensor | None = None) -> Selection | None:  # fmt: skip
-        """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim)."""
+    def _select(self, state: State, i: int, *scored: Tensor | float) -> Selection | None:
+        """Ask the pruner, with the scores it needs from block i's q, k, v (..., nheads, headdim), and its scale."""
         view = View(state, self.prefix, self._cuts[i], apply=self._run["run_module"])
         if self.pruner.needs:
-            view = view.scored(self.pruner.needs, q, k, v, scale_of(self.vit.blocks[i]))
+            view = view.scored(self.pruner.needs, *scored)
         selection = self.pruner.select(view)
         if selection is not None:
             check_selection(selection, self.pruner.name, state, self.prefix, self.pruner.adaptive)

@@ -10,6 +10,7 @@ Two layouts hold the same thing, and everything after this file works on either:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -61,8 +62,16 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
     return sum(numbers), max(numbers)
 
 
+class _Batch:
+    def having(self, tokens: Tensor) -> Packed | Padded:
+        """The same batch with other tokens of the same leading shape (`dataclasses.replace` asks field by field)."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, tokens=tokens)
+        return new
+
+
 @dataclass(frozen=True)
-class Packed:
+class Packed(_Batch):
     """A ragged batch without padding.
 
     tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
@@ -82,7 +91,7 @@ class Packed:
     rows: Counts | None = None
     unpruned: Counts | None = None
 
-    @property
+    @functools.cached_property
     def starts(self) -> Tensor:
         """First row of every image, int32 (batch,)."""
         return self.cu_seqlens[:-1]
@@ -105,12 +114,15 @@ class Packed:
 
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
-        rows = self.starts[:, None] + torch.arange(count, device=self.tokens.device)
-        return picked_rows(self.tokens, rows.clamp_(max=self.tokens.shape[0] - 1))  # a recording's may be too small
+        if self.count is not None and self.count >= count:
+            return self.tokens.unflatten(0, (self.batch, self.count))[:, :count]
+        rows = self.starts[:, None]
+        rows = rows if count == 1 else rows + torch.arange(count, device=rows.device)
+        return picked_rows(self.tokens, rows.clamp(max=self.tokens.shape[0] - 1))  # a recording's may be too small
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(_Batch):
     """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
     or None when every row is real, seqlen, count, rows and unpruned as in `Packed`. Padding rows are zero and have the
     id -1."""
@@ -174,7 +186,8 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     total are zeros that no attention call looks at.
     """
     batch, index, counts = state.batch, selection.index, selection.counts
-    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    packed, tokens, ids = isinstance(state, Packed), state.tokens, state.ids
+    tokens, ids = (tokens, ids) if packed else (tokens.flatten(0, -2), ids.flatten())
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend))
         rows = counts + (selection.blend is not None)

@@ -130,8 +130,8 @@ class Predictor(nn.Module):
     def scores(self, view: View) -> Tensor | None:
         """The log-probabilities of "keep" of a view's patches (batch, patches), in two launches; None where the kernels
         do not run, or where something hangs on this network."""
-        patches = view.columns - view.prefix
-        if not 0 < view.state.batch * patches <= row_ops.MOST_SCORED:
+        patches, x = view.columns - view.prefix, view.state.tokens
+        if x.element_size() != 2 or not 0 < view.state.batch * patches * x.shape[-1] <= row_ops.MOST_SCORED:
             return None
         parts = [*self.in_conv, *self.out_conv]
         kinds = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
@@ -139,8 +139,8 @@ class Predictor(nn.Module):
             return None
         state, lengths = view.state, view.lengths
         starts = None if isinstance(lengths, int) else state.starts
-        tokens, layers = state.tokens.flatten(0, -2), (parts[0], parts[1::2])
-        return row_ops.patch_scores(tokens, starts, lengths, view.prefix, patches, *layers)
+        layers = (parts[0], parts[1::2])
+        return row_ops.patch_scores(x.flatten(0, -2), starts, lengths, view.prefix, patches, *layers)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         x = self.in_conv(x)

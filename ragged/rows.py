@@ -18,11 +18,9 @@ from .kernels.padding import image_of_rows
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
 CHUNK, MASK_CHUNK = 128, 256  # counts, or entries of a mask, that a program adds up at once
-# Patches that one program compares with each other, faster than `topk` and `sort` (times: data/results/notes.md).
-MOST_RANKED = 1024
-# Patches of a batch, and their width, up to which `patch_scores` does it. None: its first form was no faster than the
-# compiled predictor, and its present one has not run on a GPU.
-MOST_SCORED, WIDEST = 0, 384
+MOST_RANKED = 1024  # patches that one program compares, faster than `topk` and `sort` (times: data/results/notes.md)
+# Numbers in the patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
+MOST_SCORED, WIDEST = 400_000, 384
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -120,29 +118,31 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
                  layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
     """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch, or None:
     the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many rows
-    are no patches.  patches: 1 to MOST_SCORED in a batch, no image has more.  norm, layers: a `Predictor`'s."""
+    are no patches.  patches: of the largest image.  norm, layers: a `Predictor`'s."""
     dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
     equal = lengths if isinstance(lengths, int) else 0
     batch = x.shape[0] // equal if equal else lengths.shape[0]
-    fits = dim % 8 == 0 and dim <= WIDEST
     plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
-    plain &= fits and x.dtype in (torch.float16, torch.bfloat16)
+    plain &= dim % 8 == 0 and dim <= WIDEST and x.dtype in (torch.float16, torch.bfloat16)
     if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
         return None
-    from .kernels.scorer import scorer_in_kernel, scorer_out_kernel
+    from .kernels.scorer import scorer_in_kernel, scorer_mid_kernel, scorer_out_kernel
 
-    x, side, tiles = x.contiguous(), 16, -(-patches // 16)
-    hidden, sums = x.new_empty(batch * patches, dim), x.new_empty(batch * tiles, dim // 2, dtype=torch.float32)
-    out = x.new_empty(batch, patches, dtype=torch.float32)
+    x, side, tiles, half = x.contiguous(), 16, -(-patches // 16), dim // 2
+    hidden, mid = (x.new_empty(batch * patches, n) for n in (dim, half))
+    sums, out = (x.new_empty(shape, dtype=torch.float32) for shape in ((batch * tiles, half), (batch, patches)))
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
-    shared = {"DIM": dim, "PREFIX": prefix, "M": side}
-    first = shared | {"N": 32, "WHOLE": _power(dim)}
-    last = shared | {"N": 32, "HALF": _power(dim // 2), "LAST": _power(dim // 4), "TILES": _power(tiles)}
-    key, options = (x.dtype, bool(equal), dim, prefix, last["TILES"]), {"num_warps": 4}
-    tensors = (x, *places, *weights[:4], hidden, sums), (hidden, sums, *places, *weights[4:], out)
-    grid, numbers = (batch * tiles, -(-dim // 32)), (equal, patches)
-    launch.start(scorer_in_kernel, key, grid, tensors[0], (*numbers, norm.eps), first, options)
-    launch.start(scorer_out_kernel, key, (batch * tiles, 1), tensors[1], numbers, last, options)
+    shared, middle = {"DIM": dim, "PREFIX": prefix, "M": side}, {"N": 32, "HALF": _power(half), "TILES": _power(tiles)}
+    numbers, key, options = (equal, patches), (x.dtype, bool(equal), dim, prefix, middle["TILES"]), {"num_warps": 4}
+
+    def run(kernel, columns: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
+        launch.start(kernel, key, (batch * tiles, columns), tensors, numbers, shared | constants, options)
+
+    first = {"N": 32, "WHOLE": _power(dim)}
+    run(scorer_in_kernel, -(-dim // 32), (x, *places, *weights[:4], hidden, sums), (*numbers, norm.eps), first)
+    run(scorer_mid_kernel, -(-half // 32), (hidden, sums, *places, *weights[4:6], mid), numbers, middle)
+    last = {"HALF": middle["HALF"], "LAST": _power(dim // 4)}
+    run(scorer_out_kernel, 1, (mid, *places, *weights[6:], out), numbers, last)
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +22,6 @@ from .rows import best_rows, cls_attention, equal_offsets, importance, kept_rows
 def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
     """What module makes of inputs, tensors."""
     return module(*inputs)
-
-
-def through(module: nn.Module, x: Tensor) -> Tensor:
-    """What module makes of x. Identities and plain products on which nothing hangs are not called: at batch 1 the host
-    is what takes time, and a call of a module costs it a microsecond."""
-    kind = type(module)
-    if (kind is not nn.Identity and kind is not nn.Linear) or torch.compiler.is_compiling():
-        return module(x)
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return module(x)
-    if "forward" in own or kind.forward is not PLAIN[kind]:  # somebody put another in its place
-        return module(x)
-    return x if kind is nn.Identity else nn.functional.linear(x, module.weight, module.bias)
-
-
-PLAIN = {kind: kind.forward for kind in (nn.Identity, nn.Linear)}
 
 
 @dataclass(frozen=True)
@@ -67,8 +50,9 @@ class View:
     def scored(self, needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
         """This view with the parts that `needs` names, made of a block's q, k, v (..., nheads, headdim); scale: what
         its scores are multiplied by."""
-        state, lead, parts = self.state, q.shape[:-2], {}
-        heads, places = [x.flatten(0, -3) for x in (q, k, v)], (state.starts, self.lengths, state.width)
+        state, lead, parts = self.state, q.shape[:-2], dict(vars(self), lengths=self.lengths)
+        heads = (q, k, v) if q.dim() == 3 else [x.flatten(0, -3) for x in (q, k, v)]
+        places = (state.starts, self.lengths, state.width)
         if needs & {"attention", "importance"}:
             probs = cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
         if "attention" in needs:
@@ -77,8 +61,8 @@ class View:
             parts["importance"] = importance(probs, heads[2], *places)  # (batch, n)
         if "values" in needs:
             parts["value_norm"] = state.grid(row_norms(v.flatten(-2)))  # (batch, n)
-        view = replace(self, **parts)
-        vars(view)["lengths"] = self.lengths  # to find them may be a launch
+        view = object.__new__(View)  # `dataclasses.replace` asks all fields one by one, and `lengths` may be a launch
+        vars(view).update(parts)
         return view
 
     def real(self) -> Tensor:

@@ -509,13 +509,8 @@ def test_a_nan_of_one_image_reaches_no_other_gradient(monkeypatch):
 # --- the network of DynamicViT
 
 
-@pytest.fixture
-def scored_by_kernels(monkeypatch):
-    monkeypatch.setattr(row_ops, "MOST_SCORED", 1024)
-
-
 @pytest.mark.parametrize("dim", [48, 192])
-def test_scores_of_a_predictor(dim, scored_by_kernels):
+def test_scores_of_a_predictor(dim):
     torch.manual_seed(dim)
     predictor, x = Predictor(dim).half().eval(), torch.randn(3, 70, dim).half()
     dense = packing.Padded(x, torch.arange(70).expand(3, 70), 70, count=70)
@@ -529,7 +524,7 @@ def test_scores_of_a_predictor(dim, scored_by_kernels):
             assert (found[b, n - 2 :] == -math.inf).all()
 
 
-def test_a_predictor_that_is_not_plain_is_called(scored_by_kernels):
+def test_a_predictor_that_is_not_plain_is_called():
     state = packing.Padded(torch.randn(1, 9, 48).half(), torch.arange(9)[None], 9, count=9)
     predictor = Predictor(48).half()
     assert predictor.scores(View(state, 1, 0)) is not None

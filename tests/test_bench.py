@@ -132,6 +132,14 @@ def test_a_wrong_output_is_found(monkeypatch):
         made.check(model, lambda images: model(images) + 0.1)
 
 
+def test_what_is_compiled_shares_its_pieces(monkeypatch):
+    made = small_bench(monkeypatch)
+    pruner = PRUNERS["evit"](keep=0.5, at=(3,), where="after")
+    model = made.model(pruner, "sdpa_padded", compiled=True)
+    assert (model.pruner, model.backend) == (pruner, "sdpa_padded")
+    assert model._run is made.compiled._run and made.model(pruner, "reference")._run is not model._run
+
+
 def test_another_selection_needs_another_answer(monkeypatch):
     made = small_bench(monkeypatch)
     pruner = PRUNERS["evit"](keep=0.5, at=(3,), where="after")
@@ -154,6 +162,21 @@ def test_a_failing_call_drops_out_of_the_rounds_alone():
     assert good.error is None and good.times["wall_us"]
     assert runner.reason(bad.error) == "RuntimeError: first line"
     assert runner.reason(runner.Wrong("off by 1")) == "wrong: off by 1"
+
+
+def test_disturbed_times_are_read_again_and_the_calmer_ones_kept(monkeypatch):
+    readings = {"calm": [[1.0] * 4], "once": [[1.0, 1.0, 9.0, 9.0], [2.0] * 4], "always": [[1.0, 9.0]] * 9,
+                "calmer": [[1.0, 9.0], [1.0, 8.0], [1.0, 5.0], [1.0, 7.0]]}  # fmt: skip
+    subjects = {name: Subject([lambda: None], clocks=("wall_us",)) for name in readings}
+    for name, subject in subjects.items():
+        monkeypatch.setattr(subject, "warm_up", lambda: None)
+        scripted = iter(readings[name])
+        monkeypatch.setattr(subject, "sample", lambda _, s=subject, i=scripted: s.times.update(wall_us=next(i)))
+    measure(list(subjects.values()), 1, 10)
+    found = {name: subject.times["wall_us"] for name, subject in subjects.items()}
+    assert found == {"calm": [1.0] * 4, "once": [2.0] * 4, "always": [1.0, 9.0], "calmer": [1.0, 5.0]}
+    assert [name for name, subject in subjects.items() if subject.disturbed()] == ["always", "calmer"]
+    assert all(subject.error is None and subject.clocks == ("wall_us",) for subject in subjects.values())
 
 
 def test_a_case_is_written_with_its_failures(tmp_path):

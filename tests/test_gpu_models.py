@@ -283,8 +283,7 @@ def test_a_recording_outlives_what_torch_compile_does_with_cublas_s_memory():
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_a_predictor_s_kernels_agree_with_its_modules(batch, monkeypatch):
-    monkeypatch.setattr("ragged.rows.MOST_SCORED", 1024)
+def test_a_predictor_s_kernels_agree_with_its_modules(batch):
     pruner = build("dynamicvit")
     ragged.RaggedViT(vit(), pruner)
     tokens = torch.randn(batch, 197, 384, device="cuda", dtype=torch.float16)

@@ -2,8 +2,8 @@
 
 Suites: dispatch, attention, backward, pack, model, sparsity, resolution, mixed, memory, equivalence, accuracy,
 fidelity, seeds, training, speculation, and `report`, which prints what the paper states, what was recorded on an H200
-and what this machine measured, side by side. A recording may be stopped and resumed: rows that this version has written
-already are not measured again.
+and an H100, and what this machine measured, side by side. A recording may be stopped and resumed: rows that this
+version has written already are not measured again.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ NOT_FOR_IMAGENET = ("quick", "repeats", "budget", "counts")  # one pass, counted
 # suites that take --model
 USE_MODEL = ("model", "sparsity", "resolution", "mixed", "memory", "equivalence", "accuracy", "fidelity", "training")
 USE_BATCH = (*USE_MODEL[:5], "attention", "backward", "pack", "accuracy", "fidelity", "training", "speculation")
-USE_CHOICE = ("model", "sparsity")  # suites that take --pruner and --backend
+USE_PRUNER = ("model", "sparsity")  # suites that take --pruner
+USE_CHOICE = (*USE_PRUNER, "attention", "backward", "pack", "training")  # suites that take --backend
 
 EXIT_CODES = """exit codes: 0 everything was measured, or has a row that says why it cannot be here (also when --budget
 ended the run); 1 the reader of the output went away; 2 nothing was measured: a wrong option, a missing package, a file
@@ -55,8 +56,8 @@ def parser(suites: Sequence[str], description: str) -> argparse.ArgumentParser:
     p.add_argument("--batch", nargs="+", type=commandline.positive, default=(), help="only these batch sizes")
     p.add_argument("--pruner", nargs="+", default=(), help="with `model` and `sparsity`: only these pruners, and what "
                    "prunes nothing")  # fmt: skip
-    p.add_argument("--backend", nargs="+", default=(), help="with `model` and `sparsity`: only these backends, and "
-                   "what prunes nothing")  # fmt: skip
+    p.add_argument("--backend", nargs="+", default=(), help="only these backends, and what prunes nothing, with "
+                   "the suites that have a choice: " + ", ".join(USE_CHOICE))  # fmt: skip
     p.add_argument("--redo", action="store_true", help="measure again what this version has recorded already; with "
                    "--imagenet, forget an interrupted count and begin anew")  # fmt: skip
     p.add_argument("--budget", type=float, metavar="SECONDS",
@@ -124,8 +125,9 @@ def effects(asked: argparse.Namespace) -> None:
         refuse(("model",), f"has no effect here; the suites that take it are {', '.join(USE_MODEL)}")
     if not suites & {*USE_BATCH}:
         refuse(("batch",), f"has no effect here; the suites that take it are {', '.join(USE_BATCH)}")
-    if not suites & {*USE_CHOICE}:
-        refuse(("pruner", "backend"), f"has no effect here; the suites that take it are {', '.join(USE_CHOICE)}")
+    for name, users in (("pruner", USE_PRUNER), ("backend", USE_CHOICE)):
+        if not suites & {*users}:
+            refuse((name,), f"has no effect here; the suites that take it are {', '.join(users)}")
     for name, suite in (("counts", "accuracy"), ("networks", "seeds"), ("images", "fidelity")):
         if suite not in suites:
             refuse((name,), f"is for the suite {suite}, which is not asked for")

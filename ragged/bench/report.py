@@ -1,4 +1,4 @@
-"""`python -m ragged.bench report`: the paper, the recorded H200 and this machine side by side, as markdown tables."""
+"""`python -m ragged.bench report`: the paper, the recorded GPUs and this machine side by side, as markdown tables."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..data import slug
 from .paper import ALL_MODES, Rows, own_name, said
 from .runner import machine
 
-RECORDED_GPU = "NVIDIA H200"
+RECORDED_GPU, _ = RECORDED = ("NVIDIA H200", "NVIDIA H100")  # whose rows come with the package
 BEGIN, END = "<!-- measured: python -m ragged.bench report --readme README.md -->", "<!-- end measured -->"
 
 
 def report(out: Path) -> str:
     """Markdown, readable in a terminal. out: folder of this machine's rows; left out where it has none of its own."""
     bundled, gpu = data.data_dir() / "results", machine()["gpu"]
-    frames = {RECORDED_GPU: data.results(gpu=RECORDED_GPU)}
-    if Path(out).resolve() != bundled.resolve() or slug(gpu) != slug(RECORDED_GPU):
+    frames = {name: data.results(gpu=name) for name in RECORDED}
+    if Path(out).resolve() != bundled.resolve() or slug(gpu) not in map(slug, RECORDED):
         frames[f"this machine, {gpu}"] = data.results(gpu=gpu, folder=out)
     sources = [(name, Rows(frame)) for name, frame in frames.items() if len(frame)]
     parts = ["# Paper and measurement, side by side", _about(sources)]

@@ -1,8 +1,9 @@
-"""DynamicViT's scorer as two kernels: one up to what all patches of an image have in common, one from there on.
+"""DynamicViT's scorer as three kernels: a product each, with all that stands between it and the next one.
 
 A scorer is four small products with a layer norm, three activations and a mean between them: a dozen launches for work
-that takes the GPU no longer than one. Here a program owns a few patches and keeps everything about them to itself. What
-needs all patches of an image, the mean, ends the first kernel. Numbers are rounded where PyTorch's modules round them.
+that takes the GPU no longer than one. Here a program makes a few patches by a few columns. Each loads what it needs at
+once and waits for memory once: with so little work, waiting is all that takes time, and three short launches are ahead
+of two of which one has a loop. Numbers are rounded where PyTorch's modules round them.
 """
 
 import triton
@@ -67,50 +68,65 @@ def scorer_in_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "patches"])
-def scorer_out_kernel(
-    Hidden, Sums, Starts, Lengths, W1, B1, W2, B2, W3, B3, Out, count, patches,
-    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, LAST: tl.constexpr,
-    TILES: tl.constexpr,
+def scorer_mid_kernel(
+    Hidden, Sums, Starts, Lengths, Weight, Bias, Mid, count, patches,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The rest: the second half of Hidden gives way to its mean over the image, then come two products with GELU, a
-    third one of two columns, and a log-softmax over those. Out float32 (images, patches): its first column, "keep".
+    """The second half of Hidden gives way to its mean over the image; then a product and GELU: Mid (images * patches,
+    DIM // 2).
 
-    Of the hidden columns of the first product N are made at a time, and used up at once in the second one, of LAST
-    columns. All that a step needs is loaded at once: with so few programs nothing hides a wait for memory. HALF, LAST
-    and TILES: powers of two that hold DIM // 2, DIM // 4, and the tiles of an image. Grid (images * tiles,): a program
-    makes M patches. The other arguments are those of `scorer_in_kernel`.
+    The mean is the same for all patches of an image; so that a tensor core can take it, it stands in every row of a
+    tile. HALF, TILES: powers of two that hold DIM // 2 and the tiles of an image. Grid (images * tiles, column tiles).
+    The other arguments are those of `scorer_in_kernel`.
     """
     dtype: tl.constexpr = Hidden.dtype.element_ty
+    half: tl.constexpr = DIM // 2
+    tiles = tl.cdiv(patches, M)
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    _, length = _place(Starts, Lengths, image, count, PREFIX)
+    row, k, part = tile * M + tl.arange(0, M), tl.arange(0, HALF), tl.arange(0, TILES)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    mine = image.to(tl.int64) * patches + row
+    there = (row < patches)[:, None]
+    x = tl.load(Hidden + mine[:, None] * DIM + k[None, :], mask=there & (k < half)[None, :], other=0.0)
+    sums = tl.load(Sums + (image * tiles + part).to(tl.int64)[:, None] * half + k[None, :],
+                   mask=(part < tiles)[:, None] & (k < half)[None, :], other=0.0)  # fmt: skip
+    inside = (column < half)[:, None] & (k < half)[None, :]
+    weights = Weight + column[:, None] * DIM + k[None, :]
+    own, shared = tl.load(weights, mask=inside, other=0.0), tl.load(weights + half, mask=inside, other=0.0)
+    bias = tl.load(Bias + column, mask=column < half, other=0.0).to(tl.float32)
+    mean = (tl.sum(sums, 0) / tl.maximum(length, 1)).to(dtype)
+    acc = tl.dot(x, tl.trans(own))
+    acc = tl.dot(tl.broadcast_to(mean[None, :], [M, HALF]), tl.trans(shared), acc)
+    tl.store(Mid + mine[:, None] * half + column[None, :], _gelu(acc + bias[None, :], dtype),
+             mask=there & (column < half)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "patches"])
+def scorer_out_kernel(
+    Mid, Starts, Lengths, W2, B2, W3, B3, Out, count, patches,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, HALF: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The rest: a product with GELU, another one of two columns, and a log-softmax over those. Out float32 (images,
+    patches): its first column, "keep". LAST: a power of two that holds DIM // 4. Grid (images * tiles,). The other
+    arguments are those of `scorer_mid_kernel`."""
+    dtype: tl.constexpr = Mid.dtype.element_ty
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
     tiles = tl.cdiv(patches, M)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    start, length = _place(Starts, Lengths, image, count, PREFIX)
-    row = tile * M + tl.arange(0, M)
-    there = row < patches
-    mine = Hidden + (image.to(tl.int64) * patches + row)[:, None] * DIM
-    k, last, part = tl.arange(0, HALF), tl.arange(0, LAST), tl.arange(0, TILES)
-    x = tl.load(mine + k[None, :], mask=there[:, None] & (k < half)[None, :], other=0.0)
-    sums = tl.load(Sums + (image * tiles + part).to(tl.int64)[:, None] * half + k[None, :],
-                   mask=(part < tiles)[:, None] & (k < half)[None, :], other=0.0)  # fmt: skip
-    mean = (tl.sum(sums, 0) / tl.maximum(length, 1)).to(dtype).to(tl.float32)
-    acc = tl.zeros([M, LAST], tl.float32)
-    for c in range(0, half, N):
-        column = c + tl.arange(0, N)
-        inside = (column < half)[:, None] & (k < half)[None, :]
-        weight = tl.load(W1 + column[:, None] * DIM + half + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        shared = tl.sum(weight * mean[None, :], 1) + tl.load(B1 + column, mask=column < half, other=0.0).to(tl.float32)
-        own = tl.dot(x, tl.trans(tl.load(W1 + column[:, None] * DIM + k[None, :], mask=inside, other=0.0)))
-        weight = tl.load(W2 + last[:, None] * half + column[None, :],
-                         mask=(last < quarter)[:, None] & (column < half)[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(_gelu(own + shared[None, :], dtype), tl.trans(weight), acc)
-    acc += tl.load(B2 + last, mask=last < quarter, other=0.0).to(tl.float32)[None, :]
-    hidden = _gelu(acc, dtype).to(tl.float32)
+    _, length = _place(Starts, Lengths, image, count, PREFIX)
+    row, k, last = tile * M + tl.arange(0, M), tl.arange(0, HALF), tl.arange(0, LAST)
+    mine = image.to(tl.int64) * patches + row
+    x = tl.load(Mid + mine[:, None] * half + k[None, :], mask=(row < patches)[:, None] & (k < half)[None, :], other=0.0)
+    weight = tl.load(W2 + last[:, None] * half + k[None, :], mask=(last < quarter)[:, None] & (k < half)[None, :],
+                     other=0.0)  # fmt: skip
+    bias = tl.load(B2 + last, mask=last < quarter, other=0.0).to(tl.float32)
     keep = tl.load(W3 + last, mask=last < quarter, other=0.0).to(tl.float32)
     drop = tl.load(W3 + quarter + last, mask=last < quarter, other=0.0).to(tl.float32)
-    keep = tl.sum(hidden * keep[None, :], 1) + tl.load(B3).to(tl.float32)
-    drop = tl.sum(hidden * drop[None, :], 1) + tl.load(B3 + 1).to(tl.float32)
-    ahead = keep - drop
+    hidden = _gelu(tl.dot(x, tl.trans(weight)) + bias[None, :], dtype).to(tl.float32)
+    ahead = tl.sum(hidden * keep[None, :], 1) + tl.load(B3).to(tl.float32)
+    ahead -= tl.sum(hidden * drop[None, :], 1) + tl.load(B3 + 1).to(tl.float32)
     score = tl.minimum(ahead, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(ahead)))
     score = tl.where(ahead != ahead, ahead, score)
-    tl.store(Out + image.to(tl.int64) * patches + row, tl.where(row < length, score, float("-inf")), mask=there)
+    tl.store(Out + mine, tl.where(row < length, score, float("-inf")), mask=row < patches)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
+from .bare import Bare
 from .trial import OWN_CALL, known, replaced, row_wise, structure, switches
 
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
@@ -31,7 +32,8 @@ CONV_SETTINGS = ("padding", "stride", "dilation", "groups", "kernel_size", "in_c
 class Survey:
     """What `check_supported` found out about `vit`, and whether it is still true.
 
-    whole: block index -> why that block must be called as it is, on (batch, n, dim).  as_product: whether the patch
+    whole: block index -> why that block must be called as it is, on (batch, n, dim).  bare: the others, for eager
+    passes.  as_product: whether the patch
     embedding may run as one matrix product, and each_product: also for images of different sizes.  no_list: why such a
     list cannot be packed, or None.  norm: why the final norm must see all tokens, or None.  hooked: whether
     there are hooks at all, which no CUDA graph calls.
@@ -55,6 +57,7 @@ class Survey:
         for i, block in enumerate(vit.blocks):
             if reason := whole_reason(block, rows):
                 self.whole[i] = reason
+        self.bare = [None if i in self.whole else Bare(block) for i, block in enumerate(vit.blocks)]
         self.each_product = _is_product(vit.patch_embed) and row_wise(vit.patch_embed.norm, vit.embed_dim, rows)
         plain = vit.patch_embed.flatten and not vit.patch_embed.dynamic_img_pad
         self.as_product = plain and _is_product(vit.patch_embed)
