@@ -197,11 +197,21 @@ def test_outputs_cannot_become_markup(small, tmp_path):
         code(result=new_output("execute_result", {"text/plain": EVIL}, execution_count=1)),
         code(result=new_output("error", ename=EVIL, evalue=EVIL, traceback=[EVIL])), nbformat.v4.new_raw_cell(EVIL),
     )  # fmt: skip
+    assert EVIL in [pre.get_text() for pre in page.select(".output > pre")]
     assert "alert(1)" not in {script.string for script in page.find_all("script")} and "<!--" not in text
     assert {script.get("type") for script in page.find_all("script", src=False)} == {"application/json"}
     assert json.loads(page.figure.script.string)["data"][0]["name"] == EVIL
     assert page.figure.div["aria-label"] == EVIL and [image["alt"] for image in page.select(".output > img")] == [EVIL]
     assert not any(name.startswith("on") for tag in page.find_all(True) for name in tag.attrs)
+
+
+def test_the_value_of_a_cell_is_shown_like_what_is_displayed(small, tmp_path):
+    found = course.table([dict(name="one", value=1.5)])
+    values = {"text/plain": str(found), "text/html": found._repr_html_()}, {"text/plain": "'a value'"}
+    _, page = one_page(small, tmp_path / "out", *(
+        code(result=new_output("execute_result", value, execution_count=1)) for value in values))  # fmt: skip
+    assert page.select_one(".output table td").get_text() == "one"
+    assert page.select_one(".output pre").string == "'a value'"
 
 
 def test_a_table_stays_one_and_whatever_is_in_it_goes(small, tmp_path):

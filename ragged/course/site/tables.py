@@ -26,7 +26,8 @@ def clean(html: str) -> str | None:
         if part.name not in PARTS:
             part.unwrap()
     style = rules.get_text() if rules is not None else ""
-    return (f"<style>{style.strip()}</style>\n" if style and RULES.fullmatch(style) else "") + str(table)
+    rules = f"<style>{style.strip()}</style>\n" if style and RULES.fullmatch(style) else ""
+    return f'{rules}<div class="rows" tabindex="0">{table}</div>'  # wider than the page, it is scrolled there
 
 
 def clean_outputs(notebook: Any) -> None:

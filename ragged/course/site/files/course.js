@@ -91,7 +91,7 @@ if (form) {
 
 // On a narrow page the contents stand above the text, closed.
 const contents = document.querySelector(".contents");
-if (contents && matchMedia("(max-width: 75rem)").matches) contents.open = false;
+if (contents && matchMedia("(max-width: 64rem)").matches) contents.open = false;
 // The section that is read is marked in the contents: the last whose heading is in the upper third or above, and at the
 // end of the page the last of all.
 if (contents) {
