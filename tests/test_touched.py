@@ -1,5 +1,5 @@
-"""What a kernel touches is seen in the interpreter, without leaving anything behind; and what else lesson 02 asks of the
-course: Triton in one call, tried changes, a neighbour that is broken."""
+"""What a kernel touches is seen in the interpreter, without leaving anything behind; and what else lesson 02 asks of
+the course: Triton in one call, tried changes, a neighbour that is broken."""
 
 import math
 import sys
@@ -132,9 +132,11 @@ def test_a_broken_neighbour_is_kept_out_by_the_masks(load_mask, score_mask, nan_
 def test_a_tried_change_is_found_by_its_first_words():
     notes = data.notes()
     for part, words, case in (
-        ("The attention kernels", "query tiles of 128", "256 × 197"), ("The attention kernels", "a last query", "256 × 197"),
-        ("The attention kernels", "99 equal tokens", "16 × 99"), ("A kernel in Gluon", "as many stages", "64 × 99"),
-    ):  # fmt: skip
+        ("The attention kernels", "query tiles of 128", "256 × 197"),
+        ("The attention kernels", "a last query tile", "256 × 197"),
+        ("The attention kernels", "99 equal tokens", "16 × 99"),
+        ("A kernel in Gluon", "as many stages", "64 × 99"),
+    ):
         one = course.tried(part, words)
         assert notes["measured"].eq(one.measured).sum() == 1 and one.measured[:20] in str(one)
         before, after = (
