@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 pytest.importorskip("plotly")
@@ -20,11 +21,14 @@ PANELS = [
 CURVES = {"64": [(1, 0.9), (64, 0.0)], "16": [(1, 0.5), (16, 0.0)]}
 PLANS = {"one": [(0, 0, 16, 0), (1, 0, 4, 1)], "several": [(0, 0, 4, 0), (1, 0, 4, 2)]}
 ERRORS = {"good": 1e-4, "bad": 3e-2}
+TOUCHED = np.array([[1, 1, 0, 1, 0, 0]] * 2, dtype=bool)  # rows of images of 3 and 2 tokens, and one past the end
+NEEDED = np.array([[1, 1, 1, 0, 0, 0]] * 2, dtype=bool)
 FIGURES = {
     "softmax_steps": lambda: plots.softmax_steps(STEPS, below="two tiles"),
     "tile_cover": lambda: plots.tile_cover(PANELS, columns=1, below="197 tokens"),
     "tile_waste": lambda: plots.tile_waste(CURVES, strong=["64"], marks=[5], below="squares"),
     "program_schedule": lambda: plots.program_schedule(PLANS, slots=4, below="two images"),
+    "touched_rows": lambda: plots.touched_rows((3, 0, 2), TOUCHED, NEEDED, below="two heads"),
     "error_budget": lambda: plots.error_budget(ERRORS, 1e-3, below="float16"),
 }
 
@@ -87,6 +91,26 @@ def test_a_schedule_can_have_rows_of_another_kind():
     assert {bar.name for bar in figure.data} == {"item 0"}
 
 
+def test_rows_have_the_colour_of_their_image_and_of_what_happened():
+    figure = plots.touched_rows((3, 0, 2), TOUCHED, NEEDED, words=("read", "stolen", "missed"))
+    scale = figure.data[0].colorscale
+    first = [scale[2 * kind][1] for kind in figure.data[0].z[0]]
+    blue, green, brown, _ = plots_kernel.IMAGE_COLOURS
+    assert first[:4] == [blue, blue, plots_kernel.MISSED, plots_kernel.WRONG]
+    assert first[4] == plots_kernel._paler(brown) and first[5] == "#ededed", "image 2, not touched; past the end"
+    names = [trace.name for trace in figure.data if trace.name]
+    assert names == ["image 0: 3 tokens", "image 2: 2 tokens", "past the end", "stolen", "missed"]
+    assert "strong colour: read" in figure.layout.title.subtitle.text
+    right = plots.touched_rows((3, 0, 2), NEEDED, NEEDED)
+    assert "its own, not touched" not in [trace.name for trace in right.data]
+
+
+def test_of_several_panels_one_names_the_axis():
+    figure = plots.program_schedule(PLANS, slots=4, unit="steps")
+    assert [axis.title.text for axis in figure.select_xaxes()] == [None, "steps"]
+    assert "x: steps" in plots.alt_text(figure)
+
+
 def test_an_error_over_the_budget_looks_different():
     markers = {trace.name: trace.marker.symbol for trace in plots.error_budget(ERRORS, 1e-3).data}
     assert markers == {"good": "circle", "bad": "x"}
@@ -101,6 +125,8 @@ def test_an_error_over_the_budget_looks_different():
         (lambda: plots.tile_waste(CURVES, strong=["8"]), "expected names among .*got .*8"),
         (lambda: plots.program_schedule({"empty": []}, slots=2), "at least one program"),
         (lambda: plots.error_budget({"exact": 0.0}, 1e-3), "above zero"),
+        (lambda: plots.touched_rows((9,), TOUCHED, NEEDED), "at least 9 rows"),
+        (lambda: plots.touched_rows((3,), TOUCHED, NEEDED[0]), "two arrays"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, said):

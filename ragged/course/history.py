@@ -21,7 +21,7 @@ class Tried:
     def longer(self, case: str) -> float:
         """By how many per cent the time of `case`, such as "256 × 197", grew; below zero it fell. ValueError where
         the note gives no two times for it."""
-        found = re.search(rf"(?<![\w,]){re.escape(case)}: ([\d.,]*\d) → ([\d.,]*\d)", self.measured)
+        found = re.search(rf"(?<![\w,])(?<!× ){re.escape(case)}: ([\d.,]*\d) → ([\d.,]*\d)", self.measured)
         if found is None:
             raise ValueError(f"case: expected one with two times, as in '256 × 197', got {case!r}: {self.measured}")
         before, after = (float(number.replace(",", "")) for number in found.groups())

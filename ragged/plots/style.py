@@ -218,8 +218,10 @@ def alt_text(figure) -> str:
     """One sentence for readers who cannot see the figure: title, conditions, axes and the names of the series. A
     diagram, which has none of these, carries its own as `layout.meta["alt"]`."""
     title, layout = figure.layout.title, figure.layout
-    axes = (("x", layout.xaxis.title.text), ("y", layout.yaxis.title.text))
-    axes = [f"{name}: {text}" for name, text in axes if text]
+    titles = [("x", axis.title.text) for axis in figure.select_xaxes()]
+    titles += [("y", axis.title.text) for axis in figure.select_yaxes()]
+    first = {name: text for name, text in reversed(titles) if text}  # several panels: that of the first with one
+    axes = [f"{name}: {first[name]}" for name in ("x", "y") if name in first]
     names = list(dict.fromkeys(t.name for t in figure.data if t.name and t.showlegend is not False))
     own = layout.meta.get("alt") if isinstance(layout.meta, dict) else None
     parts = [title.text, title.subtitle.text, *axes, f"series: {', '.join(names)}" if names else None, own]
