@@ -252,9 +252,9 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-ALL_DRAWN = "() => [...document.querySelectorAll('figure')].every((figure) => figure.dataset.drawn)"
+ALL_DRAWN = "() => [...document.querySelectorAll('figure:has(.drawing)')].every((figure) => figure.dataset.drawn)"
 # A figure counts as drawn when plotly says so and it has a visible size and something inside.
-NOT_DRAWN = """() => [...document.querySelectorAll('figure')].flatMap((figure, index) => {
+NOT_DRAWN = """() => [...document.querySelectorAll('figure:has(.drawing)')].flatMap((figure, index) => {
     const box = figure.querySelector('.js-plotly-plot'), size = box?.getBoundingClientRect();
     const inside = box?.querySelectorAll('.trace, .bars, .xy image, .layer-above path, canvas, .table, .slice').length;
     return figure.dataset.drawn === 'yes' && size.width > 50 && size.height > 50 && inside ? [] : [index];
@@ -337,6 +337,6 @@ def test_without_scripts_a_picture_and_its_words_remain(browser, built_site):
     page.set_default_timeout(SECONDS * 1000)
     page.goto(f"{home}/{LESSONS[0].with_suffix('.html').name}")
     pictures = page.locator("figure img")
-    assert pictures.count() == page.locator("figure").count() > 0
+    assert pictures.count() == page.locator("figure .drawing").count() > 0
     assert all(picture.is_visible() and picture.bounding_box()["height"] > 50 for picture in pictures.all())
     page.context.close()

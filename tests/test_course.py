@@ -1,5 +1,7 @@
 """What the notebooks lean on: set-up, tables, sliders at both ends, and the feedback on exercises."""
 
+import base64
+
 import numpy as np
 import pandas
 import pytest
@@ -8,7 +10,7 @@ import torch
 import ragged
 from ragged import course, data
 from ragged.course import output as notebook_output
-from ragged.course.frames import FRAMES
+from ragged.course.frames import FRAMES, computed
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +53,50 @@ def test_every_backend_has_its_line(monkeypatch):
     assert "Triton is not installed" in text and "flash-attn package is not installed" in text
 
 
+# ---- tables ----
+
+
 def test_a_table_lines_up():
     text = course.table([dict(name="a", value=1.25), dict(name="long", value=1234.0)], digits=2)
     assert text.splitlines() == ["name     value", "----  --------", "a         1.25", "long  1,234.00"]
-    assert course.table([]) == "(no rows)"
+    assert course.table([]) == "(no rows)" and course.table([])._repr_html_() is None
+
+
+def test_a_table_is_text_to_python_and_html_to_a_notebook():
+    from bs4 import BeautifulSoup
+    from IPython.core.interactiveshell import InteractiveShell
+
+    table = course.table([dict(backend="a<b", tokens=1970, value=float("nan"))], title="in µs", note="32 images")
+    assert f"{table}\n" + table == "\n".join([str(table)] * 2)
+    shown, _ = InteractiveShell.instance().display_formatter.format(table)
+    InteractiveShell.clear_instance()
+    assert set(shown) == {"text/plain", "text/html"} and shown["text/plain"] == str(table)
+    assert shown["text/plain"].splitlines()[0] == "in µs" and shown["text/plain"].splitlines()[-1] == "32 images"
+    rows = BeautifulSoup(shown["text/html"], "html.parser").find_all("tr")
+    cells = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in rows]
+    assert cells == [["backend", "tokens", "value"], ["a<b", "1,970", "nan"]]
+    assert "<caption>in µs<br>32 images</caption>" in shown["text/html"]
+    assert ".col0 {\n  text-align: left" in shown["text/html"] and ".col1" not in shown["text/html"]
+
+
+def test_the_html_of_a_table_is_lean_and_the_same_every_time():
+    rows = [{f"column {i}": 1.5 * i for i in range(6)} for _ in range(50)]
+    html = course.table(rows)._repr_html_()
+    assert html == course.table(rows)._repr_html_()
+    assert len(html) < 50 * 6 * 60 and html.count("<style") == 1 and 'id="T_' in html and html.count("id=") == 1
+
+
+def test_a_frame_is_a_table_too():
+    frame = pandas.DataFrame(dict(backend=["a", "b", "a"], value=[1.0, 2.0, 4.0])).groupby("backend").mean()
+    assert course.table(frame) == course.table([dict(backend="a", value=2.5), dict(backend="b", value=2.0)])
+    assert course.table(frame["value"].reset_index().query("value > 2")).splitlines()[-1].split() == ["a", "2.5"]
+
+
+def test_a_table_marks_what_was_disturbed_and_leaves_gaps_open():
+    table = course.table([dict(a=data.noted(1.0, True)), dict(b=None), dict(a=np.float32(2), b=torch.tensor(3))])
+    assert [line.split() for line in table.splitlines()[2:5]] == [["1.0*"], [], ["2.0", "3"]]
+    assert data.NOTE in table and data.NOTE in table._repr_html_()
+    assert data.NOTE not in course.table([dict(a=1.0)])
 
 
 # ---- recordings ----
@@ -119,6 +161,19 @@ def test_a_slider_draws_at_both_ends(shown, monkeypatch):
     assert [text for text in texts if text.strip()] == ["keep 0.5", "keep 0.1", "keep 1.0"]
 
 
+def test_a_slider_of_tables_hands_over_html(shown, monkeypatch):
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    widget = course.slider(lambda k: course.table([dict(k=k)]), [1, 2])
+    widget.value = 2
+    first, _, last = shown[0].shown
+    assert set(first) == set(last) == {"text/plain", "text/html"} and ">2<" in last["text/html"]
+
+
+def test_the_frames_of_a_slider_of_tables_are_html():
+    found = computed(lambda k: course.table([dict(k=k)]), [1, 2], 1, "k")["frames"]
+    assert [list(frame) for frame in found] == [["html"]] * 2 and ">2<" in found[1]["html"]
+
+
 def test_a_slider_of_figures_hands_over_plotly_json(shown, monkeypatch):
     go, pio = pytest.importorskip("plotly.graph_objects"), pytest.importorskip("plotly.io")
     monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
@@ -147,6 +202,26 @@ def test_a_saved_notebook_gets_the_picture_without_the_widget(shown, monkeypatch
 def test_a_slider_starts_at_one_of_its_stops():
     with pytest.raises(ValueError, match="start: expected one of"):
         course.slider(str, [1, 2], start=3)
+
+
+def test_a_picture_of_photographs_is_shown_in_its_size():
+    """It has twice the pixels; what has not, stays as it is."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    Image.new("RGB", (660, 390)).save(file, "PNG")
+    png = base64.b64encode(file.getvalue()).decode()
+
+    def sent(layout):
+        figure = {"application/vnd.plotly.v1+json": {"data": [], "layout": layout}, "image/png": png}
+        return notebook_output.with_size({"content": {"data": figure, "metadata": {"a": 1}}})["content"]["metadata"]
+
+    assert sent({"images": [{"source": "x"}]}) == {"a": 1, "image/png": {"width": 330, "height": 195}}
+    assert sent({}) == {"a": 1}
+    other = {"content": {"data": {"text/plain": "x"}}}
+    assert notebook_output.with_size(other) is other and notebook_output.with_size({}) == {}
 
 
 def test_the_saving_renderer_shrinks_its_png(monkeypatch):

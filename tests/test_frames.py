@@ -5,6 +5,7 @@ import json
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from notebook_files import LESSONS, ROOT, code, read, tags
 
 from ragged.course import frames
 from ragged.course.notebooks import NotebookError
@@ -66,3 +67,11 @@ def test_the_command_names_what_it_moved(notebook, capsys):
     assert "01_x-one.json.gz" in capsys.readouterr().out
     assert frames.main(["--root", str(notebook)]) == 1
     assert "holds no numbered notebooks" in capsys.readouterr().err
+
+
+def test_every_slider_of_a_lesson_has_its_pictures():
+    wanted = {frames.place_of(lesson, cell["id"]): (lesson, cell["id"]) for lesson in LESSONS
+              for cell in code(read(lesson)) if "slider" in tags(cell)}  # fmt: skip
+    for place in wanted.values():
+        assert frames.read(*place) is not None, f"{place[0].name}, {place[1]}: run `make bake`"
+    assert set((ROOT / "notebooks" / "frames").iterdir()) == set(wanted)

@@ -159,9 +159,34 @@ def test_the_pipeline_shows_cu_seqlens():
     assert "5   = cu_seqlens" in texts and "1.20 times as many rows" in texts
 
 
+def test_the_diagram_lights_the_parts_that_are_named():
+    parts = ("images", "blocks", "pruner", "pack", "attend", "classify")
+    for lit in ((), parts, ("pack",), "pruner"):
+        figure = plots.stages(lit=lit, title="A title")
+        coloured = [shape for shape in figure.layout.shapes if shape.type == "rect" and shape.line.color == "#d55e00"]
+        assert len(coloured) == (1 if lit in (("pack",), "pruner") else 6)
+        assert figure.layout.title.text == "A title" and len(figure.to_json()) < 20_000
+    said = plots.alt_text(plots.stages())
+    assert all(name in said for name in parts) and "cu_seqlens says where each image begins" in said
+    assert "<br>" not in said
+
+
+def test_the_machine_lights_the_parts_that_are_named():
+    parts = ("host", "queue", "multiprocessor", "registers", "shared", "l2", "memory")
+    for lit, coloured in (((), 9), (parts, 9), (("registers", "shared"), 2), ("multiprocessor", 3)):
+        figure = plots.machine(lit=lit, title="A title")
+        shapes = [shape for shape in figure.layout.shapes if shape.line.color == "#d55e00"]
+        assert len(shapes) == coloured and figure.layout.title.text == "A title"
+    said = plots.alt_text(plots.machine())
+    assert all(word in said for word in ("host", "queue", "registers", "shared memory", "L2 cache"))
+    assert "<" not in said
+
+
 @pytest.mark.parametrize(
     "call, said",
     [
+        (lambda: plots.stages(lit=("pack", "unpack")), "lit: expected names of .*; got 'unpack'"),
+        (lambda: plots.machine(lit="L3"), "lit: expected names of .*; got 'L3'"),
         (lambda: plots.image_patches(IMAGE[0]), r"image: expected \(3, H, W\)"),
         (lambda: plots.image_patches(IMAGE[:, :60]), "multiples of 16"),
         (lambda: plots.image_patches(IMAGE * 4 - 2), r"floats in \[0, 1\]"),
@@ -186,6 +211,27 @@ def test_a_png_shrinks_and_keeps_its_size():
     Image.fromarray(noise).save(file, "PNG")
     small = small_png(file.getvalue())
     assert Image.open(io.BytesIO(small)).size == (80, 60) and len(small) < len(file.getvalue()) / 2
+
+
+def test_a_photograph_keeps_its_colours():
+    """Rounded by less than anybody sees; a large one gets a palette of its own, which is nearer than one of 64."""
+    from ragged.plots.pictures import photo_png, small_png
+
+    pixels = (data.photographs()[0][0].numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((448, 448), Image.Resampling.BILINEAR).save(file, "PNG", optimize=True)
+    full = file.getvalue()
+
+    def off(png):
+        mine, there = (np.asarray(Image.open(io.BytesIO(x)).convert("RGB"), dtype=int) for x in (png, full))
+        return abs(mine - there)
+
+    rounded, small = photo_png(full, most=10**6), photo_png(full)
+    assert off(rounded).max() <= 3 and len(rounded) < 0.7 * len(full)
+    assert len(small) < len(full) / 2 and np.median(off(small)) < np.median(off(small_png(full))) / 2
+    white = io.BytesIO()
+    Image.new("RGB", (20, 20), "white").save(white, "PNG")
+    assert np.asarray(Image.open(io.BytesIO(photo_png(white.getvalue())))).min() == 255
 
 
 def test_a_small_png_keeps_similar_colours_apart():

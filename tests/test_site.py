@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
+import pandas
 import pytest
 
 pytest.importorskip("plotly")
@@ -16,6 +17,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_files import FIGURE, LESSONS, ROOT, SOLUTIONS, outputs, read
 
+from ragged import course
 from ragged.course.notebooks import NotebookError, badge
 from ragged.course.site import __main__ as site
 
@@ -24,7 +26,11 @@ FETCHES = {"script": "src", "link": "href", "img": "src", "iframe": "src", "sour
 
 
 def soup(path):
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    return soup_of(path.read_text(encoding="utf-8"))
+
+
+def soup_of(html):
+    return BeautifulSoup(html, "html.parser")
 
 
 # ---- a small course ----
@@ -198,6 +204,23 @@ def test_outputs_cannot_become_markup(small, tmp_path):
     assert not any(name.startswith("on") for tag in page.find_all(True) for name in tag.attrs)
 
 
+def test_a_table_stays_one_and_whatever_is_in_it_goes(small, tmp_path):
+    good = course.table([dict(name="<b>", value=1.5)], title="in µs")._repr_html_()
+    bad = f"""<style>@import url(https://example.org)</style><table onclick="alert(1)" class="dataframe" style="x">
+        <script>alert(1)</script><tr><td><img src=x onerror=alert(1)>7<a href="javascript:alert(1)">8</a></td></tr>
+        </table>{EVIL}"""
+    frame = pandas.DataFrame(dict(a=[1]))._repr_html_()  # with a style sheet of its own
+    text, page = one_page(small, tmp_path / "out", *(
+        code(result=new_output("display_data", {"text/html": html, "text/plain": "words"}))
+        for html in (good, bad, frame, "<p>no table</p>")))  # fmt: skip
+    first, second, third = page.select(".output table")
+    assert [cell.get_text() for cell in first.find_all(["th", "td"])] == ["name", "value", "<b>", "1.5"]
+    assert first["class"] == ["ragged"] and first.caption.get_text() == "in µs"
+    assert str(second).split() == ['<table', 'class="dataframe">', "<tr><td>78</td></tr>", "</table>"]
+    assert [style.string for style in page.find_all("style")] == [soup_of(good).style.string.strip()]
+    assert third.get_text().split() == ["a", "0", "1"] and "words" in page.get_text() and "no table" not in text
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -322,9 +345,9 @@ def test_every_notebook_has_its_page_and_every_figure_its_place(pages, built_sit
     for path in LESSONS + SOLUTIONS:
         page = pages[built_site / path.relative_to(ROOT / "notebooks").with_suffix(".html")]
         saved = [output["data"][FIGURE] for _, output in outputs(read(path)) if FIGURE in output.get("data", {})]
-        drawn = [json.loads(figure.script.string) for figure in page.find_all("figure")]
+        drawn = [json.loads(figure.script.string) for figure in page.find_all("figure") if figure.script]
         assert drawn == [{"data": figure["data"], "layout": figure["layout"]} for figure in saved]
-        assert all(len(figure.div["aria-label"]) > 10 for figure in page.find_all("figure"))
+        assert all(len(figure.div["aria-label"]) > 10 for figure in page.select("figure:has(.drawing)"))
     index = {link["href"] for link in pages[built_site / "index.html"].find_all("a")}
     assert {path.with_suffix(".html").name for path in LESSONS} <= index
 
@@ -347,12 +370,16 @@ def test_nothing_is_fetched_from_elsewhere_and_every_link_inside_leads_somewhere
         assert not re.search(r"url\(\s*['\"]?(?!data:)|@import", sheet.read_text(encoding="utf-8")), sheet.name
 
 
+def test_the_site_is_small(built_site):
+    assert sum(path.stat().st_size for path in built_site.rglob("*") if path.is_file()) <= 25_000_000
+
+
 def test_plotly_is_there_once(pages, built_site):
     large = [p.relative_to(built_site).as_posix() for p in built_site.rglob("*") if p.stat().st_size > 1_000_000]
     assert large == ["assets/plotly.min.js"]
     for page in pages.values():
         scripts = [script["src"].rpartition("/")[2] for script in page.find_all("script", src=True)]
-        assert scripts == (["plotly.min.js", "figures.js"] if page.find("figure") else [])
+        assert scripts == (["plotly.min.js", "figures.js"] if page.find("figure") else []) + ["course.js"]
         assert {script["type"] for script in page.find_all("script", src=False)} <= {"application/json"}
 
 

@@ -18,8 +18,9 @@ from .launch import (
     timeline,
     two_clocks,
 )
+from .machine import machine
 from .mixed import mixed_sizes
-from .model import resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
+from .model import forecast, resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
 from .outside import decoding_ceiling, scaling
 from .paper import best_choice, claims, expectation, ladder, measured_lines, paper_beside
 from .pictures import batch_lengths, image_patches, kept_patches, pipeline
@@ -42,17 +43,18 @@ from .speculation import (
     verification,
     who_sees_whom,
 )
+from .stages import stages
 from .style import LOOKS, alt_text
 
 __all__ = [
     "LOOKS", "PRUNER_LOOKS", "acceptance_by_domain", "acceptance_by_entropy", "accuracy", "alt_text",
     "batch_lengths", "best_choice", "by_depth_and_rank", "call_anatomy", "capacity_steps", "claims",
     "clock_hypotheses", "count_distribution", "counts_against_size", "decoding_ceiling", "error_budget",
-    "expectation", "fidelity", "floor_and_slope", "forward_clocks", "host_against_gpu", "host_or_gpu",
+    "expectation", "fidelity", "floor_and_slope", "forecast", "forward_clocks", "host_against_gpu", "host_or_gpu",
     "image_patches", "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences",
-    "measured_lines", "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline",
-    "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling", "score_maps",
-    "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "throughput_by_batch",
-    "tile_cover", "tile_waste", "timeline", "token_schedules", "touched_rows", "tree_of_guesses", "two_clocks",
-    "verification", "who_sees_whom",
+    "machine", "measured_lines", "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside",
+    "pipeline", "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling",
+    "score_maps", "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "stages",
+    "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "touched_rows",
+    "tree_of_guesses", "two_clocks", "verification", "who_sees_whom",
 ]  # fmt: skip

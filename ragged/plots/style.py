@@ -215,14 +215,16 @@ def _wrapped(text: str, letters: int) -> str:
 
 
 def alt_text(figure) -> str:
-    """One sentence for readers who cannot see the figure: title, conditions, axes and the names of the series."""
-    title = figure.layout.title
+    """One sentence for readers who cannot see the figure: title, conditions, axes and the names of the series. A
+    diagram, which has none of these, carries its own as `layout.meta["alt"]`."""
+    title, layout = figure.layout.title, figure.layout
     titles = [("x", axis.title.text) for axis in figure.select_xaxes()]
     titles += [("y", axis.title.text) for axis in figure.select_yaxes()]
     first = {name: text for name, text in reversed(titles) if text}  # several panels: that of the first with one
     axes = [f"{name}: {first[name]}" for name in ("x", "y") if name in first]
     names = list(dict.fromkeys(t.name for t in figure.data if t.name and t.showlegend is not False))
-    parts = [title.text, title.subtitle.text, *axes, f"series: {', '.join(names)}" if names else None]
+    own = layout.meta.get("alt") if isinstance(layout.meta, dict) else None
+    parts = [title.text, title.subtitle.text, *axes, f"series: {', '.join(names)}" if names else None, own]
     return ". ".join(part.replace("<br>", " ") for part in parts if part) + "."
 
 

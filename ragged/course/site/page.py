@@ -18,9 +18,10 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from .. import frames
 from ..notebooks import COLAB, NotebookError
+from . import tables
 
 FILES = Path(__file__).parent / "files"
-FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/png"
+FIGURE, PICTURE, TABLE = "application/vnd.plotly.v1+json", "image/png", "text/html"
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,16 @@ class PageExporter(HTMLExporter):
     def __init__(self, site, page: Page):
         super().__init__(raw_template=(FILES / "page.html.j2").read_text(encoding="utf-8"))
         self.site, self.page = site, page
-        self.config.NbConvertBase.display_data_priority = [FIGURE, PICTURE, "text/plain"]
+        self.config.NbConvertBase.display_data_priority = [FIGURE, TABLE, PICTURE, "text/plain"]
         self.register_filter("markdown2html", self.markdown2html)
         self.register_filter("figure", self.figure)
         self.register_filter("png_text", self.png_text)
         self.register_filter("film", self.film)
+
+    def from_notebook_node(self, notebook, resources=None, **more):
+        """As nbconvert's; of an output's HTML only a table is let through."""
+        tables.clean_outputs(notebook)
+        return super().from_notebook_node(notebook, resources, **more)
 
     @pass_context
     def markdown2html(self, context, source):
@@ -125,7 +131,9 @@ class PageExporter(HTMLExporter):
         if found is None:
             return {"frames": "", "control": ""}
         place = f"frames/{frames.place_of(self.page.source, cell.id).name.removesuffix('.json.gz')}.js"
-        text = json.dumps(found["frames"], separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        pictures = [one if isinstance(one, str) or "html" not in one else {"html": tables.clean(str(one["html"])) or ""}
+                    for one in found["frames"]]  # fmt: skip
+        text = json.dumps(pictures, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
         self.site.write(place, f"(window.FRAMES ??= {{}})[{json.dumps(place)}]={text};\n".encode())
         label, last, stops = escape(found["label"]), len(found["stops"]) - 1, escape(json.dumps(found["stops"]))
         control = (

@@ -92,15 +92,26 @@ if (form) {
 // On a narrow page the contents stand above the text, closed.
 const contents = document.querySelector(".contents");
 if (contents && matchMedia("(max-width: 75rem)").matches) contents.open = false;
-// The section that is read is marked in the contents.
-if (contents && "IntersectionObserver" in window) {
-  const links = new Map([...contents.querySelectorAll("a")].map((link) => [decodeURIComponent(link.hash.slice(1)), link]));
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      for (const link of links.values()) link.removeAttribute("aria-current");
-      links.get(entry.target.id)?.setAttribute("aria-current", "true");
+// The section that is read is marked in the contents: the last whose heading is in the upper third or above, and at the
+// end of the page the last of all.
+if (contents) {
+  const links = [...contents.querySelectorAll("a")];
+  const headings = links.map((link) => document.getElementById(decodeURIComponent(link.hash.slice(1))));
+  let waiting = false;
+  const mark = () => {
+    waiting = false;
+    const end = scrollY > 0 && scrollY + innerHeight >= document.documentElement.scrollHeight - 2;
+    const line = end ? innerHeight : innerHeight / 3;
+    const now = headings.findLastIndex((heading) => heading && heading.getBoundingClientRect().top < line);
+    links.forEach((link, at) => at === now ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
+    const list = contents.parentElement, link = links[now];
+    if (link && list.scrollHeight > list.clientHeight) { // a long list follows; the page itself is left where it is
+      const top = link.offsetTop - list.offsetTop;
+      if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - 40) list.scrollTop = top - list.clientHeight / 2;
     }
-  }, { rootMargin: "-10% 0px -75% 0px" });
-  for (const id of links.keys()) { const heading = document.getElementById(id); if (heading) seen.observe(heading); }
+  };
+  const later = () => { if (!waiting) { waiting = true; requestAnimationFrame(mark); } };
+  addEventListener("scroll", later, { passive: true });
+  addEventListener("resize", later);
+  mark();
 }

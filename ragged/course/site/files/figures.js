@@ -80,9 +80,17 @@ class Figure {
 }
 
 class Words {
-  constructor(figure) { this.pre = figure.querySelector("pre"); }
+  constructor(figure) { this.box = figure.querySelector(".shown"); }
 
-  show(frame) { this.pre.textContent = frame; }
+  show(frame) {
+    if (typeof frame === "string") {
+      const text = document.createElement("pre");
+      Object.assign(text, { textContent: frame, tabIndex: 0 });
+      this.box.replaceChildren(text);
+    } else {
+      this.box.innerHTML = frame.html; // a table, as ragged/course/site/tables.py lets it through
+    }
+  }
 }
 
 // ---- sliders ----
