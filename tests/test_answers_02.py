@@ -1,5 +1,8 @@
 """Lesson 02's exercises: the right answer passes, and what is typically wrong is told by its length or its property."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -252,6 +255,12 @@ def test_without_triton_a_check_says_so(said, monkeypatch):
     monkeypatch.setattr("ragged.launch.installed", lambda package: False)
     passed, text, figures = said(2, tile_at)
     assert (passed, figures) == (False, []) and text.startswith("Not tried: Triton is not installed here")
+
+
+def test_where_triton_is_not_installed_a_check_says_so_too():
+    code = "import sys; sys.modules['triton'] = None; from ragged import course; course.check('02/4', lambda *_: 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("Not tried: Triton is not installed here"), done.stderr[-2000:]
 
 
 # ---- the exercises without a kernel ----

@@ -84,6 +84,11 @@ def stops(X):
     tl.store(X, 1 / 0)
 
 
+def test_a_kernel_with_other_arguments_is_refused():
+    with pytest.raises(TypeError, match="stops takes 1 arguments, and is given 2"):
+        touched.trace(stops, (1,), torch.zeros(1), 3)
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(launch, "installed", lambda package: False)
     with pytest.raises(touched.NoTriton, match="exists for Linux only"):
