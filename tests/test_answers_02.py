@@ -1,5 +1,8 @@
 """Lesson 02's exercises: the right answer passes, and what is typically wrong is told by its length or its property."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -254,7 +257,36 @@ def test_without_triton_a_check_says_so(said, monkeypatch):
     assert (passed, figures) == (False, []) and text.startswith("Not tried: Triton is not installed here")
 
 
+def test_where_triton_is_not_installed_a_check_says_so_too():
+    code = "import sys; sys.modules['triton'] = None; from ragged import course; course.check('02/4', lambda *_: 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("Not tried: Triton is not installed here"), done.stderr[-2000:]
+
+
 # ---- the exercises without a kernel ----
+
+
+def merge(a, b, top=torch.maximum, power=torch.exp2):
+    both = top(a[1], b[1])
+    first, second = power(a[1] - both), power(b[1] - both)
+    return (a[0] * first[:, None] + b[0] * second[:, None]) / (a[2] * first + b[2] * second)[:, None]
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda a, b: (a[0] + b[0]) / (a[2] + b[2])[:, None], "3 keys and 7"),
+        (lambda a, b: (a[0] / a[2][:, None] + b[0] / b[2][:, None]) / 2, "3 keys and 7"),
+        (lambda a, b: merge(a, b, power=torch.exp), "3 keys and 7"),
+        (lambda a, b: merge(a, b, top=lambda x, y: x), "all keys in the second part"),
+        (lambda a, b: merge(a, b, top=torch.minimum), "all keys in the second part"),
+        (lambda a, b: merge(a, b, top=lambda x, y: torch.zeros_like(x)), "whose exponentials overflow"),
+    ],
+)
+def test_wrong_merges(said, answer, words):
+    passed, text, _ = said(1, answer)
+    assert not passed and f"Not yet: {words}" in text.replace("scores of some hundreds, ", "")
+    assert said(1, merge)[0]
 
 
 def finish(copies, computes, stages):

@@ -84,6 +84,11 @@ def stops(X):
     tl.store(X, 1 / 0)
 
 
+def test_a_kernel_with_other_arguments_is_refused():
+    with pytest.raises(TypeError, match="stops takes 1 arguments, and is given 2"):
+        touched.trace(stops, (1,), torch.zeros(1), 3)
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(launch, "installed", lambda package: False)
     with pytest.raises(touched.NoTriton, match="exists for Linux only"):
@@ -158,6 +163,28 @@ def test_the_change_of_one_case():
     ):
         with pytest.raises(ValueError, match="words: expected the beginning of one change"):
             course.tried(part, words)
+
+
+# ---- stages of shared memory ----
+
+
+def test_a_handover_keeps_its_rules():
+    """Each worker does one item at a time, in order; no product before its copy, no copy before its stage is free."""
+    generator = torch.Generator().manual_seed(3)
+    for stages in (1, 2, 3, 9):
+        copies, computes = torch.randint(1, 6, (2, 8), generator=generator).tolist()
+        bars = course.handover(copies, computes, stages)
+        ends = [
+            {item: (start, start + ticks) for row, start, ticks, item in bars if row == worker} for worker in (0, 1)
+        ]
+        assert [list(end) for end in ends] == [list(range(8))] * 2 and len(bars) == 16
+        for item in range(8):
+            waited = ends[0][item - 1][1] if item else 0, ends[1][item - stages][1] if item >= stages else 0
+            assert ends[0][item][0] == max(waited), "a copy begins as soon as it may"
+            assert ends[1][item][0] == max(ends[0][item][1], ends[1][item - 1][1] if item else 0)
+    for bad in (([1], [1, 2], 1), ([1], [1], 0), ([0], [1], 1)):
+        with pytest.raises(ValueError, match="copies, computes and stages"):
+            course.handover(*bad)
 
 
 # ---- Triton for a lesson ----

@@ -22,7 +22,7 @@ from .. import launch
 GUARD = 4096  # numbers before and behind every tensor that are nobody's: what lands there is told by its tensor
 
 
-class NoTriton(RuntimeError):
+class NoTriton(ImportError):
     """Triton is not installed, so nothing can be interpreted."""
 
 
@@ -52,11 +52,13 @@ def trace(kernel: Callable, grid: tuple[int, ...], *arguments: object) -> list[T
     """Run a kernel over a grid in the interpreter; what it touched, in order.
 
     kernel: a function of Triton, with or without `@triton.jit`.  grid: one to three numbers of programs.  arguments: in
-    the kernel's order; tensors are contiguous, on the CPU, and are written to. NoTriton without Triton; what the
-    kernel's own code raises is raised.
+    the kernel's order; tensors are contiguous, on the CPU, and are written to. NoTriton without Triton, TypeError for
+    another number of arguments than the kernel takes; what its own code raises is raised.
     """
     raw = plain(kernel)
     names = [*inspect.signature(raw).parameters]
+    if len(names) != len(arguments):
+        raise TypeError(f"{raw.__name__} takes {len(names)} arguments, and is given {len(arguments)}")
     room = {name: _Room(x) for name, x in zip(names, arguments) if isinstance(x, Tensor)}
     inner = [room[name].inner if name in room else x for name, x in zip(names, arguments)]
     with _interpreting(room) as (interpreted, touches), np.errstate(all="ignore"), warnings.catch_warnings():
@@ -78,7 +80,16 @@ def plain(function: Callable) -> Callable:
 
 def device(function: Callable) -> Callable:
     """A function of Triton to be called from a kernel that `trace` runs."""
-    return _interpreter().InterpretedFunction(plain(function))
+    return interpreter().InterpretedFunction(plain(function))
+
+
+def interpreter() -> Any:
+    """Triton's interpreter, the module; NoTriton where there is none."""
+    if not launch.installed("triton"):
+        raise NoTriton("Triton is not installed here (it exists for Linux only)")
+    from triton.runtime import interpreter
+
+    return interpreter
 
 
 # ---- parts ----
@@ -101,14 +112,6 @@ class _Room:
         return places, (places >= -GUARD) & (places < self.size + GUARD)
 
 
-def _interpreter() -> Any:
-    if not launch.installed("triton"):
-        raise NoTriton("Triton is not installed here (it exists for Linux only)")
-    from triton.runtime import interpreter
-
-    return interpreter
-
-
 def _own(error: BaseException) -> BaseException:
     """What the kernel's own code raised, out of the wrappings of the interpreter."""
     while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
@@ -119,13 +122,13 @@ def _own(error: BaseException) -> BaseException:
 @contextlib.contextmanager
 def _interpreting(room: dict[str, _Room]) -> Iterator[tuple[type, list[Touch]]]:
     """The interpreter's class of functions, and a list that fills; afterwards Triton is as it was."""
-    interpreter = _interpreter()
+    module = interpreter()
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
     from ..kernels import attention
 
-    builder, touches = interpreter.interpreter_builder, []
+    builder, touches = module.interpreter_builder, []
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def kept(kind, addresses, mask):
@@ -138,7 +141,7 @@ def _interpreting(room: dict[str, _Room]) -> Iterator[tuple[type, list[Touch]]]:
             name = ""
         places, near = found.get(name, (at.astype(np.int64), np.zeros_like(taken)))
         touches.append(Touch(tuple(builder.grid_idx), kind, name, places.ravel(), at.shape, taken.ravel()))
-        return interpreter.TensorHandle(taken & near, tl.int1)
+        return module.TensorHandle(taken & near, tl.int1)
 
     def masked_load(ptrs, mask, other, *rest):
         return load(ptrs, kept("load", ptrs, mask), other, *rest)
@@ -152,7 +155,7 @@ def _interpreting(room: dict[str, _Room]) -> Iterator[tuple[type, list[Touch]]]:
     JITFunction.__call__ = lambda self, *args, **kwargs: device(self)(*args, **kwargs)
     attention.INTERPRETED = tl.constexpr(True)  # `number`, which kernels of the lessons use for the bounds of loops
     try:
-        yield interpreter.InterpretedFunction, touches
+        yield module.InterpretedFunction, touches
     finally:
         del builder.create_masked_load, builder.create_masked_store
         JITFunction.__call__, attention.INTERPRETED = called, bound

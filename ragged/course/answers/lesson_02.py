@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exercises import Exercise
+from ..stages import handover
 from . import blanks_02 as blanks
 
 
@@ -47,21 +48,7 @@ def _waste(lengths, tile):
 
 
 def _finished(copies, computes, stages):
-    """As a clock sees it, one tick after the other."""
-    waiting, full, free = list(zip(copies, computes)), [], stages
-    copier = group = None  # what either is at: [ticks left, ticks of the product], ticks left
-    tick = 0
-    while waiting or full or copier or group:
-        if copier is None and waiting and free:
-            copier, free = list(waiting.pop(0)), free - 1
-        if group is None and full:
-            group = full.pop(0)
-        tick += 1
-        if group is not None and (group := group - 1) == 0:
-            group, free = None, free + 1
-        if copier is not None and (copier := [copier[0] - 1, copier[1]])[0] == 0:
-            copier = full.append(copier[1])
-    return tick
+    return max(first + ticks for _, first, ticks, _ in handover(copies, computes, stages))
 
 
 UNEVEN = [3, 3, 9, 1, 3], [4, 1, 4, 4, 2]
