@@ -1,5 +1,6 @@
 # make lab    open the course            make bake    run every notebook and save its outputs
 # make test   lint, tests, notebooks     make site    the course as web pages, in site/
+# make html   lessons as single HTML files, in html/
 # make assignment  the exercises for otter-grader, in assignment/
 # make model  fetch the language model of the appendix (98 MB)
 # make clean  remove what make made      make badges  write the repository's name into every notebook
@@ -18,11 +19,13 @@ WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BROWSER_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: lab test bake site assignment model badges clean
+DESCRIBED := --HTMLExporter.preprocessors=ragged.course.output.described
+
+.PHONY: lab test bake site html assignment model badges clean
 .DELETE_ON_ERROR:
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab $(AS_ROOT) --ServerApp.root_dir="$(CURDIR)" notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(AS_ROOT) $(DESCRIBED) --ServerApp.root_dir="$(CURDIR)" notebooks/00_start_here.ipynb
 
 test: $(EXTRAS)
 	$(BIN)/ruff check .
@@ -43,6 +46,10 @@ bake: $(STAMP)
 site: $(STAMP)
 	$(BIN)/python -m ragged.course.site --out "$(SITE)"
 
+# Each a file to pass on; figures are pictures there, with their sentences.
+html: $(STAMP)
+	$(BIN)/jupyter nbconvert --to html $(DESCRIBED) --output-dir html $(NOTEBOOKS)
+
 # For each lesson what students get, and what grades it.
 assignment: $(STAMP)
 	$(BIN)/python -m ragged.course.assignment --out assignment
@@ -58,7 +65,7 @@ badges: $(STAMP)
 	$(BIN)/python -m ragged.course.notebooks
 
 clean:
-	rm -rf $(VENV) site assignment build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site html assignment build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The README's examples with Parquet and Ray Data, which tests run and no lesson needs (120 MB).

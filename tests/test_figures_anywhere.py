@@ -10,8 +10,10 @@ import sys
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from notebook_files import FIGURE, PICTURE, ROOT
+from small_course import PIXEL
 from test_browser import NOTEBOOK, SECONDS, free_port, wait_for_server, write_settings
 
 pytest.importorskip("plotly")
@@ -80,6 +82,26 @@ def test_nbconvert_shows_the_pictures(folder, name):
         assert f"data:image/png;base64,{data[PICTURE].strip()}" in page.replace("\n", "")
 
 
+DESCRIBED = re.search(r"^DESCRIBED := (--\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def images(page):
+    found = BeautifulSoup(page, "html.parser").select(".jp-OutputArea img")
+    return {image["alt"]: image.get("width") for image in found}
+
+
+def test_a_picture_keeps_its_sentence_in_nbconvert_s_html(tmp_path):
+    """With the option of `make html` and `make lab`, and none without: nbconvert has no place for it."""
+    words, drawn = 'Number 1. x: "time" & <more>.', {"data": [], "layout": {"width": 760}}
+    shown = new_output("display_data", {PICTURE: PIXEL, "text/plain": words, FIGURE: drawn})
+    other = new_output("display_data", {PICTURE: PIXEL, "text/plain": "<a picture>"})
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=[shown, other])]), tmp_path / "x.ipynb")
+    command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "html", DESCRIBED, "x.ipynb"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=SECONDS)
+    found = images((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert found == {words: "760", "No description has been provided for this image": None}
+
+
 DRAWN = """() => [...document.querySelectorAll('.plotly-graph-div')].map((plot) =>
     plot.querySelectorAll('.scatter').length)"""
 
@@ -127,7 +149,7 @@ def jupyterlab(home, address):
     port = address.rpartition(":")[2]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser",
                f"--ServerApp.root_dir={home}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token="]  # fmt: skip
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", DESCRIBED]  # fmt: skip
     around = os.environ | {name: str(home / folder) for name, folder in folders.items()}
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, env=around, cwd=home, stdout=log, stderr=log, start_new_session=True)
@@ -155,6 +177,10 @@ def test_a_jupyterlab_that_does_not_draw_plotly_shows_the_picture(folder):
             pictures = "() => document.querySelectorAll('.jp-RenderedImage img').length === 3"
             page.wait_for_function(pictures)
             assert blocked and page.evaluate("() => document.querySelectorAll('.jp-RenderedPlotly').length") == 0
+            key = next(one["value"] for one in page.context.cookies() if one["name"] == "_xsrf")
+            export = page.request.get(f"{address}/nbconvert/html/a%20session.ipynb?_xsrf={key}", timeout=SECONDS * 1000)
+            found = images(export.text())  # "Save and Export Notebook As"
+            assert len(found) == 3 and all(words.startswith("Number ") for words in found)
             browser.close()
     finally:
         server.terminate()  # JupyterLab ends its kernels

@@ -9,11 +9,14 @@ import os
 import struct
 import sys
 import warnings
+from html import escape
+from typing import Any
 
 from ..plots.pictures import photo_png, small_png
 from ..plots.style import alt_text
 
 SAVING = "plotly_mimetype+png"  # PLOTLY_RENDERER while notebooks are run in order to be saved
+FIGURE = "application/vnd.plotly.v1+json"
 LIVE = "plotly_mimetype+ragged_picture"  # what a session gets that asked for nothing
 FIGURE, PNG = "application/vnd.plotly.v1+json", "image/png"
 PHOTO_SCALE = 2  # pixels of a PNG for one of the figure's, where it holds photographs
@@ -53,6 +56,21 @@ def figure_bundle(figure) -> dict:
     """
     bundle = figure._repr_mimebundle_()
     return bundle[0] if isinstance(bundle, tuple) else bundle
+
+
+def described(notebook: Any, resources: Any) -> tuple:
+    """A preprocessor for nbconvert's HTML, whose templates give a picture no words: the picture of every saved figure
+    becomes an image with the figure's sentence, as wide as the figure. notebook, resources: what nbconvert passes on;
+    both are returned. `make html` names it, and `make lab` for what JupyterLab exports."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            found = output.get("data", {})
+            if {FIGURE, "image/png", "text/plain"} <= set(found):
+                words, width = escape("".join(found["text/plain"])), found[FIGURE].get("layout", {}).get("width")
+                size = f' width="{width:.0f}"' if isinstance(width, int | float) else ""
+                source = escape("".join("".join(found["image/png"]).split()))
+                found["text/html"] = f'<img src="data:image/png;base64,{source}" alt="{words}"{size}>'
+    return notebook, resources
 
 
 def _renderer(name: str, picture):
