@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import os
-import struct
 import sys
 import warnings
 
@@ -101,14 +100,14 @@ def _show_in_half_size() -> None:
 
 
 def with_size(message: dict) -> dict:
-    """A message of the kernel that shows a figure with photographs gets width and height of its PNG; others stay as
-    they are."""
+    """A message of the kernel that shows a figure with photographs says how large its PNG is to be shown: as the figure
+    is. Others stay as they are."""
     content = message.get("content", {})
     data = content.get("data", {})
-    if PNG in data and isinstance(data.get(FIGURE), dict) and holds_photographs(data[FIGURE]):
-        width, height = struct.unpack(">II", base64.b64decode(data[PNG][:64])[16:24])  # of the first chunk of every PNG
-        size = {"width": width // PHOTO_SCALE, "height": height // PHOTO_SCALE}
-        content["metadata"] = {**content.get("metadata", {}), PNG: size}
+    figure = data.get(FIGURE)
+    if PNG in data and isinstance(figure, dict) and holds_photographs(figure):
+        size = {side: figure["layout"][side] for side in ("width", "height") if side in figure["layout"]}
+        content["metadata"] = {**content.get("metadata", {}), **({PNG: size} if len(size) == 2 else {})}
     return message
 
 
