@@ -221,12 +221,13 @@ def _washed(image, kept, patch: int):
 
 def _place(figure, pixels, x, y, width, height, drawn=None):
     """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y). A saved figure stays small: the image
-    travels as JPEG, halved where `drawn`, its width in the figure, is small. (Other factors would tear the edges of the
-    patches off the 8-pixel grid of JPEG and cost more than they save.)"""
+    travels as JPEG, halved where a screen of two pixels for one of the figure's `drawn` would still show less. (Other
+    factors would tear the edges of the patches off the 8-pixel grid of JPEG and cost more than they save; so would
+    enlarging again what was halved, in the PNG beside.)"""
     from PIL import Image
 
     file, image = io.BytesIO(), Image.fromarray(pixels)
-    if drawn is not None and drawn <= 0.7 * image.width:
+    if drawn is not None and drawn <= 0.35 * image.width:
         image = image.reduce(2)
     image.save(file, "JPEG", quality=74)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
