@@ -60,6 +60,15 @@ def test_the_error_is_that_of_the_pipeline_and_the_lengths():
     assert np.allclose(equal["low"], equal["expected"])
 
 
+def test_a_partial_recording_forecasts_what_it_can():
+    """A network recorded at one batch has no constants: its cells are left out, and the others' errors stand."""
+    rows = pandas.concat([invented(), invented(model="deit_tiny", batches=(4,))], ignore_index=True)
+    assert set(f.misses(rows)["model"]) == {"deit_small"}
+    assert (f.forecast(rows, "deit_small", 64, 0.5)["cells"] == 3).all()
+    with pytest.raises(ValueError, match="at two batches at least; there are 1"):
+        f.forecast(rows, "deit_tiny", 64, 0.5)
+
+
 def test_a_pruner_of_another_network_brings_its_launches():
     """EViT's host time is recorded with DeiT-B alone: its distance to Threshold-L2 is added to DeiT-S's floor."""
     other = invented(model="deit_base", suite="sparsity", batches=(64,), pipes=[

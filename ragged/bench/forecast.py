@@ -111,7 +111,8 @@ def misses(rows: pd.DataFrame) -> pd.DataFrame:
     """Every recorded cell beside what would have been forecast for it: model, pruner, backend, mode, batch, tokens,
     keep, `recorded` and `expected` (both times the unpruned images/s), and `disturbed`.
 
-    rows: as in `forecast`. Cells of pipelines, modes and networks that no forecast speaks of are left out.
+    rows: as in `forecast`. Left out are cells that no forecast speaks of, and those for which the rows hold nothing to
+    calculate with.
     """
     return _misses(_Frame(rows))
 
@@ -139,10 +140,14 @@ def _misses(frame: _Frame) -> pd.DataFrame:
     for c in cells.itertuples():
         spread = 0.7 if c.pruner == RAGGED else 0.0  # U(30,168) is what is recorded
         counts = counts_after(c.keep, spread, int(c.batch), "threshold_l2" if c.pruner == RAGGED else c.pruner)
-        whole = _us(rows, c.model, c.mode, "unpruned", "none", [FULL] * int(c.batch))
-        expected.append(whole / _us(rows, c.model, c.mode, c.backend, c.pruner, counts))
+        try:
+            whole = _us(rows, c.model, c.mode, "unpruned", "none", [FULL] * int(c.batch))
+            expected.append(whole / _us(rows, c.model, c.mode, c.backend, c.pruner, counts))
+        except ValueError:  # a recording may be partial
+            expected.append(math.nan)
     keys = ["suite", "model", "pruner", "backend", "mode", "batch", "tokens", "keep", "disturbed"]
-    return cells[keys].assign(recorded=cells["speedup"], expected=expected).reset_index(drop=True)
+    cells = cells[keys].assign(recorded=cells["speedup"], expected=expected)
+    return cells.dropna(subset="expected").reset_index(drop=True)
 
 
 def speedups(rows: pd.DataFrame) -> pd.DataFrame:

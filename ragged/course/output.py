@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import os
-import struct
 import sys
 import warnings
 from html import escape
@@ -19,7 +18,7 @@ SAVING = "plotly_mimetype+png"  # PLOTLY_RENDERER while notebooks are run in ord
 FIGURE = "application/vnd.plotly.v1+json"
 LIVE = "plotly_mimetype+ragged_picture"  # what a session gets that asked for nothing
 FIGURE, PNG = "application/vnd.plotly.v1+json", "image/png"
-PHOTO_SCALE = 2  # pixels of a PNG for one of the figure's, where it holds photographs
+LARGE = 200_000  # pixels: a figure with photographs gets a PNG of twice its width and height, a larger one 1.5 times
 PLOTLY_DEFAULTS = ("plotly_mimetype", "plotly_mimetype+notebook")  # of its versions, in a Jupyter kernel
 
 
@@ -30,7 +29,7 @@ def saving() -> bool:
 
 def use_small_pictures() -> None:
     """Choose the renderer. While saving: JSON, a PNG reduced to a palette (a third of its size; photographs keep their
-    colours and get twice the pixels), and the figure's sentence as text/plain, where every viewer looks for what it can
+    colours and get more pixels), and the figure's sentence as text/plain, where every viewer looks for what it can
     show. In a session in Jupyter the same, and HTML
     in place of a PNG where none can be drawn (see `_Picture`). Colab and others keep what plotly found out, and a
     PLOTLY_RENDERER in the environment is taken at its word: `plotly_mimetype` is JSON alone, and the quickest. Without
@@ -91,8 +90,13 @@ def _png(fig_dict: dict) -> str:
     photo = holds_photographs(fig_dict)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The kopts argument")  # plotly gives it, kaleido's server needs none
-        data = pio.to_image(fig_dict, format="png", scale=PHOTO_SCALE if photo else 1, validate=False)
+        data = pio.to_image(fig_dict, format="png", scale=_scale(fig_dict) if photo else 1, validate=False)
     return base64.b64encode(photo_png(data) if photo else small_png(data)).decode()
+
+
+def _scale(fig_dict: dict) -> float:
+    layout = fig_dict["layout"]
+    return 2 if (layout.get("width") or 700) * (layout.get("height") or 450) <= LARGE else 1.5
 
 
 def holds_photographs(fig_dict: dict) -> bool:
@@ -100,13 +104,13 @@ def holds_photographs(fig_dict: dict) -> bool:
     return bool(fig_dict.get("layout", {}).get("images"))
 
 
-# ---- twice the pixels, and the same size ----
+# ---- more pixels, and the same size ----
 
 _hooked = False
 
 
 def _show_in_half_size() -> None:
-    """Have the kernel say how wide a PNG of twice the pixels is to be shown: a bundle of data cannot."""
+    """Have the kernel say how large a PNG of more pixels is to be shown: a bundle of data cannot."""
     global _hooked
     try:
         from IPython import get_ipython
@@ -119,14 +123,14 @@ def _show_in_half_size() -> None:
 
 
 def with_size(message: dict) -> dict:
-    """A message of the kernel that shows a figure with photographs gets width and height of its PNG; others stay as
-    they are."""
+    """A message of the kernel that shows a figure with photographs says how large its PNG is to be shown: as the figure
+    is. Others stay as they are."""
     content = message.get("content", {})
     data = content.get("data", {})
-    if PNG in data and isinstance(data.get(FIGURE), dict) and holds_photographs(data[FIGURE]):
-        width, height = struct.unpack(">II", base64.b64decode(data[PNG][:64])[16:24])  # of the first chunk of every PNG
-        size = {"width": width // PHOTO_SCALE, "height": height // PHOTO_SCALE}
-        content["metadata"] = {**content.get("metadata", {}), PNG: size}
+    figure = data.get(FIGURE)
+    if PNG in data and isinstance(figure, dict) and holds_photographs(figure):
+        size = {side: figure["layout"][side] for side in ("width", "height") if side in figure["layout"]}
+        content["metadata"] = {**content.get("metadata", {}), **({PNG: size} if len(size) == 2 else {})}
     return message
 
 

@@ -172,9 +172,9 @@ def small_png(data: bytes, colours: int = 64) -> bytes:
     return file.getvalue()
 
 
-def photo_png(data: bytes, most: int = 60_000) -> bytes:
-    """A PNG whose colours are rounded to 64 values a channel, which nobody sees, at two thirds of the size; where that
-    is more than `most` bytes, one with a palette of 256 of the picture's own colours."""
+def photo_png(data: bytes, most: int = 38_000) -> bytes:
+    """A PNG with its colours rounded to 64 values a channel, which nobody sees; where that is more than `most` bytes,
+    with a palette of 256 of the picture's own colours."""
     from PIL import Image
 
     def saved(image) -> bytes:
@@ -183,8 +183,8 @@ def photo_png(data: bytes, most: int = 60_000) -> bytes:
         return file.getvalue()
 
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    rounded = saved(image.point([255 if value > 251 else min(252, (value + 2) // 4 * 4) for value in range(256)] * 3))
-    return rounded if len(rounded) <= most else saved(image.quantize(256, Image.Quantize.MEDIANCUT))
+    small = saved(image.point([255 if value > 251 else min(252, (value + 2) // 4 * 4) for value in range(256)] * 3))
+    return small if len(small) <= most else saved(image.quantize(256, Image.Quantize.MEDIANCUT))
 
 
 # ---- pixels ----
@@ -221,13 +221,13 @@ def _washed(image, kept, patch: int):
 
 def _place(figure, pixels, x, y, width, height, drawn=None):
     """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y). A saved figure stays small: the image
-    travels as JPEG, halved where `drawn`, its width in the figure, is so small that two pixels of a screen would share
-    one of the image's. (Other factors would tear the edges of the patches off the 8-pixel grid of JPEG and cost more
-    than they save.)"""
+    travels as JPEG, halved where a screen of two pixels for one of the figure's `drawn` would still show less. (Other
+    factors would tear the edges of the patches off the 8-pixel grid of JPEG and cost more than they save; so would
+    enlarging again what was halved, in the PNG beside.)"""
     from PIL import Image
 
     file, image = io.BytesIO(), Image.fromarray(pixels)
-    if drawn is not None and 2 * drawn <= 0.7 * image.width:
+    if drawn is not None and drawn <= 0.35 * image.width:
         image = image.reduce(2)
     image.save(file, "JPEG", quality=74)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
