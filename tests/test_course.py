@@ -8,7 +8,7 @@ import torch
 import ragged
 from ragged import course, data
 from ragged.course import output as notebook_output
-from ragged.course.frames import FRAMES
+from ragged.course.frames import FRAMES, computed
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +51,50 @@ def test_every_backend_has_its_line(monkeypatch):
     assert "Triton is not installed" in text and "flash-attn package is not installed" in text
 
 
+# ---- tables ----
+
+
 def test_a_table_lines_up():
     text = course.table([dict(name="a", value=1.25), dict(name="long", value=1234.0)], digits=2)
     assert text.splitlines() == ["name     value", "----  --------", "a         1.25", "long  1,234.00"]
-    assert course.table([]) == "(no rows)"
+    assert course.table([]) == "(no rows)" and course.table([])._repr_html_() is None
+
+
+def test_a_table_is_text_to_python_and_html_to_a_notebook():
+    from bs4 import BeautifulSoup
+    from IPython.core.interactiveshell import InteractiveShell
+
+    table = course.table([dict(backend="a<b", tokens=1970, value=float("nan"))], title="in µs", note="32 images")
+    assert f"{table}\n" + table == "\n".join([str(table)] * 2)
+    shown, _ = InteractiveShell.instance().display_formatter.format(table)
+    InteractiveShell.clear_instance()
+    assert set(shown) == {"text/plain", "text/html"} and shown["text/plain"] == str(table)
+    assert shown["text/plain"].splitlines()[0] == "in µs" and shown["text/plain"].splitlines()[-1] == "32 images"
+    rows = BeautifulSoup(shown["text/html"], "html.parser").find_all("tr")
+    cells = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in rows]
+    assert cells == [["backend", "tokens", "value"], ["a<b", "1,970", "nan"]]
+    assert "<caption>in µs<br>32 images</caption>" in shown["text/html"]
+    assert ".col0 {\n  text-align: left" in shown["text/html"] and ".col1" not in shown["text/html"]
+
+
+def test_the_html_of_a_table_is_lean_and_the_same_every_time():
+    rows = [{f"column {i}": 1.5 * i for i in range(6)} for _ in range(50)]
+    html = course.table(rows)._repr_html_()
+    assert html == course.table(rows)._repr_html_()
+    assert len(html) < 50 * 6 * 60 and html.count("<style") == 1 and 'id="T_' in html and html.count("id=") == 1
+
+
+def test_a_frame_is_a_table_too():
+    frame = pandas.DataFrame(dict(backend=["a", "b", "a"], value=[1.0, 2.0, 4.0])).groupby("backend").mean()
+    assert course.table(frame) == course.table([dict(backend="a", value=2.5), dict(backend="b", value=2.0)])
+    assert course.table(frame["value"].reset_index().query("value > 2")).splitlines()[-1].split() == ["a", "2.5"]
+
+
+def test_a_table_marks_what_was_disturbed_and_leaves_gaps_open():
+    table = course.table([dict(a=data.noted(1.0, True)), dict(b=None), dict(a=np.float32(2), b=torch.tensor(3))])
+    assert [line.split() for line in table.splitlines()[2:5]] == [["1.0*"], [], ["2.0", "3"]]
+    assert data.NOTE in table and data.NOTE in table._repr_html_()
+    assert data.NOTE not in course.table([dict(a=1.0)])
 
 
 # ---- recordings ----
@@ -117,6 +157,19 @@ def test_a_slider_draws_at_both_ends(shown, monkeypatch):
     widget.value = 1.0
     texts = [bundle["text/plain"] for bundle in handle.shown]
     assert [text for text in texts if text.strip()] == ["keep 0.5", "keep 0.1", "keep 1.0"]
+
+
+def test_a_slider_of_tables_hands_over_html(shown, monkeypatch):
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    widget = course.slider(lambda k: course.table([dict(k=k)]), [1, 2])
+    widget.value = 2
+    first, _, last = shown[0].shown
+    assert set(first) == set(last) == {"text/plain", "text/html"} and ">2<" in last["text/html"]
+
+
+def test_the_frames_of_a_slider_of_tables_are_html():
+    found = computed(lambda k: course.table([dict(k=k)]), [1, 2], 1, "k")["frames"]
+    assert [list(frame) for frame in found] == [["html"]] * 2 and ">2<" in found[1]["html"]
 
 
 def test_a_slider_of_figures_hands_over_plotly_json(shown, monkeypatch):

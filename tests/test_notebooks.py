@@ -105,10 +105,10 @@ def test_links_lead_somewhere(notebook):
         assert not picture or (words.strip() and not address.startswith("http")), f"{address}: local, with a text"
 
 
-def test_badge_and_set_up_cell_name_the_repository(lesson):
-    path = lesson["path"].relative_to(ROOT).as_posix()
-    assert notebook_tools.badge(REPOSITORY, path) == lesson["cells"][0]["source"].splitlines()[1]
-    assert code(lesson)[0]["source"] == notebook_tools.setup_cell(REPOSITORY)
+def test_badge_and_set_up_cell_name_the_repository(notebook):
+    path = notebook["path"].relative_to(ROOT).as_posix()
+    assert notebook_tools.badge(REPOSITORY, path) == notebook["cells"][0]["source"].splitlines()[1]
+    assert code(notebook)[0]["source"] == notebook_tools.setup_cell(REPOSITORY)
 
 
 def test_make_badges_has_nothing_to_do(notebook):
@@ -179,9 +179,13 @@ def test_a_checkout_without_a_repository_says_so(tmp_path, capsys, content):
     assert error.count("\n") == 1 and "pyproject.toml" in error
 
 
-def test_a_missing_badge_is_put_under_the_title():
-    notebook = {"cells": [{"cell_type": "markdown", "source": "# Title\nText"}]}
-    source = notebook_tools.with_repository(notebook, "a/b", "notebooks/x.ipynb")["cells"][0]["source"]
+def test_a_missing_badge_is_put_under_the_title_and_a_missing_set_up_cell_below():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\nText")])
+    title, set_up = notebook_tools.with_repository(notebook, "a/b", "notebooks/x.ipynb")["cells"]
+    assert set_up["cell_type"] == "code" and set_up["source"] == notebook_tools.setup_cell("a/b")
+    nbformat.validate(notebook)
+    assert len(notebook_tools.with_repository(notebook, "a/b", "notebooks/x.ipynb")["cells"]) == 2
+    source = title["source"]
     assert source.splitlines()[0] == "# Title" and source.splitlines()[2] == "Text"
     assert source.splitlines()[1].endswith("/github/a/b/blob/main/notebooks/x.ipynb)")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .notebooks import ROOT, NotebookError, notebook_paths
+from .tables import Table
 
 FRAMES = "application/vnd.ragged.frames+json"  # of a slider's output while its notebook is saved
 FOLDER = "frames"
@@ -23,16 +24,18 @@ FOLDER = "frames"
 def computed(render: Callable, values: Sequence, start: Any, label: str) -> dict:
     """What a reader's slider needs. render, values, start, label: as in `course.slider`.
 
-    Returns label, stops (texts), start (the place of the first), and frames: for each stop a text, or the data and the
-    layout of a plotly figure, without the template, which is everybody's.
+    Returns label, stops (texts), start (the place of the first), and frames: for each stop a text, a table's HTML, or
+    the data and the layout of a plotly figure, without the template, which is everybody's.
     """
     return {"label": label, "stops": [str(value) for value in values], "start": list(values).index(start),
             "frames": [_frame(render(value)) for value in values]}  # fmt: skip
 
 
 def _frame(result: Any) -> Any:
+    if isinstance(result, Table) and result.style is not None:
+        return {"html": result.style.to_html()}
     if isinstance(result, str):
-        return result
+        return str(result)
     spec = json.loads(result.to_json())
     spec["layout"].pop("template", None)
     return {"data": spec["data"], "layout": spec["layout"]}

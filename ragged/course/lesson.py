@@ -21,6 +21,7 @@ from ..attention import pick_backend
 from ..backends import BACKENDS
 from .exercises import Exercise, check_exercise, unlike
 from .output import figure_bundle, saving, use_small_pictures
+from .tables import Table, table
 
 HEAD_DIM = 64  # of every DeiT
 
@@ -48,7 +49,7 @@ def setup(seed: int = 0, quiet: bool = False, gradients: bool = False) -> Here:
 
     gradients: True turns them on, for a lesson that trains; off, nothing can be trained until
     `torch.set_grad_enabled(True)`. On a GPU: float16 and DeiT-S; without: float32, DeiT-Ti and a small batch. Figures
-    get the course's template; tables print as text.
+    get the course's template.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -80,43 +81,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def backends_table(here: Here, head_dim: int = HEAD_DIM) -> str:
-    """Every backend and whether it runs `here` with head_dim numbers per head, one line each; the reason where not."""
+def backends_table(here: Here, head_dim: int = HEAD_DIM) -> Table:
+    """Every backend and whether it runs `here` with head_dim numbers per head, a row each; the reason where not."""
     picked = pick_backend(here.device, here.dtype, head_dim)
-    lines = []
+    rows = []
     for name, backend in BACKENDS.items():
         reason = backend.why_not(here.device, here.dtype, head_dim)
         sign = "->" if name == picked else "ok" if reason is None else "no"
-        lines.append(f"{sign}  {name:<16} {backend.about if reason is None else reason}")
-    lines += [f"!!  launches go through Triton's wrapper, which is dearer: {why}" for why in launch.fallbacks]
-    lines += ["++  known calls of the Triton kernel start in C++ (kernels.front)"] if launch.front is not None else []
-    return "\n".join([*lines, f"\n->  is what backend='auto' takes here ({here.device}, {here.dtype})"])
-
-
-# ---- tables ----
-
-
-def table(rows: Sequence[dict], digits: int = 1) -> str:
-    """rows, dicts with the same keys, as lines of text: words to the left, numbers (to so many digits) to the right.
-    Where a number is a `data.Disturbed` it is marked, and a line below says what the mark means."""
-    if not rows:
-        return "(no rows)"
-    texts = [[_cell(v, digits) for v in row.values()] for row in rows]
-    names = [str(name) for name in rows[0]]
-    widths = [max(map(len, column)) for column in zip(names, *texts)]
-    words = [isinstance(v, str) for v in rows[0].values()]
-
-    def line(cells):
-        return "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(cells, widths, words)).rstrip()
-
-    note = [data.NOTE] if any(isinstance(v, data.Disturbed) for row in rows for v in row.values()) else []
-    return "\n".join([line(names), "  ".join("-" * w for w in widths), *map(line, texts), *note])
-
-
-def _cell(value, digits):
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.{digits}f}" + data.MARK * isinstance(value, data.Disturbed)
+        rows.append({"": sign, "backend": name, "what it is, or why not": backend.about if reason is None else reason})
+    notes = [f"->  is what backend='auto' takes here ({here.device}, {here.dtype})"]
+    notes += [f"!!  launches go through Triton's wrapper, which costs more: {why}" for why in launch.fallbacks]
+    notes += ["++  known calls of the Triton kernel start in C++ (kernels.front)"] if launch.front is not None else []
+    return table(rows, note="\n".join(notes))
 
 
 # ---- recorded results ----
@@ -155,9 +131,9 @@ def steps(items: Sequence, label: str) -> Iterable:
 def slider(render: Callable, values: Sequence, start: object = None, label: str = "value") -> object | None:
     """A live slider: shows `render(value)` and, on a running kernel, a slider that draws it again.
 
-    render: value -> a plotly figure or text, and nothing else: it neither prints nor keeps state, so it can be tested
-    and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider. Returns
-    the widget (None in a notebook that runs to be saved: widget state does not survive a static view, so the
+    render: value -> a plotly figure, a table or text, and nothing else: it neither prints nor keeps state, so it can be
+    tested and drawn without a slider. values: the stops.  start: the one shown first.  label: beside the slider.
+    Returns the widget (None in a notebook that runs to be saved: widget state does not survive a static view, so the
     pictures of all stops are saved for the site, see `frames`).
     """
     from IPython.display import display
@@ -191,8 +167,10 @@ def slider(render: Callable, values: Sequence, start: object = None, label: str 
 
 
 def _shown(result) -> dict:
-    """A MIME bundle of text or a figure: a display handle takes it in every front end."""
-    return {"text/plain": result} if isinstance(result, str) else figure_bundle(result)
+    """A MIME bundle of text, a table or a figure: a display handle takes it in every front end."""
+    if isinstance(result, Table) and result.style is not None:
+        return {"text/plain": str(result), "text/html": result._repr_html_()}
+    return {"text/plain": str(result)} if isinstance(result, str) else figure_bundle(result)
 
 
 # ---- exercises ----

@@ -65,7 +65,7 @@ except ImportError:  # in Colab a notebook comes alone and fetches its package
 def with_repository(notebook: dict, name: str, path: str) -> dict:
     """`notebook` with the badge and the set-up cell of repository `name`, changed in place.
 
-    A missing badge is put under the title. The set-up cell is rewritten where there is one.
+    A missing badge is put under the title, a missing set-up cell below it.
     """
     title = notebook["cells"][0]
     if BADGE.search(title["source"]):
@@ -76,7 +76,11 @@ def with_repository(notebook: dict, name: str, path: str) -> dict:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code" and SETUP.fullmatch(cell["source"]):
             cell["source"] = setup_cell(name)
-            break
+            return notebook
+    made = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": setup_cell(name)}
+    if "id" in title:
+        made["id"] = "set-up"
+    notebook["cells"].insert(1, type(title)(made))  # a dict, or nbformat's
     return notebook
 
 
