@@ -1,13 +1,15 @@
 """What the notebooks need beside the package: a set-up line, sliders, recorded rows, feedback, progress."""
 
-from .exercises import Exercise, check_exercise, hint
+from .exercises import Exercise, check_exercise, hint, solved
+from .history import Tried, tried
+from .kernels import Language, language
 from .lesson import Here, backends_table, check, difference, recorded, setup, slider, steps, versions
 from .marks import guess, progress, reveal
 from .output import figure_bundle, saving, use_small_pictures
 from .tables import Table, table
 
 __all__ = [
-    "Exercise", "Here", "Table", "backends_table", "check", "check_exercise", "difference", "figure_bundle", "guess",
-    "hint", "progress", "recorded", "reveal", "saving", "setup", "slider", "steps", "table",
-    "use_small_pictures", "versions",
+    "Exercise", "Here", "Language", "Table", "Tried", "backends_table", "check", "check_exercise", "difference",
+    "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal", "saving", "setup", "slider",
+    "solved", "steps", "table", "tried", "use_small_pictures", "versions",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import marks
+from .touched import NoTriton, plain
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Exercise:
     spec: another way to the answer, given the same arguments.  cases: what is special about a case, in words -> the
     arguments.  hints: from a question to the last step before the answer; never the answer.  needs: property in words
     -> function (answer, *arguments) -> whether it holds, for what no single right answer decides.  atol, rtol: as in
-    `torch.allclose`.  show: function (answer, *arguments) -> what to print about a failing case.
+    `torch.allclose`.  show: function (answer, *arguments) -> what to print about a failing case.  run: function (yours,
+    *arguments) -> answer, where more is needed than a call.  judge: function (answer, *arguments) -> what is wrong with
+    it, in words, or None.  draw: function (answer, *arguments) -> a figure of the failing case, or of the last one,
+    or None.
     """
 
     spec: Callable | None
@@ -37,6 +41,9 @@ class Exercise:
     atol: float = 1e-5
     rtol: float = 1e-4
     show: Callable | None = None
+    run: Callable | None = None
+    judge: Callable | None = None
+    draw: Callable | None = None
 
 
 def find(name: str) -> Exercise:
@@ -62,11 +69,12 @@ def check_exercise(name: str, yours: Any, exercise: Exercise | None = None) -> b
         print(f"Expected a function, got {type(yours).__name__}.")
         marks.note(name, "exercise", False)
         return False
-    passed = 0
+    passed, answer = 0, None
+    _solved.discard(name)
     for words, arguments in exercise.cases.items():
-        failed = _try(exercise, yours, arguments)
+        failed, answer = _try(exercise, yours, arguments)
         if failed is not None:
-            if failed == _NOT_BEGUN:
+            if failed.startswith(_NOT_TRIED):
                 print(f"{failed} {_hint_line(name) if exercise.hints else ''}".rstrip())
                 return False
             marks.note(name, "exercise", False)
@@ -75,32 +83,63 @@ def check_exercise(name: str, yours: Any, exercise: Exercise | None = None) -> b
                 print(f"{passed} of {len(exercise.cases)} cases are right before this one.")
             if exercise.hints:
                 print(_hint_line(name))
+            _drawn(exercise, answer, arguments)
             return False
         passed += 1
     marks.note(name, "exercise", True)
+    _solved.add(name)
     if passed == 1:
         print("Correct.")
     else:
         print(f"Correct, in all {passed} cases: {', '.join(exercise.cases)}.")
+    _drawn(exercise, answer, [*exercise.cases.values()][-1])
     return True
 
 
-_NOT_BEGUN = "Not begun: the function still raises NotImplementedError."
+_NOT_TRIED = ("Not begun", "Not tried")
+_solved: set[str] = set()  # in this session
+
+
+def solved(*names: str) -> bool:
+    """Whether the last check of each of these exercises, "lesson/number", was passed in this session."""
+    for name in names:
+        find(name)
+    return _solved.issuperset(names)
+
+
+def _drawn(exercise: Exercise, answer: Any, arguments: tuple) -> None:
+    """Show the figure of a case, where the exercise has one and the answer got far enough to be drawn."""
+    if exercise.draw is not None and answer is not None:
+        figure = exercise.draw(answer, *copy.deepcopy(arguments))
+        if figure is not None:
+            figure.show()
 
 
 def _hint_line(name: str) -> str:
     return f'course.hint("{name}") has hints, one at a time.'
 
 
-def _try(exercise: Exercise, yours: Callable, arguments: tuple) -> str | None:
-    """What is wrong with an answer on one case, in sentences, or None."""
+def _try(exercise: Exercise, yours: Callable, arguments: tuple) -> tuple[str | None, Any]:
+    """What is wrong with an answer on one case, in sentences, or None; and the answer, or None."""
     given = copy.deepcopy(arguments)
     try:
-        answer = yours(*given)
-    except NotImplementedError:
-        return _NOT_BEGUN
+        answer = yours(*given) if exercise.run is None else exercise.run(yours, *given)
+    except NotImplementedError as error:
+        return _not_begun(error, yours), None
+    except NoTriton as error:
+        return f"Not tried: {error}.", None
     except Exception as error:  # a student's function may raise anything; it is told in one line
-        return f"It stopped with {type(error).__name__}: {error}{_where(error, yours)}"
+        return f"It stopped with {type(error).__name__}: {error}{_where(error, yours)}", None
+    return _verdict(exercise, yours, answer, arguments, given), answer
+
+
+def _not_begun(error: NotImplementedError, yours: Callable) -> str:
+    raised = traceback.extract_tb(error.__traceback__)[-1].name
+    other = raised != getattr(plain(yours), "__name__", raised)
+    return f"Not begun: {f'{raised}, which it calls,' if other else 'the function'} still raises NotImplementedError."
+
+
+def _verdict(exercise: Exercise, yours: Callable, answer: Any, arguments: tuple, given: tuple) -> str | None:
     names = [*inspect.signature(yours).parameters] if _has_signature(yours) else []
     for i, (before, after) in enumerate(zip(arguments, given)):
         if not _equal(before, after):
@@ -114,6 +153,8 @@ def _try(exercise: Exercise, yours: Callable, arguments: tuple) -> str | None:
             return f"Expected: {words}. Looking for it failed with {type(error).__name__}: {error}"
         if not good:
             return f"Expected: {words}.{_shown(exercise, answer, arguments)}"
+    if exercise.judge is not None and (said := exercise.judge(answer, *copy.deepcopy(arguments))):
+        return said
     if exercise.spec is None:
         return None
     found = unlike(exercise.spec(*copy.deepcopy(arguments)), answer, exercise.atol, exercise.rtol)
@@ -146,7 +187,7 @@ def _has_signature(function: Callable) -> bool:
 
 def _where(error: BaseException, yours: Callable) -> str:
     """The line of the answer's own code that raised."""
-    file = getattr(getattr(yours, "__code__", None), "co_filename", None)
+    file = getattr(getattr(plain(yours), "__code__", None), "co_filename", None)
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f", in its line {own[-1].line!r}" if own and own[-1].line else ""
 

@@ -7,7 +7,7 @@ has the same colour everywhere (`LOOKS`).
 """
 
 from .call import call_anatomy, host_against_gpu, kernel_grid, padded_waste, roofline
-from .kernel import error_budget, program_schedule, softmax_steps, tile_cover, tile_waste
+from .kernel import error_budget, program_schedule, softmax_steps, tile_cover, tile_waste, touched_rows
 from .launch import (
     capacity_steps,
     clock_hypotheses,
@@ -54,6 +54,6 @@ __all__ = [
     "measured_lines", "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline",
     "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling", "score_maps",
     "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "stages",
-    "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "tree_of_guesses", "two_clocks",
-    "verification", "who_sees_whom",
+    "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "touched_rows", "tree_of_guesses",
+    "two_clocks", "verification", "who_sees_whom",
 ]  # fmt: skip

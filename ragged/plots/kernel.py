@@ -8,9 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 
-from .style import INK, log_ticks, look, new_figure
+import numpy as np
+
+from .style import INK, fitted, log_ticks, look, new_figure
 
 REAL, WASTED, EDGE = "#56b4e9", "#e69f00", "#ffffff"
+WRONG, MISSED = "#d7191c", "#222222"
+IMAGE_COLOURS = ("#0072b2", "#009e73", "#8c6d1f", "#7f3c8d")  # far from WRONG, with room for paler ones
 PROGRAM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f")
 
 
@@ -128,6 +132,41 @@ def program_schedule(plans, *, slots, title="Programs on the processors of a GPU
     return figure.update_layout(barmode="overlay", margin_t=104)
 
 
+def touched_rows(lengths, touched, needed, *, title="Which rows were touched", below="", across="number in the row",
+                 words=("touched", "touched, but not its own", "its own, not touched")):  # fmt: skip
+    """The rows of a packed batch, coloured by image: pale where nothing happened, strong where it should have, red
+    where it should not.
+
+    lengths: tokens per image.  touched, needed: bools, (numbers, rows); rows past the last image are nobody's.  across:
+    what stands along the second axis.  words: what the three kinds of places are called.
+    """
+    touched, needed = np.asarray(touched, dtype=bool), np.asarray(needed, dtype=bool)
+    if touched.ndim != 2 or touched.shape != needed.shape or touched.shape[1] < sum(lengths):
+        raise ValueError(f"touched and needed: expected two arrays (numbers, at least {sum(lengths)} rows), "
+                         f"got {touched.shape} and {needed.shape}")  # fmt: skip
+    images = len(IMAGE_COLOURS)
+    owner = np.repeat([i % images for i in range(len(lengths))], lengths)
+    owner = np.append(owner, np.full(touched.shape[1] - len(owner), images))  # nobody's
+    kind = np.where(touched & needed, owner + images + 1, np.broadcast_to(owner, touched.shape))
+    kind = np.where(touched & ~needed, 2 * images + 2, np.where(needed & ~touched, 2 * images + 3, kind))
+    colours = [_paler(c) for c in IMAGE_COLOURS] + ["#ededed", *IMAGE_COLOURS, "#777777", WRONG, MISSED]
+    steps = [(i + side) / len(colours) for i in range(len(colours)) for side in (0, 1)]
+    figure = new_figure(title, " · ".join(filter(None, (below, f"strong colour: {words[0]}"))), width=760)
+    figure.add_heatmap(z=kind.astype(int).tolist(), zmin=-0.5, zmax=len(colours) - 0.5, showscale=False,
+                       colorscale=[[at, colours[i // 2]] for i, at in enumerate(steps)],
+                       hovertemplate="packed row %{x}, " + across + " %{y}<extra></extra>")  # fmt: skip
+    names = {f"image {i}: {n} token{'s' * (n != 1)}": IMAGE_COLOURS[i % images] for i, n in enumerate(lengths) if n}
+    names |= {"past the end": "#ededed"} if touched.shape[1] > sum(lengths) else {}
+    names |= {words[1]: WRONG}
+    names |= {words[2]: MISSED} if (needed & ~touched).any() else {}
+    for name, colour in names.items():
+        marker = dict(symbol="square", size=11, color=colour, line=dict(width=1, color="#888888"))
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
+    figure.update_xaxes(title_text="packed row", range=[-0.5, touched.shape[1] - 0.5], showgrid=False)
+    figure.update_yaxes(title_text=across, range=[len(touched) - 0.5, -0.5], showgrid=False, tickformat="d")
+    return fitted(figure, plot=170)
+
+
 def error_budget(errors, allowed, *, title="Largest error against float64", below=""):
     """Largest errors as dots on a logarithmic axis, and the budget as a line. errors: name -> error above zero."""
     if not errors or min(errors.values()) <= 0:
@@ -154,6 +193,12 @@ def error_budget(errors, allowed, *, title="Largest error against float64", belo
 
 
 # ---- parts ----
+
+
+def _paler(colour: str) -> str:
+    """A colour with three parts of white."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{255 - (255 - part) // 4:02x}" for part in parts)
 
 
 def _panels(figure, rows: int, columns: int, names, **options):

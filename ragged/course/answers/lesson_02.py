@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exercises import Exercise
+from . import blanks_02 as blanks
 
 
 def _part(q, k, v):
@@ -45,6 +46,29 @@ def _waste(lengths, tile):
     return (1 - real.sum(1).square().sum() / torch.stack([padded, edges.square().sum()])).tolist()
 
 
+def _finished(copies, computes, stages):
+    """As a clock sees it, one tick after the other."""
+    waiting, full, free = list(zip(copies, computes)), [], stages
+    copier = group = None  # what either is at: [ticks left, ticks of the product], ticks left
+    tick = 0
+    while waiting or full or copier or group:
+        if copier is None and waiting and free:
+            copier, free = list(waiting.pop(0)), free - 1
+        if group is None and full:
+            group = full.pop(0)
+        tick += 1
+        if group is not None and (group := group - 1) == 0:
+            group, free = None, free + 1
+        if copier is not None and (copier := [copier[0] - 1, copier[1]])[0] == 0:
+            copier = full.append(copier[1])
+    return tick
+
+
+UNEVEN = [3, 3, 9, 1, 3], [4, 1, 4, 4, 2]
+ONE_TILE = {"a whole tile and one head": ({"lengths": (16,), "heads": 1},), "two heads": ({"lengths": (16,)},)}
+NEIGHBOUR = {"65 tokens beside 70 that are NaN": ({"lengths": (65, 70), "tile": 64, "nan": 1},)}
+MIXED = {"images of 5 and 17 and 0 and 9 tokens": ({"lengths": (5, 17, 0, 9)},)}
+
 EXERCISES = {
     "1": Exercise(
         spec=_merged, cases={words: parts for words, (_, parts) in MERGES.items()},
@@ -57,6 +81,45 @@ EXERCISES = {
         ),
     ),
     "2": Exercise(
+        None, run=blanks.filled("tile_at"), judge=blanks.addresses, draw=blanks.memory,
+        cases=ONE_TILE | {"20 tokens in two tiles": ({"lengths": (20,)},)} | MIXED | NEIGHBOUR,
+        hints=(
+            "Which packed row is lane 0 of the tile, which lane 1? Add what you are given.",
+            "How many numbers lie between the beginning of a row and that of the next? HEADS heads stand in it.",
+            "tl.arange(0, TILE) counts lanes. A column plus a row, x[:, None] + y[None, :], is a tile.",
+            "A row begins at row * HEADS * D, its head at head * D further, and D numbers belong to it.",
+        ),
+    ),
+    "3": Exercise(
+        None, run=blanks.filled("row_mask"), judge=blanks.loads, draw=blanks.memory,
+        cases=ONE_TILE | NEIGHBOUR | {"5 tokens in a tile of 16": ({"lengths": (5,)},)} | MIXED,
+        hints=(
+            "Which row of the image is lane 0 of a tile that begins at row `first`?",
+            "An image of `length` rows has the rows 0 to length - 1. Which comparison holds for exactly these?",
+            "Make the numbers of the rows as in tile_at, compare them, and turn (TILE,) into a column with [:, None].",
+        ),
+    ),
+    "4": Exercise(
+        None, run=blanks.filled("mask_scores"), judge=blanks.scores, draw=blanks.softmax_keys,
+        cases=ONE_TILE | {"5 tokens in a tile of 16": ({"lengths": (5,)},),
+                          "scores about -20,000": ({"lengths": (20, 9), "shift": -20000.0},)} | MIXED | NEIGHBOUR,
+        hints=(
+            "Keys lie along one axis of the scores, queries along the other. Which is which in q @ k.T?",
+            "What must a score be, so that exp2(score - max) is 0 whatever the maximum?",
+            "tl.where(condition, a, b) is a where the condition holds; one of the shape (1, TILE) speaks of columns.",
+        ),
+    ),
+    "5": Exercise(
+        None, run=blanks.filled("fold"), judge=blanks.folds, draw=blanks.output,
+        cases={"one tile of keys": ({"lengths": (16,)},), "three tiles of keys": ({"lengths": (40,)},),
+               "scores of some thousands whose exponentials overflow": ({"lengths": (40, 9), "size": 600.0},)} | MIXED,
+        hints=(
+            "total and acc were summed relative to the maximum `top`. From now on the maximum is new_top.",
+            "In the formula of section 4 the old sum is multiplied with one factor. Ours counts in powers of two.",
+            "For the first tile top is -inf. Which power of two is then the factor, and is that right?",
+        ),
+    ),
+    "6": Exercise(
         spec=_waste,
         cases={
             "one image, a whole number of tiles": ([64], 64), "one image, half a tile": ([32], 64),
@@ -66,6 +129,30 @@ EXERCISES = {
         hints=(
             "Padding makes a square of the longest image for everybody. Which squares are really needed?",
             "A tile that is touched is computed whole: round every length up to a multiple of the tile.",
+        ),
+    ),
+    "7": Exercise(
+        None, run=blanks.third_axis, judge=blanks.written, draw=blanks.logarithms,
+        cases={"one query tile": ({"lengths": (5,)},), "two query tiles": ({"lengths": (20,)},)}
+        | MIXED | NEIGHBOUR,
+        hints=(
+            "The loop over `first` goes: tl.program_id(2) tells a program which query tile is its own.",
+            "A program whose tile begins past the end of its image has nothing to do. What does row_mask say of it?",
+            "The row r of head h stands at h * total + r in Lse, and r counts from the beginning of the packed batch.",
+            "The sum of 2 ** score is total * 2 ** top. Take its logarithm to base 2, then make it a natural one.",
+        ),
+    ),
+    "8": Exercise(
+        spec=_finished,
+        cases={
+            "one stage: nothing overlaps": ([3] * 8, [4] * 8, 1), "two stages": ([3] * 8, [4] * 8, 2),
+            "two stages, copies take longer": ([5, 5, 5], [2, 2, 2], 2), "uneven ticks, one stage": (*UNEVEN, 1),
+            "uneven ticks, two stages": (*UNEVEN, 2), "uneven ticks, three stages": (*UNEVEN, 3),
+        },
+        hints=(
+            "For what two things does a copy wait, and for what two does a product?",
+            "Item i goes into stage i modulo `stages`. Which item was there before, and when was it read?",
+            "Keep a list of the ticks at which products were done. A copy starts at the larger of two numbers.",
         ),
     ),
 }  # fmt: skip
