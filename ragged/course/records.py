@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
 from ..data import noted
 from ..data.intervals import wilson
 
@@ -189,3 +192,36 @@ def training(rows: pd.DataFrame, model: str = "deit_base", batch: int = 256) -> 
         line = {"mode": mode, "tokens": tokens, "backend": backend, "images/s": speed, "speed-up": speed / base[0]}
         lines.append(line | {"predicted": flops, "peak GB": memory / 1024, "of unpruned": memory / base[1]})
     return lines
+
+
+def told(lines: Sequence[dict]) -> str:
+    """What the eager steps say: whether they follow their arithmetic, and what dense gathers and padding do beside the
+    ragged kernel. lines: what `training` returns."""
+    cells = {(one["tokens"], one["backend"]): one for one in lines if one["mode"] == "eager"}
+    ours = {tokens: one for (tokens, backend), one in cells.items() if backend == "triton"}
+    said = [f"{tokens} tokens: {one['speed-up']:.2f} times the unpruned step, {one['predicted']:.2f} predicted"
+            for tokens, one in ours.items()]  # fmt: skip
+    for name, words in (("dense", "a dense gather"), ("sdpa_padded", "padding to the longest")):
+        for tokens, one in ours.items():
+            if (tokens, name) in cells:
+                share = cells[tokens, name]["images/s"] / one["images/s"]
+                said.append(f"{tokens} tokens: {words} makes {share:.2f} of our images/s")
+    return "\n".join(said)
+
+
+# ---- memory ----
+
+
+def kept_mb(model: nn.Module, images: Tensor) -> float:
+    """What autograd keeps of a forward pass for the backward pass, in MiB, weights not counted. images: float (batch,
+    3, height, width)."""
+    held: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(images)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in held.items() if place not in own) / 2**20

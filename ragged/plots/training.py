@@ -1,12 +1,16 @@
-"""Figures of training: the backward pass beside its rivals', and what a whole step costs in time and in memory.
+"""Figures of training: where gradients arrive, the backward pass beside its rivals', what a whole step costs in time
+and in memory, and how a network recovers under its cut.
 
-Both take frames with the columns of `ragged.data.RESULT_COLUMNS`; see `ragged.plots`.
+`backward_speed` and `training_step` take frames with the columns of `ragged.data.RESULT_COLUMNS`, the others plain
+lists; see `ragged.plots`.
 """
 
 from __future__ import annotations
 
+from ..data.intervals import wilson
 from .model import MODEL_LABELS, _panels
 from .style import (
+    INK,
     fitted,
     in_order,
     log_ticks,
@@ -78,6 +82,47 @@ def training_step(frame, *, model="deit_base", batch=256, mode="eager", **only):
     for note, at in zip(figure.layout.annotations, (0.23, 0.78)):
         note.x = at
     return fitted(figure)
+
+
+# ---- measured live ----
+
+
+def gradient_map(sizes, kept, *, title="Where gradients arrive", below=""):
+    """Size of the gradient of every token at several places, each place in shares of its largest; a zero is white.
+
+    sizes: {place: one number a token}.  kept: one bool a token, whether it stays behind the cut.
+    """
+    import plotly.graph_objects as go
+
+    places, names = list(sizes), [f"token {i}, {'kept' if one else 'dropped'}" for i, one in enumerate(kept)]
+    share = [[float(sizes[name][i]) / max(map(float, sizes[name])) for name in places] for i in range(len(names))]
+    figure = new_figure(title, below, width=700, height=190 + 32 * len(names))
+    figure.add_trace(go.Heatmap(
+        z=share, x=places, y=names, text=[["0" if v == 0 else f"{v:.2f}" for v in row] for row in share],
+        texttemplate="%{text}", colorscale=[[0, "white"], [1, "#d55e00"]], zmin=0, zmax=1, xgap=2, ygap=2,
+        showscale=False, hoverinfo="skip",
+    ))  # fmt: skip
+    figure.update_xaxes(title_text="shares of the column's largest", type="category", showgrid=False)
+    return figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+
+
+def recovery(curve, whole, *, title="Reading again under the cut", below=""):
+    """Share of scenes that are read, with 95 % intervals, after so many steps of training.
+
+    curve: dicts with steps, right (a share) and images.  whole: the share of the unpruned network, as a line.
+    """
+    figure = new_figure(title, below, width=700)
+    steps, right = [one["steps"] for one in curve], [one["right"] for one in curve]
+    low, high = zip(*(wilson(one["right"], one["images"]) for one in curve))
+    bars = dict(type="data", symmetric=False, thickness=1, array=[100 * (h - r) for h, r in zip(high, right)],
+                arrayminus=[100 * (r - lo) for lo, r in zip(low, right)])  # fmt: skip
+    line = dict(color=look("triton").colour, width=2)
+    figure.add_scatter(x=steps, y=[100 * r for r in right], error_y=bars, mode="lines+markers", name="under the cut",
+                       line=line, marker=dict(size=9, color=line["color"]))  # fmt: skip
+    figure.add_scatter(x=[steps[0], steps[-1]], y=[100 * whole] * 2, mode="lines", name="unpruned, before",
+                       line=dict(color=INK, width=1, dash="dash"))  # fmt: skip
+    figure.update_xaxes(title_text="steps of training", tickvals=steps)
+    return fitted(figure.update_yaxes(title_text="right, %"))
 
 
 def _bars(figure, x, y, backend, bars, rows, legend=True, column=None) -> None:
