@@ -202,6 +202,20 @@ def test_a_slider_starts_at_one_of_its_stops():
         course.slider(str, [1, 2], start=3)
 
 
+def test_a_picture_of_photographs_is_shown_in_its_size():
+    """It has more pixels than the figure; what has not, stays as it is."""
+
+    def sent(**layout):
+        figure = {"application/vnd.plotly.v1+json": {"data": [], "layout": layout}, "image/png": "iVBORw0KGgo="}
+        return notebook_output.with_size({"content": {"data": figure, "metadata": {"a": 1}}})["content"]["metadata"]
+
+    photo = [{"source": "x"}]
+    assert sent(images=photo, width=330, height=195) == {"a": 1, "image/png": {"width": 330, "height": 195}}
+    assert sent(images=photo) == {"a": 1} == sent(width=330, height=195)
+    other = {"content": {"data": {"text/plain": "x"}}}
+    assert notebook_output.with_size(other) is other and notebook_output.with_size({}) == {}
+
+
 def test_the_saving_renderer_shrinks_its_png(monkeypatch):
     pio = pytest.importorskip("plotly.io")
     monkeypatch.setenv("PLOTLY_RENDERER", notebook_output.SAVING)

@@ -201,6 +201,28 @@ def test_a_png_shrinks_and_keeps_its_size():
     assert Image.open(io.BytesIO(small)).size == (80, 60) and len(small) < len(file.getvalue()) / 2
 
 
+def test_a_photograph_keeps_its_colours():
+    """Rounded by less than anybody sees; a large one gets a palette of its own, which is nearer than one of 64."""
+    from ragged.plots.pictures import photo_png, small_png
+
+    pixels = (data.photographs()[0][0].numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((448, 448), Image.Resampling.BILINEAR).save(file, "PNG", optimize=True)
+    full = file.getvalue()
+
+    def off(png):
+        mine, there = (np.asarray(Image.open(io.BytesIO(x)).convert("RGB"), dtype=int) for x in (png, full))
+        return abs(mine - there)
+
+    rounded = photo_png(full, most=10**6)
+    assert off(rounded).max() <= 3 and len(rounded) < 0.7 * len(full)
+    small = photo_png(full, most=len(rounded) - 1)
+    assert len(small) < len(full) / 2 and np.median(off(small)) < np.median(off(small_png(full))) / 2
+    white = io.BytesIO()
+    Image.new("RGB", (20, 20), "white").save(white, "PNG")
+    assert np.asarray(Image.open(io.BytesIO(photo_png(white.getvalue())))).min() == 255
+
+
 def test_a_small_png_keeps_similar_colours_apart():
     """Thin lines in the figures' colours, beside all the shades of soft edges."""
     from ragged.plots.pictures import small_png

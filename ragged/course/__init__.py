@@ -1,5 +1,6 @@
 """What the notebooks need beside the package: a set-up line, sliders, recorded rows, feedback, progress."""
 
+from .controls import dropdowns
 from .exercises import Exercise, check_exercise, hint, solved
 from .history import Tried, tried
 from .kernels import Language, language
@@ -10,6 +11,6 @@ from .tables import Table, table
 
 __all__ = [
     "Exercise", "Here", "Language", "Table", "Tried", "backends_table", "check", "check_exercise", "difference",
-    "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal", "saving", "setup", "slider",
-    "solved", "steps", "table", "tried", "use_small_pictures", "versions",
+    "dropdowns", "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal", "saving", "setup",
+    "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from .launch import (
     two_clocks,
 )
 from .mixed import mixed_sizes
-from .model import resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
+from .model import forecast, resolution_speedup, sparsity_speedup, speedup_by_batch, throughput_by_batch
 from .outside import decoding_ceiling, scaling
 from .paper import best_choice, claims, expectation, ladder, measured_lines, paper_beside
 from .pictures import batch_lengths, image_patches, kept_patches, pipeline
@@ -50,7 +50,7 @@ __all__ = [
     "LOOKS", "PRUNER_LOOKS", "acceptance_by_domain", "acceptance_by_entropy", "accuracy", "alt_text", "backward_speed",
     "batch_lengths", "best_choice", "by_depth_and_rank", "call_anatomy", "capacity_steps", "claims", "clock_hypotheses",
     "count_distribution", "counts_against_size", "decoding_ceiling", "error_budget", "expectation", "fidelity",
-    "floor_and_slope", "forward_clocks", "gradient_map", "host_against_gpu", "host_or_gpu", "image_patches",
+    "floor_and_slope", "forecast", "forward_clocks", "gradient_map", "host_against_gpu", "host_or_gpu", "image_patches",
     "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences", "measured_lines",
     "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside", "pipeline", "program_schedule",
     "recovery", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling", "score_maps",

@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 
 from .style import (
+    INK,
     PRUNER_LABELS,
     draw_line,
+    fitted,
     in_order,
     log_ticks,
+    look,
     need_columns,
     new_figure,
     one_of_each,
     place,
+    ring,
     rows_where,
     subtitle,
     ticks_at,
@@ -117,6 +121,49 @@ def resolution_speedup(frame, *, model="deit_base", ragged=False, mode="compile+
         found[label] = _over_unpruned(rows[rows["tokens"].isin([str(full), kept])], name, kept)
     below = subtitle(_drawn(found, rows), MODEL_LABELS.get(model, model), rows["mode"].iloc[0], dtype)
     return _speedup_panels(found, name, below)
+
+
+def forecast(answer, *, title=None):
+    """What is expected of each pipeline, as bars whose whiskers are what such forecasts were off by; this very setting
+    as a diamond where it was recorded.
+
+    answer: a frame as `ragged.bench.forecast.forecast` returns it.  title: instead of the setting.
+    """
+    name = "forecast"
+    need_columns(answer, name, "mode", "backend", "expected", "low", "high", "cells", "recorded", "disturbed",
+                 "ceiling", "model", "batch", "keep", "spread", "pruner", "gpu", "date")  # fmt: skip
+    one_of_each(answer, name, "model", "batch", "keep", "pruner", "gpu")
+    first, bars = answer.iloc[0], answer.iloc[::-1]  # plotly draws the first bar lowest
+    lengths = f"spread {first['spread']:g}" if first["spread"] else "equal counts"
+    model = MODEL_LABELS.get(first["model"], first["model"])
+    title = title or f"Expected of {model}, batch {first['batch']:g}, keep {first['keep']:g}"
+    pruner = PRUNER_LABELS.get(first["pruner"], first["pruner"])
+    figure = new_figure(title, subtitle(answer, pruner, lengths), width=760)
+    labels = [f"{look(b).label}<br>{mode}" for b, mode in zip(bars["backend"], bars["mode"])]
+    known = bars["cells"] > 0
+    up, down = ((bars[end] - bars["expected"]).where(known) for end in ("high", "low"))
+    span = [f"{e:.2f}x ({low:.2f} to {high:.2f})" if n else f"{e:.2f}x (error not measured)"
+            for e, low, high, n in zip(bars["expected"], bars["low"], bars["high"], bars["cells"])]  # fmt: skip
+    figure.add_bar(x=bars["expected"].round(3), y=labels, orientation="h", name="expected, with its error",
+                   hovertext=span, opacity=0.75, marker=dict(color=[look(b).colour for b in bars["backend"]]),
+                   error_x=dict(type="data", symmetric=False, array=up.clip(lower=0).round(3), thickness=1.5,
+                                arrayminus=(-down).clip(lower=0).round(3), color=INK))  # fmt: skip
+    seen = bars["recorded"].notna()
+    if seen.any():
+        at = [label for label, yes in zip(labels, seen) if yes]
+        figure.add_scatter(x=bars["recorded"][seen].round(3), y=at, mode="markers", name="recorded, this very setting",
+                           marker=dict(symbol="diamond-open", size=13, color=INK, line=dict(width=2)))  # fmt: skip
+        ring(figure, bars["recorded"][seen], at, bars[seen], size=22)
+    reach = bars[["expected", "high", "ceiling", "recorded"]].max(axis=None)
+    for label, text in zip(labels, span):  # beyond the bars, so that whiskers and diamonds stay clear
+        figure.add_annotation(x=1.04 * reach, y=label, text=text, showarrow=False, xanchor="left", font_size=11)
+    figure.add_vline(x=1, line=dict(color=INK, width=1))
+    figure.add_vline(x=first["ceiling"], line=dict(color="#cc79a7", dash="dot", width=2.5))
+    figure.add_scatter(x=[None], y=labels[:1], mode="lines", name="ceiling: FLOPs saved", line=dict(
+        color="#cc79a7", dash="dot", width=2.5))  # fmt: skip
+    figure.update_xaxes(title_text="times the unpruned images/s", range=[0, 1.6 * reach], showgrid=False)
+    figure.update_layout(showlegend=True)
+    return fitted(figure, plot=52 * len(bars))
 
 
 def _over_unpruned(rows, name: str, tokens: str):

@@ -172,6 +172,21 @@ def small_png(data: bytes, colours: int = 64) -> bytes:
     return file.getvalue()
 
 
+def photo_png(data: bytes, most: int = 38_000) -> bytes:
+    """A PNG with its colours rounded to 64 values a channel, which nobody sees; where that is more than `most` bytes,
+    with a palette of 256 of the picture's own colours."""
+    from PIL import Image
+
+    def saved(image) -> bytes:
+        file = io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        return file.getvalue()
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    small = saved(image.point([255 if value > 251 else min(252, (value + 2) // 4 * 4) for value in range(256)] * 3))
+    return small if len(small) <= most else saved(image.quantize(256, Image.Quantize.MEDIANCUT))
+
+
 # ---- pixels ----
 
 
@@ -206,7 +221,7 @@ def _washed(image, kept, patch: int):
 
 def _place(figure, pixels, x, y, width, height, drawn=None):
     """Lay pixels (H, W, 3) into the figure with the lower left corner at (x, y). A saved figure stays small: the image
-    travels as JPEG, halved where `drawn`, its width on the screen, is small. (Other factors would tear the edges of the
+    travels as JPEG, halved where `drawn`, its width in the figure, is small. (Other factors would tear the edges of the
     patches off the 8-pixel grid of JPEG and cost more than they save.)"""
     from PIL import Image
 
