@@ -37,12 +37,17 @@ def disturbed(rows: pd.DataFrame) -> pd.Series:
     SPREAD times above its 20 % quantile, and one that took more than SPREAD times as long as the same thing with more
     images, or more tokens in each: less work that takes longer.
     """
+    import pandas
+
     missing = [c for c in _NEEDED if c not in rows.columns]
     if missing:
         raise ValueError(f"rows: expected a frame of recorded rows, the columns {missing} are missing")
     timed = rows["metric"].str.endswith("_us") | (rows["metric"] == "images_per_s")
     wide = timed & (rows["q20"] > 0) & (rows["q80"] > SPREAD * rows["q20"])
-    return wide | _out_of_line(rows[timed & rows["value"].gt(0)]).reindex(rows.index, fill_value=False)
+    judged = (timed & rows["value"].gt(0)).to_numpy()
+    found = wide.to_numpy().copy()  # by place: in a frame joined of several, two rows may have the same label
+    found[judged] |= _out_of_line(rows[judged]).to_numpy()
+    return pandas.Series(found, rows.index)
 
 
 def _out_of_line(rows):
