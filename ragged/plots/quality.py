@@ -157,7 +157,7 @@ def draw_pruners(figure, points, against: str, several: bool, shown: set[str], c
         hollow = several and schedule == "single cut"
         label = f"{style.label}{', ' + schedule if several and schedule else ''}"
         figure.add_scatter(
-            x=line[f"value_{against}"].round(4), y=(scale * line["value_share"]).round(4), name=label,
+            x=line[f"value_{against}"].round(6), y=(scale * line["value_share"]).round(6), name=label,
             error_y=_bars(line, scale),
             legendgroup=label, showlegend=label not in shown, text=[f"keep {k:g}" for k in line["keep"]],
             mode="markers" if len(line) == 1 else "lines+markers", row=1, col=column,
@@ -213,7 +213,7 @@ def _bars(line, scale: float = 100):
         return None
     else:
         low, high = line["q20"], line["q80"]
-    up, down = (scale * (high - share)).round(4), (scale * (share - low)).round(4)
+    up, down = (scale * (high - share)).round(6), (scale * (share - low)).round(6)
     return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1)
 
 
