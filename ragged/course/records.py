@@ -38,12 +38,14 @@ def shares(rows: pd.DataFrame, tokens: str = "single cut") -> pd.DataFrame:
     return wide.rename(columns={"top1": "share"}).assign(low=low, high=high)
 
 
-def top1(rows: pd.DataFrame, networks: Mapping[str, str], keeps: Sequence[float] = (0.9, 0.7, 0.5, 0.3)) -> list[dict]:
+def top1(rows: pd.DataFrame, networks: Mapping[str, str], keeps: Sequence[float] = (0.9, 0.7, 0.5, 0.3),
+         tokens: str = "single cut") -> list[dict]:  # fmt: skip
     """What each pruner leaves of the accuracy, in per cent with the 95 % interval, a line for each network and pruner.
 
     rows: of the suite accuracy.  networks: what it was taught, in a word -> its name in the rows.  keeps: the columns.
+    tokens: the schedule.
     """
-    found, lines = shares(rows), []
+    found, lines = shares(rows, tokens), []
     for word, name in networks.items():
         own = found[(found["model"] == name) & found["pruner"].isin(FIXED)].set_index(["pruner", "keep"])
         for pruner in dict.fromkeys(own.index.get_level_values("pruner")):
