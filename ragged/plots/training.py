@@ -41,8 +41,8 @@ def backward_speed(frame, *, backend=RIVALS, cases=CASES, mode="backward", clock
     there = [one for one in backend if one in set(frame["backend"])] or list(backend)
     rows = rows_where(frame, name, metric=clock, mode=mode, dtype=dtype, backend=there, **only)
     one_of_each(rows, name, "gpu", "model")
-    rows = rows.assign(case=[f"{t} × {b:g}" for t, b in zip(rows["tokens"], rows["batch"])])
-    names = [f"{t} × {b:g}" for t, b in cases]
+    rows = rows.assign(case=[f"{t}<br>× {b:g}" for t, b in zip(rows["tokens"], rows["batch"])])
+    names = [f"{t}<br>× {b:g}" for t, b in cases]
     rows = rows_where(rows, name, case=[one for one in names if one in set(rows["case"])] or names)
     what = {"backward": "the backward pass alone", "eager": "forward and backward"}.get(mode, mode)
     figure = new_figure("Attention, backwards", subtitle(rows, what, dtype), width=860)
@@ -52,7 +52,7 @@ def backward_speed(frame, *, backend=RIVALS, cases=CASES, mode="backward", clock
     figure.update_layout(barmode="group")
     figure.update_xaxes(title_text="tokens × images", type="category")
     figure.update_yaxes(title_text="GPU time, µs (log)", **log_ticks(rows["value"]))
-    return fitted(figure)
+    return fitted(figure, axis=76)
 
 
 def training_step(frame, *, model="deit_base", batch=256, mode="eager", **only):
