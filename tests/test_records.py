@@ -114,7 +114,8 @@ def test_figures_of_training_show_what_is_there():
     from ragged import plots
 
     bars = {t.name: t for t in plots.backward_speed(backward_rows()).data}
-    assert len(bars) == 3 and list(bars["ours (Triton)"].y) == [30.0] and list(bars["ours (Triton)"].x) == ["197<br>× 64"]
+    ours = bars["ours (Triton)"]
+    assert len(bars) == 3 and list(ours.y) == [30.0] and list(ours.x) == ["197<br>× 64"]
     figure = plots.training_step(training_rows())
     speed, memory = [t for t in figure.data if t.legendgroup == "triton"]
     assert list(speed.x) == ["99"] and list(speed.y) == [150.0] and list(memory.y) == [150.0]
