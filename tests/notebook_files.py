@@ -56,7 +56,9 @@ def exercise_headings(notebook):
 def run(source, names, name="cell"):
     """Run a cell's code among `names`; the value of its last line, if that is an expression."""
     from IPython.core.inputtransformer2 import TransformerManager
+    from IPython.display import display
 
+    names.setdefault("display", display)  # as in a kernel
     source = TransformerManager().transform_cell(source)
     linecache.cache[name] = len(source), None, source.splitlines(True), name  # as a kernel does: Triton reads it
     tree = ast.parse(source, filename=name)

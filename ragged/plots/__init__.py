@@ -45,16 +45,17 @@ from .speculation import (
 )
 from .stages import stages
 from .style import LOOKS, alt_text
+from .training import backward_speed, gradient_map, recovery, training_step
 
 __all__ = [
-    "LOOKS", "PRUNER_LOOKS", "acceptance_by_domain", "acceptance_by_entropy", "accuracy", "alt_text",
+    "LOOKS", "PRUNER_LOOKS", "acceptance_by_domain", "acceptance_by_entropy", "accuracy", "alt_text", "backward_speed",
     "batch_lengths", "best_choice", "by_depth_and_rank", "call_anatomy", "capacity_steps", "claims",
-    "clock_hypotheses", "count_distribution", "counts_against_size", "decoding_ceiling", "error_budget",
-    "expectation", "fidelity", "floor_and_slope", "forecast", "forward_clocks", "host_against_gpu", "host_or_gpu",
+    "clock_hypotheses", "count_distribution", "counts_against_size", "decoding_ceiling", "error_budget", "expectation",
+    "fidelity", "floor_and_slope", "forecast", "forward_clocks", "gradient_map", "host_against_gpu", "host_or_gpu",
     "image_patches", "kept_patches", "kernel_grid", "ladder", "launch_paths", "length_strips", "logit_differences",
     "machine", "measured_lines", "mixed_sizes", "pack_picture", "packing_ways", "padded_waste", "paper_beside",
-    "pipeline", "program_schedule", "resolution_speedup", "roofline", "rounding", "sampling_staircase", "scaling",
-    "score_maps", "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch", "stages",
-    "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "touched_rows",
-    "tree_of_guesses", "two_clocks", "verification", "who_sees_whom",
+    "pipeline", "program_schedule", "recovery", "resolution_speedup", "roofline", "rounding", "sampling_staircase",
+    "scaling", "score_maps", "score_profiles", "seeds", "softmax_steps", "sparsity_speedup", "speedup_by_batch",
+    "stages", "throughput_by_batch", "tile_cover", "tile_waste", "timeline", "token_schedules", "touched_rows",
+    "training_step", "tree_of_guesses", "two_clocks", "verification", "who_sees_whom",
 ]  # fmt: skip

@@ -157,7 +157,8 @@ def draw_pruners(figure, points, against: str, several: bool, shown: set[str], c
         hollow = several and schedule == "single cut"
         label = f"{style.label}{', ' + schedule if several and schedule else ''}"
         figure.add_scatter(
-            x=line[f"value_{against}"], y=scale * line["value_share"], error_y=_bars(line, scale), name=label,
+            x=line[f"value_{against}"].round(6), y=(scale * line["value_share"]).round(6), name=label,
+            error_y=_bars(line, scale),
             legendgroup=label, showlegend=label not in shown, text=[f"keep {k:g}" for k in line["keep"]],
             mode="markers" if len(line) == 1 else "lines+markers", row=1, col=column,
             line=dict(color=style.colour, dash="dot" if hollow else style.dash, width=2),
@@ -212,7 +213,7 @@ def _bars(line, scale: float = 100):
         return None
     else:
         low, high = line["q20"], line["q80"]
-    up, down = scale * (high - share), scale * (share - low)
+    up, down = (scale * (high - share)).round(6), (scale * (share - low)).round(6)
     return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1)
 
 
@@ -230,9 +231,9 @@ def pareto_front(speed, share) -> list[int]:
 def _front(figure, points, column: int) -> None:
     speed, share = points["value_images_per_s"].tolist(), (100 * points["value_share"]).tolist()
     front = pareto_front(speed, share)
-    figure.add_scatter(x=[speed[i] for i in front], y=[share[i] for i in front], mode="lines", name="Pareto front",
-                       showlegend=column == 1, line=dict(color="#bbbbbb", width=7, shape="vh"), hoverinfo="skip",
-                       legendgroup="front", row=1, col=column)  # fmt: skip
+    figure.add_scatter(x=[round(speed[i], 4) for i in front], y=[round(share[i], 4) for i in front], mode="lines",
+                       name="Pareto front", showlegend=column == 1, legendgroup="front", hoverinfo="skip",
+                       line=dict(color="#bbbbbb", width=7, shape="vh"), row=1, col=column)  # fmt: skip
 
 
 # ---- counts that follow the content ----

@@ -74,12 +74,12 @@ def seeds(frame, *, model="deit_tiny_digits_labels", keep=(0.7, 0.5, 0.3), token
             there = there[(there["keep"] - ratio).abs().lt(1e-9) | (there["pruner"] == "none")]
             share = there.set_index("pruner")["value"].reindex(pruners).dropna()
             ends = [wilson(value, int(number)) for value in share]
-            up, down = ([100 * abs(end[i] - v) for end, v in zip(ends, share)] for i in (1, 0))
+            up, down = ([round(100 * abs(end[i] - v), 4) for end, v in zip(ends, share)] for i in (1, 0))
             bars = dict(type="data", symmetric=False, thickness=1, array=up, arrayminus=down)
             figure.add_scatter(
-                x=[pruner_looks([p])[p].label for p in share.index], y=100 * share, error_y=bars, mode="markers",
-                name=one.removeprefix(f"{model} "), legendgroup=one, showlegend=column == 1, row=1, col=column,
-                marker=dict(color=colour, symbol=symbol, size=9), offsetgroup=one,
+                x=[pruner_looks([p])[p].label for p in share.index], y=(100 * share).round(4), error_y=bars,
+                mode="markers", name=one.removeprefix(f"{model} "), legendgroup=one, showlegend=column == 1,
+                marker=dict(color=colour, symbol=symbol, size=9), offsetgroup=one, row=1, col=column,
             )  # fmt: skip
     labels = [look.label for look in pruner_looks(pruners).values()]
     figure.update_xaxes(tickangle=-45, categoryorder="array", categoryarray=labels)

@@ -11,6 +11,7 @@ from .style import (
     FAINT,
     INK,
     draw_line,
+    fitted,
     in_order,
     log_ticks,
     need_columns,
@@ -106,9 +107,9 @@ def acceptance_by_domain(frame, *, measures=("paper", "accepted"), title="Whose 
         panel = frame[frame["draft"] == draft]
         for measure in measures:
             _dots(figure, panel[panel["measure"] == measure], "domain", measure, column == 1, row=1, col=column)
-    figure.update_layout(scattermode="group", scattergap=0.5, width=880, legend_y=-0.25)
+    figure.update_layout(scattermode="group", scattergap=0.5, width=880)
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text="share", col=1)
+    return fitted(figure.update_yaxes(title_text="share", col=1), axis=40)
 
 
 def by_depth_and_rank(frame, *, title="Depth and rank", below=""):
@@ -124,9 +125,9 @@ def by_depth_and_rank(frame, *, title="Depth and rank", below=""):
             rows = panel[panel["measure"] == measure]
             _dots(figure, rows.assign(at=rows["at"].astype(str)), "at", measure, column == 1, row=1, col=column)
         figure.update_xaxes(title_text=by, type="category", row=1, col=column)
-    figure.update_layout(scattermode="group", scattergap=0.5, width=760, legend_y=-0.3)
+    figure.update_layout(scattermode="group", scattergap=0.5, width=760)
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text="share", col=1)
+    return fitted(figure.update_yaxes(title_text="share", col=1))
 
 
 def _dots(figure, rows, x, measure, legend, **place) -> None:
@@ -150,9 +151,8 @@ def acceptance_by_entropy(frame, *, title="Where the two part", below=""):
         figure.add_scatter(x=line["entropy"], y=line["value"], mode="lines+markers", name=f"rank {rank}: {label}",
                            line=dict(color=colour, width=2, dash="solid" if rank == 1 else "dot"),
                            marker=dict(symbol=symbol, size=8))  # fmt: skip
-    figure.update_layout(legend=dict(orientation="h", y=-0.22, yanchor="top", x=0))
     figure.update_xaxes(title_text="entropy of the target, nats")
-    return figure.update_yaxes(title_text="share", range=[0, 1.02])
+    return fitted(figure.update_yaxes(title_text="share", range=[0, 1.02]))
 
 
 def verification(frame, *, backends=None, clock="gpu_us", title="Checking trees: one layer's attention", below=(),
@@ -176,8 +176,9 @@ def verification(frame, *, backends=None, clock="gpu_us", title="Checking trees:
             shown.add(backend)
     figure.update_xaxes(title_text="prompts", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"]))
-    figure.update_layout(width=880, legend_y=-0.3)
-    return figure.update_yaxes(title_text=f"{clock.removesuffix('_us').upper()} time per call, µs (log)", col=1)
+    figure.update_layout(width=880)
+    figure.update_yaxes(title_text=f"{clock.removesuffix('_us').upper()} time per call, µs (log)", col=1)
+    return fitted(figure)
 
 
 MODEL_NAMES = {"smollm2_135m": "SmolLM2-135M", "llama_2_7b": "Llama-2-7B"}
