@@ -86,22 +86,29 @@ def test_numbers_that_do_not_divide_are_refused(start):
 
 GRADIENTS = """
 import sys, torch
+from torch._dynamo.backends.debugging import aot_eager
 from ragged.bench.processes import joined
 from ragged.train.several import Network
 with joined("cpu") as group:
     torch.manual_seed(group.rank)  # the first one's weights count
-    module = torch.nn.Linear(5, 3)
-    options = {"backend": "aot_eager"} if sys.argv[2] == "compiled" else None
+    module, pieces = torch.nn.Linear(5, 3), []
+    if sys.argv[2] == "large":  # than the first bucket of gradients
+        module = torch.nn.Sequential(torch.nn.Linear(5, 700), torch.nn.Linear(700, 700), torch.nn.Linear(700, 3))
+    def backend(graph, inputs):
+        pieces.append(graph)
+        return aot_eager(graph, inputs)
+    options = None if sys.argv[2] == "plain" else {"backend": backend}
     network, found = Network(module, options), torch.load(sys.argv[1])
     network.share(group)
     mine = slice(group.rank * 4, group.rank * 4 + 4)
     torch.nn.functional.cross_entropy(network(found["x"][mine]), found["labels"][mine]).backward()
     gradients = [p.grad for p in module.parameters()]
-    torch.save({"weights": module.state_dict(), "gradients": gradients}, f"{sys.argv[1]}.{group.rank}")
+    torch.save({"weights": module.state_dict(), "gradients": gradients, "pieces": len(pieces)},
+               f"{sys.argv[1]}.{group.rank}")
 """
 
 
-@pytest.mark.parametrize("how", ["plain", "compiled"])
+@pytest.mark.parametrize("how", ["plain", "compiled", "large"])
 def test_gradients_are_those_of_the_whole_batch(how, tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -112,7 +119,10 @@ def test_gradients_are_those_of_the_whole_batch(how, tmp_path):
         RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in "01"]  # fmt: skip
     assert [process.wait() for process in both] == [0, 0]
     first, second = (torch.load(f"{path}.{rank}") for rank in "01")
+    assert first["pieces"] == (how != "plain")  # PyTorch would cut the large one in two
     module = torch.nn.Linear(5, 3)
+    if how == "large":
+        module = torch.nn.Sequential(torch.nn.Linear(5, 700), torch.nn.Linear(700, 700), torch.nn.Linear(700, 3))
     module.load_state_dict(first["weights"])
     with torch.enable_grad():
         torch.nn.functional.cross_entropy(module(batch["x"]), batch["labels"]).backward()

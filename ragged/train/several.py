@@ -43,7 +43,10 @@ class Network:
     def share(self, group: Group) -> None:
         """From now on gradients are means over the processes of `group`; weights become those of the first."""
         where = [torch.cuda.current_device()] if next(self.module.parameters()).is_cuda else None
-        # compiled inside: compiled around, PyTorch cuts the network in pieces, one for each bucket of gradients
+        if self.options is not None:
+            # otherwise PyTorch cuts the network into a piece for each bucket of gradients, wherever it is compiled, so
+            # that sharing begins before the last gradient is there; between GPUs of one machine the cuts cost more
+            torch._dynamo.config.optimize_ddp = False
         inner, less_copying = self._compiled(self.module), {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         self.call = nn.parallel.DistributedDataParallel(inner, device_ids=where, **less_copying)
 
