@@ -10,10 +10,11 @@ from .files import checkpoint_path, data_dir, expand, sidecar, verify_sha256
 from .images import IMAGENET_MEAN, IMAGENET_STD, normalise, photographs, read_picture
 from .scenes import DigitScenes, digit_scenes, digit_split
 from .tables import RESULT_COLUMNS, lengths, notes, paper, paper_tables, read_csv, results, slug, write_results
+from .traces import trace_spans
 
 __all__ = [
     "DigitScenes", "Disturbed", "IMAGENET_MEAN", "IMAGENET_STD", "MARK", "NOTE", "RESULT_COLUMNS", "checkpoint_path",
     "data_dir", "digit_scenes", "digit_split", "disturbed", "expand", "lengths", "load_state", "normalise", "noted",
     "notes", "paper", "paper_tables", "photographs", "read_csv", "read_picture", "results", "sidecar", "slug",
-    "verify_sha256", "write_results",
+    "trace_spans", "verify_sha256", "write_results",
 ]  # fmt: skip

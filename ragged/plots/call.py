@@ -11,7 +11,9 @@ import re
 from ..data import lengths
 from .style import (
     AXIS_TITLES,
+    INK,
     draw_line,
+    fitted,
     in_order,
     label_bars,
     log_ticks,
@@ -76,32 +78,107 @@ def filling(metric: str, colour) -> dict:
     return dict(color=colour if metric == "host_us" else "white", pattern=hatch, line=dict(color=colour, width=1))
 
 
-def call_anatomy(frame, *, providers=("flash_attn", "torch_varlen", "paper_triton", "triton"), **only):
-    """Host time of every layer of a call, each layer called alone: where the dispatch floor comes from.
+# What lies in what, of the layers that the suite `dispatch` times; ways that a call does not take are left out.
+NESTED = {
+    "flash_attn": {"custom_op": {"binding": {}}}, "torch_varlen": {"custom_op": {"aten": {}}},
+    "paper_triton": {"contiguous_copies": {}, "output_allocation": {}, "jit_launch": {}},
+    "triton": {"quick": {"guard": {}, "output_allocation": {}, "direct_launch": {}}},
+}  # fmt: skip
+LAYER_NAMES = {
+    "custom_op": "custom operator", "binding": "C++ function", "aten": "operator inside PyTorch",
+    "contiguous_copies": "three copies", "output_allocation": "memory for the output", "quick": "short way",
+    "jit_launch": "launch by Triton's JIT", "direct_launch": "direct launch",
+}  # fmt: skip
+
+
+def call_anatomy(frame, *, providers=("flash_attn", "paper_triton", "triton"), **only):
+    """Host time of a call as nested bars: below each layer the layers in it, end to end, and what is left between them
+    and the whole. Where the dispatch floor comes from.
 
     Needs host_us rows of the suite `dispatch`: backend is "<provider>" for the public function and
-    "<provider>:<layer>" for what lies below it.
+    "<provider>:<layer>" for what lies below it. Every layer was timed alone. ValueError if the parts of one took longer
+    than the whole: then they cannot be its parts.
     """
+    import pandas
+
     name = "call_anatomy"
     rows = rows_where(frame, name, metric="host_us", **only)
-    rows = rows.assign(provider=rows["backend"].str.split(":").str[0], layer=rows["backend"].str.split(":").str[1])
+    rows = rows.assign(provider=rows["backend"].str.split(":").str[0])
     rows = rows_where(rows, name, provider=list(providers))
     one_of_each(rows, name, "gpu", "batch", "tokens", "mode")
-    below = subtitle(rows, f"batch {short(rows['batch'].iloc[0])}", f"{rows['tokens'].iloc[0]} tokens")
-    figure = new_figure("The anatomy of one call", below, height=150 + 26 * len(rows))
-    for provider in in_order(rows["provider"]):
-        bars = rows[rows["provider"] == provider]
-        bars = bars.assign(public=bars["layer"].isna()).sort_values(["public", "value"], ascending=False)
-        labels = bars["layer"].fillna("<b>the public function</b>").str.replace("_", " ")
-        # two-level labels: layers of different providers share names
-        text = [marked(short(v), bad) for v, bad in zip(bars["value"], bars["disturbed"])]
-        places = [[look(provider).label] * len(bars), labels]
-        figure.add_bar(y=places, x=bars["value"], orientation="h", marker=dict(color=look(provider).colour),
-                       error_x=whiskers(bars), showlegend=False)  # fmt: skip
-        label_bars(figure, places, bars, text)
-    figure.update_layout(barmode="overlay")
-    figure.update_yaxes(autorange="reversed", tickson="boundaries", dividercolor="#bbbbbb")
-    return figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
+    bars = pandas.DataFrame([bar for p in in_order(rows["provider"]) for bar in nested_layers(rows, p)])
+    below = subtitle(rows, f"batch {short(rows['batch'].iloc[0])}", f"{rows['tokens'].iloc[0]} tokens",
+                     "hatched: whatever is left of the bar above")  # fmt: skip
+    figure, places = new_figure("The anatomy of one call", below), list(range(len(bars)))
+    rest = bars["layer"] == "rest"
+    colours = [_paler(look(p).colour, depth) for p, depth in zip(bars["provider"], bars["depth"])]
+    hatch = dict(shape=["/" if r else "" for r in rest], fgcolor=colours, bgcolor="white", size=6)
+    marker = dict(color=colours, line=dict(color=colours, width=1), pattern=hatch)
+    figure.add_bar(y=places, x=bars["value"], base=bars["start"], orientation="h", marker=marker, showlegend=False,
+                   error_x=_nested_whiskers(bars), hoverinfo="skip")  # fmt: skip
+    ends = bars[["value", "q80"]].max(axis=1) if "q80" in bars else bars["value"]
+    text = [marked(short(v), bad) for v, bad in zip(bars["value"], bars["disturbed"])]
+    label_bars(figure, places, bars.assign(value=bars["start"] + ends)[["value"]], text)
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    figure.update_yaxes(autorange="reversed", tickvals=places, ticktext=list(bars["label"]), ticks="", showgrid=False)
+    figure.update_xaxes(title_text="host time per call, µs", rangemode="tozero")
+    return fitted(figure, plot=24 * len(bars))
+
+
+def nested_layers(rows, provider: str) -> list[dict]:
+    """The bars of one provider, from the public function down: layer, depth, start, value and whether disturbed. The
+    parts of every bar end where it ends. rows: of `call_anatomy`, with "disturbed"."""
+    found = {row["backend"]: row for row in rows.to_dict("records")}
+    if provider not in found:
+        return []
+
+    def bar(row: dict, layer: str, depth: int, start: float) -> dict:
+        label = LAYER_NAMES.get(layer, layer.replace("_", " ")) if depth else f"<b>{look(provider).label}</b>"
+        return {k: row.get(k) for k in ("value", "q20", "q80", "disturbed")} | dict(
+            provider=provider, layer=layer, depth=depth, start=start, label=label)  # fmt: skip
+
+    def below(whole: dict, inside: dict) -> list[dict]:
+        """The bars under one: its parts, each followed by its own, and the rest."""
+        bars, at = [], whole["start"]
+        for layer, deeper in _recorded(inside, provider, found):
+            part = bar(found[f"{provider}:{layer}"], layer, whole["depth"] + 1, at)
+            bars += [part, *below(part, deeper)]
+            at += part["value"]
+        left = whole["start"] + whole["value"] - at
+        if bars and left < 0:
+            where = f"call_anatomy: {provider}, {whole['layer']}"
+            raise ValueError(f"{where}: its parts took longer than it, by {-left:.3g} µs")
+        shaky = any(b["disturbed"] for b in (whole, *bars) if b["depth"] <= whole["depth"] + 1)
+        rest = bar(dict(value=left, disturbed=shaky), "rest", whole["depth"] + 1, at)
+        return [*bars, rest | dict(label=f"rest of {whole['label'] if whole['depth'] else 'the call'}")] if bars else []
+
+    top = bar(found[provider], "public", 0, 0.0)
+    return [top, *below(top, NESTED.get(provider, {}))]
+
+
+def _recorded(inside: dict, provider: str, found: dict) -> list[tuple[str, dict]]:
+    """The layers of `inside` that were recorded, each with what lies in it; of one that was not, those in it."""
+    parts = []
+    for layer, deeper in inside.items():
+        known = f"{provider}:{layer}" in found
+        parts += [(layer, deeper)] if known else _recorded(deeper, provider, found)
+    return parts
+
+
+def _nested_whiskers(bars) -> dict | None:
+    """Whiskers where there are quantiles: what is left over was computed, and has none."""
+    if bars["q20"].isna().all():
+        return None
+    up, down = (bars["q80"] - bars["value"]).clip(lower=0), (bars["value"] - bars["q20"]).clip(lower=0)
+    ends = ([None if x != x else round(x, 4) for x in side] for side in (up, down))
+    return dict(type="data", symmetric=False, thickness=1, color=INK) | dict(zip(("array", "arrayminus"), ends))
+
+
+def _paler(colour: str, depth: int) -> str:
+    """A colour of the form #rrggbb, mixed with white: each level of depth is paler than the one above."""
+    share = (1.0, 0.75, 0.5)[min(depth, 2)]
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - share * (255 - part)):02x}" for part in parts)
 
 
 def kernel_grid(

@@ -16,6 +16,7 @@ from .style import (
     AXIS_TITLES,
     INK,
     RINGED,
+    fitted,
     in_order,
     label_bars,
     log_ticks,
@@ -195,21 +196,31 @@ def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), 
     return figure.update_yaxes(title_text="per forward pass, ms (log)", col=1).update_layout(width=760)
 
 
+TIMELINE = (  # who, the lane, its clock's filling, how wide
+    ("host", "host", "wall_us", 0.7), ("launch", "host", "host_us", 0.35), ("GPU", "GPU", "gpu_us", 0.7),
+)  # fmt: skip
+
+
 def timeline(lanes: dict[str, Sequence[tuple[str, float, float]]], *, title: str, below: str = ""):
-    """Who works when, from intervals and not from rows. lanes: scenario -> [("host" | "GPU", start, end), ...] in µs.
-    Every scenario has a host lane above a GPU lane."""
-    figure = new_figure(title, below, height=150 + 92 * len(lanes))
-    for part in ("host", "GPU"):
-        metric = "wall_us" if part == "host" else "gpu_us"  # hollow and solid
-        spans = [(scenario, *span[1:]) for scenario, all_ in lanes.items() for span in all_ if span[0] == part]
+    """Who works when, from intervals and not from rows. lanes: scenario -> [("host" | "launch" | "GPU", start, end), …]
+    in µs: simulated, or of `ragged.data.trace_spans`. Every scenario has a host lane above a GPU lane; what the driver
+    takes of a call ("launch") stands hatched in the host's."""
+    figure = new_figure(title, below)
+    for who, lane, metric, wide in TIMELINE:
+        spans = [(scenario, *span[1:]) for scenario, all_ in lanes.items() for span in all_ if span[0] == who]
+        if not spans:
+            continue
+        marker = filling(metric, GREY)
+        if who != "host":
+            marker["line"] = dict(color="white" if who == "GPU" else GREY, width=1)  # what follows at once stays apart
         figure.add_bar(
-            y=[[s for s, *_ in spans], [part] * len(spans)], base=[a for _, a, _ in spans], name=part,
-            x=[b - a for _, a, b in spans], orientation="h", marker=filling(metric, GREY), hoverinfo="x",
+            y=[[s for s, *_ in spans], [lane] * len(spans)], base=[a for _, a, _ in spans], name=who, width=wide,
+            x=[b - a for _, a, b in spans], orientation="h", marker=marker, hoverinfo="x",
         )  # fmt: skip
-    figure.data[1].marker.line.color = "white"  # what follows at once stays apart
-    figure.update_layout(barmode="overlay", bargap=0.3, legend=dict(orientation="h", y=1, yanchor="bottom", x=0))
+    figure.update_layout(barmode="overlay", bargap=0.3)
     figure.update_yaxes(autorange="reversed", dividercolor="#bbbbbb", title_text="")
-    return figure.update_xaxes(title_text="time, µs", rangemode="tozero").update_layout(margin_t=110)
+    figure.update_xaxes(title_text="time, µs", rangemode="tozero")
+    return fitted(figure, plot=92 * len(lanes))
 
 
 def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, below: str, item: str, spread=None):

@@ -46,7 +46,7 @@ def machine(lit=(), title=None):
     _words(figure, GPU.right - 12, GPU.bottom + 366, "<b>the GPU</b>", INK, "right")
     for other in OTHERS:
         _box(figure, other, "white", LIT if not lit or FRAMED in lit else UNLIT)
-    others = "many more like it,<br>each with programs,<br>registers and memory<br>of its own"
+    others = "many more like it,<br>each with its own<br>programs, registers,<br>shared memory"
     _words(figure, 486, 247, others, INK, "left")
     for name in PARTS:
         _part(figure, name, not lit or name in lit)
