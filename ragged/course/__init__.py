@@ -12,6 +12,6 @@ from .tables import Table, table
 
 __all__ = [
     "Exercise", "Here", "Language", "Table", "Tried", "backends_table", "check", "check_exercise", "difference",
-    "dropdowns", "equal_items", "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal", "saving",
-    "setup", "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
+    "dropdowns", "equal_items", "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal",
+    "saving", "setup", "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
 ]  # fmt: skip
