@@ -7,11 +7,11 @@ from .kernels import Language, language
 from .lesson import Here, backends_table, check, difference, recorded, setup, slider, steps, versions
 from .marks import guess, progress, reveal
 from .output import figure_bundle, saving, use_small_pictures
-from .stages import handover
+from .stages import equal_items
 from .tables import Table, table
 
 __all__ = [
     "Exercise", "Here", "Language", "Table", "Tried", "backends_table", "check", "check_exercise", "difference",
-    "dropdowns", "figure_bundle", "guess", "handover", "hint", "language", "progress", "recorded", "reveal", "saving",
-    "setup", "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
+    "dropdowns", "equal_items", "figure_bundle", "guess", "hint", "language", "progress", "recorded", "reveal",
+    "saving", "setup", "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
 ]  # fmt: skip
