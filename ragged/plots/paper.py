@@ -14,6 +14,7 @@ from .style import (
     INK,
     RINGED,
     draw_line,
+    fitted,
     in_order,
     label_bars,
     log_ticks,
@@ -133,10 +134,10 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
             shown.add(label)
             ring(figure, line["keep"], line["value"], line, row=1, col=names.index(panel) + 1)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
-    figure.update_layout(width=max(760, figure.layout.width), legend_y=-0.26)
+    figure.update_layout(width=max(760, figure.layout.width))
     figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text=y_title, col=1)
+    return fitted(figure.update_yaxes(title_text=y_title, col=1))
 
 
 # ---- the paper beside what was recorded ----
@@ -156,7 +157,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     symbols = dict(zip([s for s in sources if s != "paper"], ("circle", "diamond", "square", "triangle-up")))
     cases = list(dict.fromkeys(pairs["case"]))
     below = " · ".join([below or " · ".join(sources)] + [RINGED] * any(pairs.get("disturbed", [])))
-    figure = new_figure(title, below, height=210 + 30 * len(cases))
+    figure = new_figure(title, below)
     for backend in in_order(pairs["backend"]):
         for source in sources:
             found = pairs[(pairs["backend"] == backend) & (pairs["source"] == source)]
@@ -169,9 +170,9 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
                                name=f"{look(backend).label}: {source}")  # fmt: skip
             ring(figure, found["value"], found["case"], found)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
-    figure.update_layout(legend=dict(orientation="h", y=-62 / (30 * len(cases) + 20), yanchor="top", x=0))
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
-    return figure.update_xaxes(title_text=f"{unit} (log)" if axis.get("type") == "log" else unit, **axis)
+    figure.update_xaxes(title_text=f"{unit} (log)" if axis.get("type") == "log" else unit, **axis)
+    return fitted(figure, plot=30 * len(cases) + 20)
 
 
 def claims(table, *, title="Which claims stand?", below=""):
@@ -192,7 +193,7 @@ def claims(table, *, title="Which claims stand?", below=""):
     if "disturbed" in table.columns and table["disturbed"].any():
         table = table.assign(claim=[marked(c, bad) for c, bad in zip(table["claim"], table["disturbed"])])
         below = " · ".join(part for part in (below, RINGED) if part)
-    figure = new_figure(title, below, width=860, height=210 + 22 * len(table))
+    figure = new_figure(title, below, width=860)
     spans = [(row.claim, x) for row in table.itertuples() if row.fair == row.fair
              for x in (row.claimed, row.fair, None)]  # None ends a stroke
     figure.add_scatter(x=[x for _, x in spans], y=[claim for claim, _ in spans], mode="lines", showlegend=False,
@@ -217,11 +218,9 @@ def claims(table, *, title="Which claims stand?", below=""):
     figure.add_vline(x=1, line=dict(color=INK, width=1, dash="dot"))
     numbers = table[["claimed", "paper_setup", "fair"]].stack()
     figure.update_xaxes(title_text="ratio (log); 1: no difference", **log_ticks(numbers[numbers > 0]))
-    figure.update_layout(legend=dict(orientation="h", y=-70 / (22 * len(table) + 70), yanchor="top", x=0))
-    figure.update_layout(title_y=1 - 20 / figure.layout.height)  # a share of the height, which is large here
     order, ends = list(table["claim"])[::-1], [-0.7, len(table) - 0.3]
-    return figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, range=ends,
-                               tickfont=dict(size=11))  # fmt: skip
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, range=ends, tickfont_size=11)
+    return fitted(figure, plot=22 * len(table) + 30)
 
 
 def measured_lines(rows, *, x, title, x_title, y_title, below=""):
