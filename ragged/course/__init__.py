@@ -9,9 +9,10 @@ from .marks import guess, progress, reveal
 from .output import figure_bundle, saving, use_small_pictures
 from .stages import handover
 from .tables import Table, table
+from .tape import Tape
 
 __all__ = [
-    "Exercise", "Here", "Language", "Table", "Tried", "backends_table", "check", "check_exercise", "difference",
+    "Exercise", "Here", "Language", "Table", "Tape", "Tried", "backends_table", "check", "check_exercise", "difference",
     "dropdowns", "figure_bundle", "guess", "handover", "hint", "language", "progress", "recorded", "reveal", "saving",
     "setup", "slider", "solved", "steps", "table", "tried", "use_small_pictures", "versions",
 ]  # fmt: skip
