@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernel in Gluon, wherever Triton is: `python -m ragged.course.compiled 197`.
+"""What the compiler makes of kernels, wherever Triton is; of the one in Gluon, `python -m ragged.course.compiled 197`.
 
 Compiling for a GPU needs none. It does need a process in which Triton is not interpreting, so lessons ask for `facts`.
 """
@@ -40,6 +40,30 @@ def compiled(n: int, headdim: int = 64, programs: int = 3000, dtype: str = "fp16
     places = {(fn.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(fn, signature, places, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def row_mover(aligned: bool) -> object:
+    """Triton's compiled kernel that moves kept rows, for compute capability 9.0.
+
+    aligned: whether its pointers are said to be multiples of 16 bytes. RuntimeError where Triton is missing, or is
+    interpreting.
+    """
+    if not launch.installed("triton") or launch.INTERPRET:
+        raise RuntimeError("compiling needs Triton, and no TRITON_INTERPRET")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ..kernels.rows import move_kernel as kernel
+
+    kinds = {"X": "*fp16", "Ids": "*i64", "Starts": "*i32", "Index": "*i64", "Blend": "*fp16", "Out": "*fp16",
+             "OutIds": "*i64", "Cu": "*i32", "count": "i32", "index_stride": "i32", "width": "i32",
+             "blend_stride": "i32", "images": "i32"}  # fmt: skip
+    constants = {"DIM": 64, "ROWS": 16, "BLOCK": 64, "BLOCKS": 1, "FUSED": 0, "NARROW": 32, "CHUNK": 64}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    promise = {(i,): [["tt.divisibility", 16]] for i in range(8)} if aligned else {}
+    source = ASTSource(kernel, {**kinds, **dict.fromkeys(constants, "constexpr")}, places, promise)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 
 def look(n: int) -> dict:

@@ -16,6 +16,17 @@ def _ceiling(n, cut, dim=192, depth=12):
     return depth * block_flops(197, dim, 4 * dim) / sum(block_flops(r, dim, 4 * dim) for r in rows)
 
 
+def _wasted(keep):
+    """Row by row of the padded batch."""
+    longest = max(sum(image) for image in keep.int().tolist())
+    rows = [row < sum(image) for image in keep.int().tolist() for row in range(longest)]
+    return rows.count(False) / len(rows)
+
+
+def _masks(*images):
+    return (torch.tensor(images, dtype=torch.bool),)
+
+
 EXERCISES = {
     "1": Exercise(
         spec=lambda tokens, cu: torch.stack([part[0] for part in tokens.split(cu.diff().tolist())]),
@@ -41,6 +52,20 @@ EXERCISES = {
             "Count the work of one block as a function of its tokens. Which part grows with n, which with n squared?",
             "A cut after block `cut` leaves two kinds of blocks. How many of each?",
             "The ceiling is the work without pruning over the work with it.",
+        ),
+    ),
+    "3": Exercise(
+        spec=_wasted,
+        cases={
+            "images that keep 3 and 2 of 5 tokens": _masks([1, 0, 1, 1, 0], [1, 0, 0, 1, 0]),
+            "equal counts, so no padding": _masks([1, 1, 0, 0], [1, 0, 0, 1]),
+            "one image keeps everything, three only CLS": _masks([1, 1, 1, 1], *[[1, 0, 0, 0]] * 3),
+            "a single image": _masks([1, 0, 1]),
+        },
+        hints=(
+            "How many rows does the padded batch have? Every image gets as many as the longest keeps, not 197.",
+            "How many of these rows hold a token? That is the sum of the mask.",
+            "A share: the rows without a token over all padded rows.",
         ),
     ),
 }  # fmt: skip
