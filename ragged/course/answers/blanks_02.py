@@ -195,8 +195,9 @@ def folds(run: Run, options: dict) -> str | None:
 
 
 def _program(run: Run) -> tuple[int, int]:
-    """(image, head) of the program to draw: that of the complaint, or of the first image that ends inside a tile."""
-    return run.program or (next((i for i, n in enumerate(run.lengths) if n % run.tile), 0), 0)
+    """(image, head) of the program to draw: that of the complaint, or of the longest image that ends inside a tile."""
+    n, tile = run.lengths, run.tile
+    return run.program or (max(range(len(n)), key=lambda image: (n[image] % tile > 0, n[image])), 0)
 
 
 def memory(run: Run, options: dict) -> object:
