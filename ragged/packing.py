@@ -116,7 +116,7 @@ class Packed(_Batch):
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
         if self.count is not None and self.count >= count:
             return self.tokens.unflatten(0, (self.batch, self.count))[:, :count]
-        rows = self.starts[:, None]
+        rows = self.starts[:, None].long()
         rows = rows if count == 1 else rows + torch.arange(count, device=rows.device)
         return picked_rows(self.tokens, rows.clamp(max=self.tokens.shape[0] - 1))  # a recording's may be too small
 

@@ -266,3 +266,16 @@ def test_the_schedule_asked_for_is_the_package_s():
     from ragged.train.recipes import annealed
 
     assert course.check("10/3", annealed)
+
+
+def test_what_pytorch_does_not_implement_is_no_stub(capsys):
+    def of_whole_numbers(do, out):
+        return (do * out).int().softmax(1)
+
+    def stub(do, out):
+        raise NotImplementedError("yours")
+
+    assert course.check("10/1", of_whole_numbers) is False
+    said = capsys.readouterr().out
+    assert "stopped with NotImplementedError" in said and "softmax(1)" in said and "Not begun" not in said
+    assert course.check("10/1", stub) is False and "Not begun" in capsys.readouterr().out

@@ -53,7 +53,7 @@ MEANINGLESS = {
     "attention --model deit_tiny": "--model: has no effect here; the suites that take it are model",
     "dispatch --batch 4": "--batch: has no effect here",
     "pack --pruner evit": "--pruner: has no effect here; the suites that take it are model, sparsity",
-    "attention --backend triton": "--backend: has no effect here; the suites that take it are model, sparsity",
+    "dispatch --backend triton": "--backend: has no effect here; the suites that take it are model, sparsity",
     "pack --budget nan": "--budget: expected seconds, got nan",
 }
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ragged import course, data, launch
-from ragged.course import lab, touched
+from ragged.course import lab, stages, touched
 from ragged.kernels.attention import number
 
 
@@ -171,20 +171,21 @@ def test_the_change_of_one_case():
 def test_a_handover_keeps_its_rules():
     """Each worker does one item at a time, in order; no product before its copy, no copy before its stage is free."""
     generator = torch.Generator().manual_seed(3)
-    for stages in (1, 2, 3, 9):
+    for room in (1, 2, 3, 9):
         copies, computes = torch.randint(1, 6, (2, 8), generator=generator).tolist()
-        bars = course.handover(copies, computes, stages)
+        bars = stages.handover(copies, computes, room)
         ends = [
             {item: (start, start + ticks) for row, start, ticks, item in bars if row == worker} for worker in (0, 1)
         ]
         assert [list(end) for end in ends] == [list(range(8))] * 2 and len(bars) == 16
         for item in range(8):
-            waited = ends[0][item - 1][1] if item else 0, ends[1][item - stages][1] if item >= stages else 0
+            waited = ends[0][item - 1][1] if item else 0, ends[1][item - room][1] if item >= room else 0
             assert ends[0][item][0] == max(waited), "a copy begins as soon as it may"
             assert ends[1][item][0] == max(ends[0][item][1], ends[1][item - 1][1] if item else 0)
+    assert course.equal_items(3, 4, 2, items=5) == stages.handover([3] * 5, [4] * 5, 2)
     for bad in (([1], [1, 2], 1), ([1], [1], 0), ([0], [1], 1)):
         with pytest.raises(ValueError, match="copies, computes and stages"):
-            course.handover(*bad)
+            stages.handover(*bad)
 
 
 # ---- Triton for a lesson ----

@@ -188,8 +188,8 @@ def host_floor(rows: pd.DataFrame, model: str, batch: int, mode: str, backend: s
 
     pruner: "none", one of PRUNERS, or RAGGED. Where a pruner is not recorded with this network, its distance to
     Threshold-L2 with another network of as many blocks is added to Threshold-L2's. A pass that waits for the GPU has
-    the wait in its host time: it counts for batches as large as its own, and for its own network. ValueError where
-    nothing is recorded that counts.
+    the wait in its host time: it counts for its own network, and from the smallest batch on that was recorded.
+    ValueError where nothing is recorded that counts.
     """
     return _floor(_Frame(rows), model, batch, mode, backend, pruner)
 
@@ -201,8 +201,7 @@ def _floor(frame: _Frame, model: str, batch: int, mode: str, backend: str, prune
     host, waits = (_where(rows, metric=metric) for metric in ("host_us", "syncs"))
     own = _where(host, model=model, backend=backend, pruner=pruner)
     if (_where(waits, backend=backend, pruner=pruner)["value"] > 0).any():
-        own = own[own["batch"] <= batch]
-        if own.empty:
+        if not (own["batch"] <= batch).any():
             raise ValueError(f"rows: {backend} with {pruner}, {mode}, waits for the GPU in mid-pass, and no host_us of "
                              f"{model} at a batch of {batch} or less says how long its launches take")  # fmt: skip
     if len(own):

@@ -36,3 +36,8 @@ def handover(copies: Sequence[int], computes: Sequence[int], stages: int) -> lis
                 done = not left[worker]
                 full, free = full + (done and worker == COPY), free + (done and worker == COMPUTE)
     return bars
+
+
+def equal_items(copy: int, compute: int, stages: int, items: int = 8) -> list[tuple[int, int, int, int]]:
+    """`handover` of so many items that take the same ticks, at least 1, to copy and to compute."""
+    return handover([copy] * items, [compute] * items, stages)

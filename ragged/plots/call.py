@@ -301,9 +301,8 @@ def padded_waste(frame, *, padded="sdpa_padded", ragged="triton", metric="gpu_us
                            marker=filling("gpu_us" if inside else "host_us", look(padded).colour),
                            **text | dict(texttemplate=None, text=said))  # fmt: skip
     figure.add_hline(y=1, line=dict(color="#222222", width=1))
-    figure.update_layout(barmode="group", legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0), margin_t=110)
-    figure.update_xaxes(title_text="batch × tokens per image", type="category")
-    return figure.update_yaxes(title_text="padded / ragged cost", rangemode="tozero")
+    figure.update_layout(barmode="group").update_xaxes(title_text="batch × tokens per image", type="category")
+    return fitted(figure.update_yaxes(title_text="padded / ragged cost", rangemode="tozero"))
 
 
 def _times(slow, fast, metric: str):

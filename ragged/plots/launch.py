@@ -61,7 +61,7 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
     rows, calls = _calls(frame, name, ["host_us", "gpu_us"], mode, dtype, backend=list(backend), **only)
     spread = [calls[["host_us", "gpu_us"]].min().min() / 1.5, calls[["host_us", "gpu_us"]].max().max() * 1.5]
     below = subtitle(rows, mode, dtype)
-    titles = [f"{batch} × {tokens} tokens" for batch, tokens in cases]
+    titles = [f"{batch} ×<br>{tokens} tokens" for batch, tokens in cases]
     figure = _panels("Who rules, the host or the GPU?", titles, below)
     for column, (batch, tokens) in enumerate(cases, 1):
         panel = calls[(calls["batch"] == batch) & (calls["tokens"] == tokens)].set_index("backend")
@@ -91,7 +91,7 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
     if len(cases) > 2:  # narrow panels
         ticks |= dict(tickvals=[1, 10, 100, 1000], ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="µs (log)", range=[math.log10(x) for x in spread], **ticks)
-    return figure.update_layout(height=400, width=760 if len(cases) < 3 else 140 * len(cases) + 160)
+    return fitted(figure.update_layout(width=760 if len(cases) < 3 else 140 * len(cases) + 160), plot=230)
 
 
 def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype="float16", **only):
@@ -158,7 +158,7 @@ def clock_hypotheses(frame, *, clock="event_us", backend=("flash_attn", "paper_t
     ticks |= dict(ticktext=["1", "10", "100", "1,000"])
     figure.update_xaxes(title_text="guess, µs", **ticks)
     figure.update_yaxes(**ticks)
-    return figure.update_yaxes(title_text=f"{what}, µs (log)", col=1).update_layout(margin_t=130, width=780, height=430)
+    return fitted(figure.update_yaxes(title_text=f"{what}, µs (log)", col=1).update_layout(width=780), plot=260)
 
 
 def forward_clocks(frame, *, model="deit_base", backend=("unpruned", "triton"), tokens="99",

@@ -54,7 +54,7 @@ def throughput_by_batch(frame, *, model="deit_base", tokens=None, mode=None, dty
             shown.add(backend)
     figure.update_xaxes(title_text="batch (log)", **ticks_at(rows["batch"]))
     figure.update_yaxes(**log_ticks(rows["value"]))
-    return figure.update_yaxes(title_text="images/s (log)", col=1)
+    return fitted(figure.update_yaxes(title_text="images/s (log)", col=1))
 
 
 def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="float16", **only):
@@ -87,7 +87,7 @@ def sparsity_speedup(frame, *, model="deit_base", batch=64, mode=None, dtype="fl
             shown.add(backend)
     figure.update_xaxes(title_text="pruned tokens, %", dtick=25, range=[-5, 100])
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
+    return fitted(figure.update_yaxes(title_text="times the unpruned images/s", col=1))
 
 
 def speedup_by_batch(frame, *, model="deit_base", tokens="99", mode=None, dtype="float16", **only):
@@ -206,7 +206,7 @@ def _speedup_panels(found: dict, name: str, below: str):
     batches = [batch for rows in found.values() for batch in rows["batch"]]
     figure.update_xaxes(title_text="batch (log)", **ticks_at(batches))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text="times the unpruned images/s", col=1)
+    return fitted(figure.update_yaxes(title_text="times the unpruned images/s", col=1))
 
 
 def _drawn(found: dict, rows):

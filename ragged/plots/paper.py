@@ -134,10 +134,10 @@ def expectation(curves, points, *, title, below="", y_title="times the unpruned 
             shown.add(label)
             ring(figure, line["keep"], line["value"], line, row=1, col=names.index(panel) + 1)
     figure.add_hline(y=1, line=dict(color=INK, width=1))
-    figure.update_layout(width=max(760, figure.layout.width), legend_y=-0.26)
+    figure.update_layout(width=max(760, figure.layout.width))
     figure.update_xaxes(title_text="share of tokens kept", range=[0, 1.05], dtick=0.5)
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title_text=y_title, col=1)
+    return fitted(figure.update_yaxes(title_text=y_title, col=1))
 
 
 # ---- the paper beside what was recorded ----
@@ -172,7 +172,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
     figure.update_xaxes(title_text=f"{unit} (log)" if axis.get("type") == "log" else unit, **axis)
-    return fitted(figure, 30 * len(cases) + 20)
+    return fitted(figure, plot=30 * len(cases) + 20)
 
 
 def claims(table, *, title="Which claims stand?", below=""):
@@ -220,7 +220,7 @@ def claims(table, *, title="Which claims stand?", below=""):
     figure.update_xaxes(title_text="ratio (log); 1: no difference", **log_ticks(numbers[numbers > 0]))
     order, ends = list(table["claim"])[::-1], [-0.7, len(table) - 0.3]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, range=ends, tickfont_size=11)
-    return fitted(figure, 22 * len(table) + 70)
+    return fitted(figure, plot=22 * len(table) + 70)
 
 
 def measured_lines(rows, *, x, title, x_title, y_title, below=""):

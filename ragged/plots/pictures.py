@@ -11,7 +11,7 @@ import io
 
 import numpy as np
 
-from .style import INK, new_figure
+from .style import INK, fitted, new_figure
 
 PADDING = "#d9d9d9"
 SEQUENCE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -82,10 +82,10 @@ def batch_lengths(lengths, *, seqlen=197, names=None, title="The lengths of a ba
     figure.add_hline(y=seqlen, line=dict(color=INK, width=1, dash="dash"))
     figure.add_annotation(x=1, xref="paper", xanchor="right", y=seqlen, yanchor="bottom", showarrow=False,
                           text=f"before pruning: {seqlen}", font=dict(size=11))  # fmt: skip
-    keys = dict(orientation="h", y=1.0, yanchor="bottom", x=0)
-    figure.update_layout(barmode="stack", bargap=0.15, legend=keys, margin_t=104)
+    figure.update_layout(barmode="stack", bargap=0.15)
     figure.update_xaxes(title_text="image of the batch" if names is None else None, showgrid=False, tickangle=-45)
-    return figure.update_yaxes(title_text="tokens", range=[0, seqlen * 1.1])
+    named = 62 if names is None else 24 + 5 * max(map(len, x))  # names are turned by 45 degrees
+    return fitted(figure.update_yaxes(title_text="tokens", range=[0, seqlen * 1.1]), plot=200, axis=named)
 
 
 def pipeline(images, ids, *, patch=16, width=900):

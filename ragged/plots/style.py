@@ -53,7 +53,8 @@ AXIS_TITLES = {
     "images_per_s": "images/s",
 }
 INK, FAINT = "#222222", "#e5e5e5"
-LEAST = 600  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
+LEAST = 700  # px: the narrowest that a page draws a figure, see ragged/course/site/files/figures.js
+AXIS_LETTER = 8.5  # px: a letter of an axis title
 LEGEND_ROW, LEGEND_MARK, LEGEND_LETTER = 29, 50, 7  # px: a row of the legend, a line with its marker, a letter of 12 px
 RINGED = "ring or *: disturbed"  # how figures mark the rows that `ragged.data.disturbed` finds
 
@@ -188,12 +189,25 @@ def fitted(figure, plot: int = 290, axis: int = 62):
         rows = math.ceil(len(names) / max(1, (width - 88) // (entry + LEGEND_MARK)))
         figure.update_layout(legend=dict(orientation="h", x=0, xanchor="left", yanchor="top", yref="container",
                                          entrywidth=entry, entrywidthmode="pixels"))  # fmt: skip
+    axis += 16 * _wrap_axis_titles(figure, width - 88)
     foot = axis + rows * LEGEND_ROW + (14 if rows else 0)
     if names:
         figure.layout.legend.y = (foot - axis) / (top + plot + foot)
     figure.update_layout(title=dict(y=1, pad=dict(t=16, l=16), subtitle=dict(text=below)), height=top + plot + foot,
                          margin=dict(t=top, b=foot))  # fmt: skip
     return figure
+
+
+def _wrap_axis_titles(figure, room: int) -> int:
+    """Break titles of x axes that are wider than their panels; how many lines that adds. room: px of all panels."""
+    added = 0
+    for axis in figure.select_xaxes():
+        share = (axis.domain[1] - axis.domain[0]) if axis.domain else 1.0
+        text = _wrapped(axis.title.text or "", max(8, int(share * room / AXIS_LETTER)))
+        added = max(added, text.count("<br>"))
+        if axis.title.text:
+            axis.title.text = text
+    return added
 
 
 def legend_names(figure) -> list[str]:

@@ -2,7 +2,7 @@
 // this file; the pictures of a slider are loaded when it is first moved.
 "use strict";
 
-const LEAST = 600; // px: narrower, and legends and labels leave nothing of a plot; it is scrolled sideways instead
+const LEAST = 700; // px: narrower, and legends and labels leave nothing of a plot; it is scrolled sideways instead
 const OPTIONS = { displaylogo: false, responsive: false, showLink: false };
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 const PAPER = [31, 36, 42]; // of a figure in the dark, --raised in style.css
