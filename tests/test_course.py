@@ -1,5 +1,7 @@
 """What the notebooks lean on: set-up, tables, sliders at both ends, and the feedback on exercises."""
 
+import re
+
 import numpy as np
 import pandas
 import pytest
