@@ -1,5 +1,7 @@
 """What the notebooks lean on: set-up, tables, sliders at both ends, and the feedback on exercises."""
 
+import re
+
 import numpy as np
 import pandas
 import pytest
@@ -225,3 +227,18 @@ def test_the_saving_renderer_shrinks_its_png(monkeypatch):
         assert type(pio.renderers["png"]).__name__ == "SmallPng" and pio.renderers.default == notebook_output.SAVING
     finally:
         pio.renderers["png"], pio.renderers.default = renderer, default
+
+
+def test_the_sections_that_the_guide_names_are_there():
+    """In a row or line that names a lesson, titles in italics that look like headings of it."""
+    from notebook_files import LESSONS, ROOT, prose, read
+
+    guide = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    titles = {path.name[:2]: re.findall(r"^## (?:\d+ · )?(.+)$", prose(read(path)), re.MULTILINE) for path in LESSONS}
+    rows = re.findall(r"^\| [\d–]+ \| (\d\d), (.*?)(?:: .*)?\|$", guide, re.MULTILINE)
+    named = [(lesson, title) for lesson, text in rows for title in re.findall(r"\*([A-Z][^*]+)\*", text)]
+    named += [("03", title) for title in ("The bill", "Capturing instead of calling", "When a graph cannot be used")]
+    named += re.findall(r"(\d\d), \*([A-Z][^*]+)\*", guide)
+    assert len(named) >= 12
+    for lesson, title in named:
+        assert title in titles[lesson], f"the guide names {title!r}, which lesson {lesson} does not have"

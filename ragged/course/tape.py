@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,12 +14,16 @@ READS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Te
 
 class Tape(TorchDispatchMode):
     """`with Tape() as tape:` notes every operation with the memory that it reads and writes; `tape.replay()` repeats
-    them in that memory. RuntimeError for a read that the host would have to wait for, as during a capture."""
+    them in that memory.
 
-    def __init__(self) -> None:
+    refuse_reads: RuntimeError for a read that the host would have to wait for, as during a capture; what is taped then
+    may take other operations to the same result.
+    """
+
+    def __init__(self, refuse_reads: bool = False) -> None:
         super().__init__()
         self.steps: list[tuple] = []  # operation, its arguments, its result
-        self._guard = _NoReading()
+        self._guard = _NoReading() if refuse_reads else contextlib.nullcontext()
 
     def __enter__(self):
         self._guard.__enter__()

@@ -26,7 +26,7 @@ def compile_variant(dtype: torch.dtype, COLUMNS: int, ROW: int, COLUMN: int) -> 
     """A program that sums the rows of matrices of this type, width and strides, handed out as Triton hands out its own.
 
     dtype: float32 or int32.  COLUMNS: how many.  ROW, COLUMN: strides, in numbers. Returns `function` (pointer x,
-    pointer out, rows), its `source`, `metadata` for the driver, and in `asm["ptx"]` the list of its parameters.
+    pointer out, rows), its `source`, `metadata` for its `driver`, and in `asm["ptx"]` the list of its parameters.
     """
     terms = " + ".join(f"x[i * {ROW} + {j * COLUMN}]" for j in range(COLUMNS))
     source = f"""def function(x, out, rows):
@@ -37,7 +37,8 @@ def compile_variant(dtype: torch.dtype, COLUMNS: int, ROW: int, COLUMN: int) -> 
     exec(source, names)
     listed = {"ptx": ".entry function(.param .u64 x, .param .u64 out, .param .u32 rows)"}
     signature = SimpleNamespace(signature={"x": "*fp32", "out": "*fp32", "rows": "i32"})
-    return SimpleNamespace(function=names["function"], metadata=Facts(), src=signature, asm=listed, source=source)
+    return SimpleNamespace(function=names["function"], metadata=Facts(), src=signature, asm=listed, source=source,
+                           driver=driver)  # fmt: skip
 
 
 def driver(function: Any, x: int, y: int, z: int, warps: int, shared: int, letters: str, arguments: tuple,
