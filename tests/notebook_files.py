@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import linecache
 import os
 import re
 from pathlib import Path
@@ -55,8 +56,12 @@ def exercise_headings(notebook):
 def run(source, names, name="cell"):
     """Run a cell's code among `names`; the value of its last line, if that is an expression."""
     from IPython.core.inputtransformer2 import TransformerManager
+    from IPython.display import display
 
-    tree = ast.parse(TransformerManager().transform_cell(source), filename=name)
+    names.setdefault("display", display)  # as in a kernel
+    source = TransformerManager().transform_cell(source)
+    linecache.cache[name] = len(source), None, source.splitlines(True), name  # as a kernel does: Triton reads it
+    tree = ast.parse(source, filename=name)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, name, "exec"), names)
     return eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
