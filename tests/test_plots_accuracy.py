@@ -131,7 +131,7 @@ def test_counts_are_drawn_for_each_pruner_with_their_correlation():
     counts = {"ATS": ("ats", [50, 60, 70], 1.0, (0.5, 1.0)), "ATS again": ("ats", [70, 60, 50], -1.0)}
     figure = plots.counts_against_size([20, 60, 120], counts)
     texts = [a.text for a in figure.layout.annotations]
-    assert texts == ["ATS<br>rank correlation +1.00<br>95 %: +0.50 to +1.00", "ATS again<br>rank correlation -1.00"]
+    assert texts == ["ATS<br>correlation +1.00<br>+0.50 to +1.00", "ATS again<br>correlation -1.00"]
     assert list(figure.data[1].y) == [70, 60, 50] and figure.layout.xaxis2.title.text
 
 

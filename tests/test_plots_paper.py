@@ -230,3 +230,12 @@ def test_a_notebook_takes_a_complete_recording(name, monkeypatch, capsys):
         assert (names["judged"]["verdict"] == plots_paper.UNTESTED).sum() == 2  # ImageNet alone is left
     else:
         assert names["by_pipeline"]["cells"].sum() > 60 and (names["peaks"].groupby("model").size() == 3).all()
+
+
+def test_legends_of_rows_with_long_names_have_a_line_for_every_entry():
+    """plotly makes a legend no wider than the plot, and cuts off what does not fit below it."""
+    backends, sources = ("paper_padded", "flash_attn", "paper_triton"), ("paper", "NVIDIA H200")
+    pairs = pandas.DataFrame([dict(case="a row with a long name", backend=b, source=s, value=1.0 + len(b))
+                              for b in backends for s in sources])  # fmt: skip
+    figure = plots.paper_beside(pairs, title="t", unit="ms")
+    assert figure.layout.margin.b >= 62 + 20 * len(figure.data) and figure.layout.legend.entrywidth == 1

@@ -17,6 +17,7 @@ from .style import (
     fitted,
     in_order,
     label_bars,
+    legend_names,
     log_ticks,
     look,
     marked,
@@ -172,7 +173,7 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
     figure.update_xaxes(title_text=f"{unit} (log)" if axis.get("type") == "log" else unit, **axis)
-    return fitted(figure, plot=30 * len(cases) + 20)
+    return _listed(figure, 30 * len(cases) + 20)
 
 
 def claims(table, *, title="Which claims stand?", below=""):
@@ -217,10 +218,22 @@ def claims(table, *, title="Which claims stand?", below=""):
                                marker=dict(color=colour, symbol=symbol, size=12))  # fmt: skip
     figure.add_vline(x=1, line=dict(color=INK, width=1, dash="dot"))
     numbers = table[["claimed", "paper_setup", "fair"]].stack()
-    figure.update_xaxes(title_text="ratio (log); 1: no difference", **log_ticks(numbers[numbers > 0]))
+    numbers = numbers[numbers > 0]
+    narrow = len(numbers) and numbers.max() < 3 * numbers.min()  # 1, 2 and 5 would be one label
+    ticks = ticks_at([t / 10 for t in (5, 6, 7, 8, 9, 10, 11, 12, 15, 20)]) if narrow else log_ticks(numbers)
+    figure.update_xaxes(title_text="ratio (log); 1: no difference", **ticks)
     order, ends = list(table["claim"])[::-1], [-0.7, len(table) - 0.3]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, range=ends, tickfont_size=11)
-    return fitted(figure, plot=22 * len(table) + 70)
+    return _listed(figure, 22 * len(table) + 70)
+
+
+def _listed(figure, plot: int, axis: int = 62, line: int = 20):
+    """`fitted`, with the legend as a list below. Long names of rows leave the plot, and with it plotly's legend, too
+    little width for columns. plot, axis, line: heights in px, of the plot, its x axis, and a line of the list."""
+    foot = axis + line * len(legend_names(figure)) + 14
+    height = fitted(figure, plot, axis).layout.margin.t + plot + foot
+    figure.update_layout(height=height, margin_b=foot)
+    return figure.update_layout(legend=dict(entrywidthmode="fraction", entrywidth=1, y=(foot - axis) / height))
 
 
 def measured_lines(rows, *, x, title, x_title, y_title, below=""):

@@ -239,22 +239,23 @@ def _front(figure, points, column: int) -> None:
 # ---- counts that follow the content ----
 
 
-def counts_against_size(sizes, counts, *, title="Kept tokens follow the content", below=""):
+def counts_against_size(sizes, counts, *, title="Do kept tokens follow the content?", below=""):
     """Tokens that each image keeps against the size of its object, one panel for every setting of a pruner.
 
     sizes: side of the object in pixels.  counts: {name of a panel: (pruner, tokens per image, rank correlation)}; with
     the ends of its interval as a fourth entry, these too are written above the panel.
     """
     looks = pruner_looks({pruner for pruner, *_ in counts.values()})
-    ends = {name: f"<br>95 %: {more[0][0]:+.2f} to {more[0][1]:+.2f}" if more else ""
+    ends = {name: f"<br>{more[0][0]:+.2f} to {more[0][1]:+.2f}" if more else ""
             for name, (_, _, _, *more) in counts.items()}  # fmt: skip
-    names = [f"{name}<br>rank correlation {rank:+.2f}{ends[name]}" for name, (_, _, rank, *_) in counts.items()]
-    figure = _panels(title, names, below)
+    names = [f"{name}<br>correlation {rank:+.2f}{ends[name]}" for name, (_, _, rank, *_) in counts.items()]
+    said = f"rank correlations{' and their 95 % intervals' if any(ends.values()) else ''}"
+    figure = _panels(title, names, " · ".join(filter(None, [below, said]))).update_annotations(font_size=11)
     figure.update_layout(width=max(700, 220 * len(names)), showlegend=False)
     for column, (name, (pruner, tokens, *_)) in enumerate(counts.items(), 1):
         marker = dict(color=looks[pruner].colour, symbol=looks[pruner].symbol, size=7, opacity=0.75)
         figure.add_scatter(x=list(sizes), y=list(tokens), mode="markers", marker=marker, name=name, row=1, col=column)
-    figure.update_xaxes(title_text="side of the digit, pixels")
+    figure.update_xaxes(title=dict(text="side of the digit, px", font_size=12))
     return fitted(figure.update_yaxes(title_text="tokens kept, CLS included", col=1), plot=240)
 
 
