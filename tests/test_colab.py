@@ -41,8 +41,9 @@ def find_distributions(context=None):
     return iter(()) if context is not None and context.name == "triton" else distributions(context)
 
 
-importlib.machinery.PathFinder.find_spec = find_spec
-importlib.machinery.PathFinder.find_distributions = find_distributions
+# static, for some call them on an instance
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+importlib.machinery.PathFinder.find_distributions = staticmethod(find_distributions)
 """
 
 

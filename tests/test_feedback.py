@@ -196,3 +196,43 @@ def test_where_nothing_may_be_kept(monkeypatch, tmp_path, capsys):
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected a progress file"):
         course.progress(other)
+
+
+def at(monkeypatch, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(folder)
+
+
+def test_progress_is_one_file_wherever_in_a_checkout_a_lesson_runs(kept, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAGGED_PROGRESS")
+    notebooks = tmp_path / "checkout" / "notebooks"
+    for folder in (notebooks, notebooks / "solutions", notebooks.parent):
+        at(monkeypatch, folder)
+        (notebooks / "00_start_here.ipynb").touch()
+        assert marks.path() == notebooks / "ragged_progress.csv", folder
+    at(monkeypatch, tmp_path / "content")  # a notebook alone
+    assert marks.path() == tmp_path / "content" / "ragged_progress.csv"
+    assert course.check_exercise("00/1", None) is False and marks.path().is_file()
+
+
+def test_what_a_solution_solves_is_not_kept(kept, tmp_path, monkeypatch):
+    at(monkeypatch, tmp_path / "solutions")
+    marks.note("00/1", "exercise", True)
+    assert not kept.exists()
+
+
+def test_the_files_of_several_machines_become_one(kept, tmp_path, capsys):
+    marks.note("00/1", "exercise", False)
+    marks.note("00/a", "guess", True, 2.0, 4.0, "µs")
+    other = tmp_path / "other.csv"
+    other.write_text(",".join(marks.COLUMNS) + "\n00/1,exercise,1,,,,2,2020-01-01\n01/1,exercise,1,,,,1,2020-01-02\n"
+                     "00/a,guess,1,9,4,µs,1,2020-01-01\n", encoding="utf-8")  # fmt: skip
+    table = course.progress(take=[other, kept])
+    assert table.loc["00"].to_dict() == {"solved": 1, "tried": 1, "guesses": 1, "near": 0} and "01" in table.index
+    rows = marks.read_rows(kept)
+    assert rows["00/1", "exercise"]["tries"] == "3" and rows["00/a", "guess"]["guess"] == "9"
+    before = kept.read_bytes()
+    for wrong in ("nowhere.csv", tmp_path):
+        with pytest.raises(ValueError, match="there is no file"):
+            course.progress(take=[wrong])
+    assert kept.read_bytes() == before
