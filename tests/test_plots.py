@@ -182,6 +182,32 @@ def test_the_machine_lights_the_parts_that_are_named():
     assert "<" not in said
 
 
+LETTER, LINE = 6.6, 15  # px: about the width of a letter and the height of a line, of DejaVu at 12 px
+
+
+def text_box(note):
+    """Where an annotation of a diagram stands, in its own pixels: left, right, bottom, top."""
+    lines = note.text.replace("<b>", "").replace("</b>", "").split("<br>")
+    wide, high = LETTER * max(map(len, lines)), LINE * len(lines)
+    left = note.x - {"left": 0, "right": wide}.get(note.xanchor, wide / 2)
+    bottom = note.y - {"bottom": 0, "top": high}.get(note.yanchor, high / 2)
+    return left, left + wide, bottom, bottom + high
+
+
+def test_no_words_of_the_machine_stand_over_others_or_over_an_edge():
+    figure = plots.machine()
+    notes = [note for note in figure.layout.annotations if note.text]
+    boxes = [text_box(note) for note in notes]
+    assert len(notes) >= 10
+    for i, (left, right, bottom, top) in enumerate(boxes):
+        for a, b, c, d in boxes[i + 1 :]:
+            assert b <= left or right <= a or d <= bottom or top <= c, (notes[i].text, (a, b, c, d))
+        for shape in figure.layout.shapes:
+            for edge in (shape.x0, shape.x1):
+                if shape.y0 < top and bottom < shape.y1:
+                    assert not left < edge < right, f"{notes[i].text!r} runs over the side of a box"
+
+
 @pytest.mark.parametrize(
     "call, said",
     [

@@ -40,13 +40,13 @@ def test_a_figure_of_recorded_rows(draw):
     assert figure.layout.title.text in plots.alt_text(figure)
 
 
-def test_a_panel_says_who_rules():
+def test_a_panel_says_which_takes_longer():
     said = [note.text for note in plots.two_clocks(CALLS, cases=[(256, 197)]).layout.annotations]
     ours = CALLS.query("backend == 'triton' and batch == 256 and tokens == '197'").set_index("metric")["value"]
     assert ours["gpu_us"] > ours["host_us"]
-    assert any(text.startswith("GPU rules: host 12, GPU") for text in said)
+    assert any(text.startswith("GPU takes longer: host 12, GPU") for text in said)
     said = [note.text for note in plots.two_clocks(CALLS, cases=[(1, 39)]).layout.annotations]
-    assert all(text.startswith("host rules") for text in said if "rules:" in text)
+    assert all(text.startswith("host takes") for text in said if "longer:" in text)
 
 
 def test_panels_of_different_cases_share_one_axis():

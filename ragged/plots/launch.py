@@ -53,7 +53,7 @@ def _calls(frame, name: str, metrics: list[str], mode, dtype, **only):
 def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", "triton"), mode="eager",
                dtype="float16", **only):  # fmt: skip
     """Host time (hollow) and GPU time (solid) of a call, joined by a bar; one panel for every (batch, tokens) in
-    `cases`. Whichever lies further right rules. The axis spans all recorded calls, so that panels compare.
+    `cases`. Whichever lies further right takes longer. The axis spans all recorded calls, so that panels compare.
 
     Needs host_us and gpu_us rows of the backends.
     """
@@ -62,7 +62,7 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
     spread = [calls[["host_us", "gpu_us"]].min().min() / 1.5, calls[["host_us", "gpu_us"]].max().max() * 1.5]
     below = subtitle(rows, mode, dtype)
     titles = [f"{batch} ×<br>{tokens} tokens" for batch, tokens in cases]
-    figure = _panels("Who rules, the host or the GPU?", titles, below)
+    figure = _panels("Which takes longer, the host or the GPU?", titles, below)
     for column, (batch, tokens) in enumerate(cases, 1):
         panel = calls[(calls["batch"] == batch) & (calls["tokens"] == tokens)].set_index("backend")
         if panel.empty:
@@ -81,8 +81,10 @@ def two_clocks(frame, *, cases, backend=("flash_attn", "paper_triton", "dense", 
         for metric, times in (("host_us", host), ("gpu_us", gpu)):
             ring(figure, times, labels, dict(disturbed=panel.loc[order, f"{metric} bad"]), row=1, col=column)
         for label, h, g, bad in zip(labels, host, gpu, shaky) if len(cases) == 1 else ():
-            text = marked(f"{'host' if h > g else 'GPU'} rules: host {short(h)}, GPU {short(g)}", bad)
-            figure.add_annotation(x=math.log10(max(h, g)), y=label, text=text, showarrow=False, xanchor="right",
+            text = marked(f"{'host' if h > g else 'GPU'} takes longer: host {short(h)}, GPU {short(g)}", bad)
+            left = h * g < spread[0] * spread[1]  # of the middle: there is room to the right
+            figure.add_annotation(x=math.log10(min(h, g) if left else max(h, g)), y=label, text=text, showarrow=False,
+                                  xanchor="left" if left else "right",
                                   yshift=18, font=dict(size=11, color=INK))  # fmt: skip
     for key, colour in (("host: time to enqueue", "white"), ("GPU: time to run", GREY)):
         marker = dict(size=11, color=colour, line=dict(color=GREY, width=2.5))
@@ -104,7 +106,7 @@ def host_or_gpu(frame, *, backend=("flash_attn", "triton"), mode="eager", dtype=
     name, clocks = "host_or_gpu", ["host_us", "gpu_us"]
     rows, calls = _calls(frame, name, clocks, mode, dtype, backend=list(backend), **only)
     order = in_order(calls["backend"])
-    figure = _panels("Where the host rules, and where the GPU", [look(b).label for b in order],
+    figure = _panels("Where the host takes longer, and where the GPU", [look(b).label for b in order],
                     subtitle(rows, "in every cell host over GPU, µs", dtype))  # fmt: skip
     for column, name in enumerate(order, 1):
         panel = calls[calls["backend"] == name].set_index(["batch", "tokens"])
@@ -240,7 +242,7 @@ def floor_and_slope(sizes, times, floor: float, per_item: float, *, title: str, 
     figure.add_scatter(x=sizes, y=times, mode="markers", name="measured", marker=dict(color=INK, size=9),
                        error_y=bars | dict(thickness=1.5) if spread else None)  # fmt: skip
     figure.update_xaxes(title_text=f"{item} (log)", type="log", dtick=1, exponentformat="power")
-    return figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)]))
+    return fitted(figure.update_yaxes(title_text="time per call, µs (log)", **log_ticks([low, max(times)])))
 
 
 def launch_paths(costs: dict[str, float], *, title: str, below: str, floor: float | None = None, backend="triton",
