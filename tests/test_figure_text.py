@@ -11,10 +11,14 @@ from test_browser import SECONDS, browser  # noqa: F401
 
 pytest.importorskip("plotly")
 
+import pandas
 import plotly.graph_objects as go
 import test_plots
+import test_plots_accuracy as quality
 import test_plots_kernel
 import test_plots_launch
+import test_plots_mixed
+import test_plots_paper as paper
 import test_plots_pruning
 import test_plots_speculation
 
@@ -36,6 +40,42 @@ MODULES = {test_plots: "RECORDED", test_plots_kernel: "FIGURES", test_plots_laun
            test_plots_pruning: "FIGURES", test_plots_speculation: "DRAWN"}  # fmt: skip
 SAMPLES = {f"{module.__name__.removeprefix('test_')}: {name}": draw for module, drawn in MODULES.items()
            for name, draw in getattr(module, drawn).items()}  # fmt: skip
+
+
+def expected():
+    keeps, panels = [0.1, 0.5, 1.0], [f"batch {batch}" for batch in (1, 16, 64, 256)]
+    curves = pandas.DataFrame([
+        dict(panel=panel, keep=keep, backend=backend, note=note, value=2.5 - 1.5 * keep) for panel in panels
+        for backend in ("triton", "sdpa_padded") for note in ("equal counts", "spread 0.7") for keep in keeps
+    ])  # fmt: skip
+    return plots.expectation(curves, curves.assign(note="spread 0.7, recorded"), title="Expected and recorded")
+
+
+def beside():
+    pairs = pandas.DataFrame([
+        dict(case=f"batch {batch}", backend=backend, source=source, value=1.0 + batch) for batch in (1, 16)
+        for backend in ("triton", "flash_attn", "paper_padded") for source in ("paper", "NVIDIA H200")
+    ])  # fmt: skip
+    return plots.paper_beside(pairs, title="A call", unit="dispatch floor us, us")
+
+
+SAMPLES |= {
+    "paper: expectation": expected,
+    "paper: paper_beside": beside,
+    "paper: claims": lambda: plots.claims(paper.CLAIMS, below="stands: at least 50% of what the paper claims · " * 3),
+    "paper: best_choice": lambda: plots.best_choice(paper.MODEL),
+    "paper: speedup_by_batch": lambda: plots.speedup_by_batch(paper.MODEL, model="deit_tiny"),
+    "paper: resolution_speedup": lambda: plots.resolution_speedup(paper.RESOLUTION, ragged=True),
+    "pictures: batch_lengths": lambda: plots.batch_lengths(
+        [50, 100, 30], names=["astronaut", "rocket", "digit 4 (1)"], below="DeiT-Ti · tau = 1.0"),
+    "quality: accuracy": lambda: plots.accuracy(quality.two_networks(), model=list(quality.NETWORKS)),
+    "quality: fidelity": lambda: plots.fidelity(quality.fidelity_frame()),
+    "quality: seeds": lambda: plots.seeds(quality.seeds_frame(), model="net", keep=(0.7, 0.5)),
+    "quality: logit_differences": lambda: plots.logit_differences(quality.equivalence_frame(), claim={"evit": 0.005}),
+    "quality: counts_against_size": lambda: plots.counts_against_size([1, 2, 3], {
+        f"boxes<br>samples={n}": ("ats", [1, 2, 3], 1.0, (0.9, 1.0)) for n in (784, 196, 98, 49)}),
+    "mixed: mixed_sizes": lambda: plots.mixed_sizes(test_plots_mixed.FRAME),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def two_networks():
     frame = accuracy_frame()
     counted = frame[frame.metric == "top1"].assign(metric="images", value=2000.0)
     both = pandas.concat([frame, counted])
-    return pandas.concat([both, both.assign(model=NETWORKS[1])])
+    return pandas.concat([both, both.assign(model=NETWORKS[1])], ignore_index=True)
 
 
 def test_networks_stand_side_by_side_with_one_legend_and_95_percent_intervals():
