@@ -75,15 +75,16 @@ def test_a_table_is_text_to_python_and_html_to_a_notebook():
     rows = BeautifulSoup(shown["text/html"], "html.parser").find_all("tr")
     cells = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in rows]
     assert cells == [["backend", "tokens", "value"], ["a<b", "1,970", "nan"]]
-    assert "<caption>in µs<br>32 images</caption>" in shown["text/html"]
-    assert ".col0 {\n  text-align: left" in shown["text/html"] and ".col1" not in shown["text/html"]
+    assert ">in µs<br>32 images</caption>" in shown["text/html"]
+    leans = [cell["style"] for cell in rows[1].find_all("td")]
+    assert leans == ["text-align: left", "text-align: right", "text-align: right"]
 
 
 def test_the_html_of_a_table_is_lean_and_the_same_every_time():
     rows = [{f"column {i}": 1.5 * i for i in range(6)} for _ in range(50)]
     html = course.table(rows)._repr_html_()
     assert html == course.table(rows)._repr_html_()
-    assert len(html) < 50 * 6 * 60 and html.count("<style") == 1 and 'id="T_' in html and html.count("id=") == 1
+    assert len(html) < 50 * 6 * 60 and "<style" not in html and "id=" not in html
 
 
 def test_a_frame_is_a_table_too():

@@ -33,7 +33,7 @@ def computed(render: Callable, values: Sequence, start: Any, label: str) -> dict
 
 def _frame(result: Any) -> Any:
     if isinstance(result, Table) and result.style is not None:
-        return {"html": result.style.to_html()}
+        return {"html": result._repr_html_()}
     if isinstance(result, str):
         return str(result)
     spec = json.loads(result.to_json())

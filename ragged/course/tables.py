@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import re
 from collections.abc import Sequence
 from html import escape
 from numbers import Integral, Real
@@ -14,17 +14,25 @@ if TYPE_CHECKING:  # imported where a table is made
     import pandas as pd
     from pandas.io.formats.style import Styler
 
+LEAN = {True: ' style="text-align: left"', False: ' style="text-align: right"'}
 CLASS = "ragged"  # of every table's HTML; the site's style sheet knows it
 
 
 class Table(str):
-    """A table as text, which notebooks show as HTML: `style`, a pandas Styler of its texts. None for a table without
-    rows."""
+    """A table as text, which notebooks show as HTML: `style`, a pandas Styler of its texts (None for a table without
+    rows), and `words`, whether a column holds words."""
 
     style: Styler | None = None
+    words: tuple[bool, ...] = ()
 
     def _repr_html_(self) -> str | None:
-        return None if self.style is None else self.style.to_html()
+        """The Styler's HTML. Which way a cell leans stands in the cell: a notebook that is not trusted loses its style
+        sheets, and the site has its own. The same table gives the same HTML."""
+        if self.style is None:
+            return None
+        html = re.sub(r"<style.*?</style>\n?", "", self.style.to_html(), flags=re.DOTALL)
+        html = re.sub(r'<table id="[^"]*"', "<table", html).replace("<caption>", f"<caption{LEAN[True]}>")
+        return re.sub(r' class="[a-z_]+ \w+ col(\d+)" ', lambda found: LEAN[self.words[int(found[1])]], html)
 
     def _repr_pretty_(self, printer: object, cycle: bool) -> None:
         printer.text(str(self))
@@ -52,7 +60,7 @@ def table(rows: Sequence[dict] | pd.DataFrame, digits: int = 1, title: str = "",
     texts.columns = [str(name) for name in names]
     words = [all(isinstance(value, str) or value is None for value in column) for column in zip(*values)]
     made = Table("\n".join(filter(None, [title, _lines(texts, words), note])))
-    made.style = _styled(texts, words, title, note)
+    made.style, made.words = _styled(texts, title, note), tuple(words)
     return made
 
 
@@ -82,14 +90,9 @@ def _lines(texts: pd.DataFrame, words: list[bool]) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _styled(texts: pd.DataFrame, words: list[bool], title: str, note: str) -> Styler:
-    """The HTML: few rules, and no names of single cells. The same table gives the same HTML."""
-    rules = [{"selector": "td, th", "props": "text-align: right"}, {"selector": "caption", "props": "text-align: left"}]
-    left = ", ".join(f".col{at}" for at, is_words in enumerate(words) if is_words)
-    rules += [{"selector": left, "props": "text-align: left"}] if left else []
+def _styled(texts: pd.DataFrame, title: str, note: str) -> Styler:
     style = texts.style.hide(axis="index").format(escape="html").format_index(escape="html", axis="columns")
     style.cell_ids = False
-    style.set_table_attributes(f'class="{CLASS}"').set_table_styles(rules)
-    style.set_uuid(f"{zlib.crc32(f'{words}{texts.to_csv()}'.encode()):08x}")
+    style.set_table_attributes(f'class="{CLASS}"')
     caption = "<br>".join(escape(line) for line in f"{title}\n{note}".strip().splitlines())
     return style.set_caption(caption) if caption else style

@@ -8,26 +8,23 @@ from typing import Any
 from bs4 import BeautifulSoup
 
 PARTS = {"table", "caption", "thead", "tbody", "tr", "th", "td", "br"}
-KEPT = {"class", "id", "colspan", "rowspan"}  # attributes
-# The rules of `course.table`: which way the cells of a table lean, and nothing else.
-RULES = re.compile(r"(\s*(#T_\w+ +[\w., #]+) \{\s*text-align: (left|right);\s*\})*\s*")
+KEPT = {"class", "colspan", "rowspan"}  # attributes
+LEAN = re.compile(r"text-align: (left|right);?")  # the one style that stays
 
 
 def clean(html: str) -> str | None:
     """The first table of some HTML, without anything that a table does not need; None if it holds none."""
-    page = BeautifulSoup(html, "html.parser")
-    table, rules = page.find("table"), page.find("style")
+    table = BeautifulSoup(html, "html.parser").find("table")
     if table is None:
         return None
     for part in table.find_all(["script", "style"]):
         part.decompose()
     for part in [table, *table.find_all(True)]:
-        part.attrs = {name: value for name, value in part.attrs.items() if name in KEPT}
+        part.attrs = {name: value for name, value in part.attrs.items()
+                      if name in KEPT or (name == "style" and LEAN.fullmatch(value))}  # fmt: skip
         if part.name not in PARTS:
             part.unwrap()
-    style = rules.get_text() if rules is not None else ""
-    rules = f"<style>{style.strip()}</style>\n" if style and RULES.fullmatch(style) else ""
-    return f'{rules}<div class="rows" tabindex="0">{table}</div>'  # wider than the page, it is scrolled there
+    return f'<div class="rows" tabindex="0">{table}</div>'  # wider than the page, it is scrolled there
 
 
 def clean_outputs(notebook: Any) -> None:
