@@ -101,6 +101,11 @@ def test_all_claims_answer_with_numbers(record):
     assert list(peaks.values()) == pytest.approx([1.3] * 3)
 
 
+def test_the_best_of_small_batches_is_no_peak(record):
+    assert record.peak("paper_triton") > 0
+    assert math.isnan(Rows(record.rows[record.rows["batch"] < 64]).peak("paper_triton"))
+
+
 def test_the_recording_answers_the_claims_on_calls():
     ours = Rows(data.results(gpu="NVIDIA H200"))
     assert all(c.fair(ours) > 0 for c in call_claims())
