@@ -151,7 +151,7 @@ def test_wrong_load_masks(said, answer, words, drawn):
 # ---- the score mask ----
 
 
-ZERO = "An image of 5 tokens: keys 5 to 15 are none of its own, and their scores are 0"
+ZERO = "An image of 5 tokens: keys 5 to 15 are not its own, and their scores are 0"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def said(capsys, yours, exercise=DOUBLE, name="99/1"):
 
 
 def test_a_right_answer_names_its_cases(capsys):
-    assert said(capsys, lambda x: x + x) == (True, "Correct, in all 2 cases: a zero, two numbers.\n")
+    assert said(capsys, lambda x: x + x) == (True, "Correct, in all 2 cases: a zero; two numbers.\n")
 
 
 def test_the_first_wrong_case_is_named_with_what_was_given(capsys):

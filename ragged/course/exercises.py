@@ -91,7 +91,7 @@ def check_exercise(name: str, yours: Any, exercise: Exercise | None = None) -> b
     if passed == 1:
         print("Correct.")
     else:
-        print(f"Correct, in all {passed} cases: {', '.join(exercise.cases)}.")
+        print(f"Correct, in all {passed} cases: {'; '.join(exercise.cases)}.")
     _drawn(exercise, answer, [*exercise.cases.values()][-1])
     return True
 

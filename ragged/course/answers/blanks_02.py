@@ -135,18 +135,21 @@ def scores(run: Run, options: dict) -> str | None:
         if (own & gone).any():
             if (gone.all(1) | ~gone.any(1)).all() and not gone.all():
                 return f"{here} the mask runs along the rows, which are queries. Keys are the columns."
-            return f"{here} {named(keys[(own & gone).any(0)], 'key')} are its own, and their scores became -inf."
+            shut = keys[(own & gone).any(0)]
+            are, their = ("are", "their") if len(shut) > 1 else ("is", "its")
+            return f"{here} {named(shut, 'key')} {are} its own, and {their} scores became -inf."
         open_ = ~own & ~gone
         if open_.any():
             values = after[open_]
             what = named(keys[open_.any(0)], "key")
-            count = f"{here} {what} {'are' if open_.any(0).sum() > 1 else 'is'} none of its own"
+            are, their = ("are", "their") if open_.any(0).sum() > 1 else ("is", "its")
+            count = f"{here} {what} {are} not its own, and {their} scores"
             if (values == 0).all():
-                return (f"{count}, and their scores are 0, as those of rows that the load mask kept out. "
+                return (f"{count} are 0, as those of rows that the load mask kept out. "
                         "exp2(0 - max) is a weight like any other; only -inf has none.")  # fmt: skip
             if np.array_equal(values, before[open_], equal_nan=True):
-                return f"{count}, and their scores are as they came: each takes a share of the softmax."
-            return (f"{count}, and their scores became {values.flat[0]:.4g}. That is finite: beside scores that are "
+                return f"{count} are as they came: each takes a share of the softmax."
+            return (f"{count} became {values.flat[0]:.4g}. That is finite: beside scores that are "
                     "lower still it wins. Only -inf never does.")  # fmt: skip
         if not np.array_equal(before[own], after[own], equal_nan=True):
             return f"{here} scores of its own keys were changed."

@@ -71,9 +71,9 @@ EXERCISES = {
         None, run=blanks.filled("tile_at"), judge=blanks.addresses, draw=blanks.memory,
         cases=ONE_TILE | {"20 tokens in two tiles": ({"lengths": (20,)},)} | MIXED | NEIGHBOUR,
         hints=(
-            "Which packed row is lane 0 of the tile, which lane 1? Add what you are given.",
+            "Which packed row is row 0 of the tile, and which is row 1? Add what you are given.",
             "How many numbers lie between the beginning of a row and that of the next? HEADS heads stand in it.",
-            "tl.arange(0, TILE) counts lanes. A column plus a row, x[:, None] + y[None, :], is a tile.",
+            "tl.arange(0, TILE) counts the tile's rows. A column plus a row, x[:, None] + y[None, :], is a tile.",
             "A row begins at row * HEADS * D, its head at head * D further, and D numbers belong to it.",
         ),
     ),
@@ -81,7 +81,7 @@ EXERCISES = {
         None, run=blanks.filled("row_mask"), judge=blanks.loads, draw=blanks.memory,
         cases=ONE_TILE | NEIGHBOUR | {"5 tokens in a tile of 16": ({"lengths": (5,)},)} | MIXED,
         hints=(
-            "Which row of the image is lane 0 of a tile that begins at row `first`?",
+            "Which row of the image is row 0 of a tile that begins at row `first`? Which is row 1?",
             "An image of `length` rows has the rows 0 to length - 1. Which comparison holds for exactly these?",
             "Make the numbers of the rows as in tile_at, compare them, and turn (TILE,) into a column with [:, None].",
         ),
@@ -93,7 +93,7 @@ EXERCISES = {
         hints=(
             "Keys lie along one axis of the scores, queries along the other. Which is which in q @ k.T?",
             "What must a score be, so that exp2(score - max) is 0 whatever the maximum?",
-            "tl.where(condition, a, b) is a where the condition holds; one of the shape (1, TILE) speaks of columns.",
+            "tl.where(condition, a, b) is a where the condition holds; one of the shape (1, TILE) chooses columns.",
         ),
     ),
     "5": Exercise(
@@ -102,7 +102,7 @@ EXERCISES = {
                "scores of some thousands whose exponentials overflow": ({"lengths": (40, 9), "size": 600.0},)} | MIXED,
         hints=(
             "total and acc were summed relative to the maximum `top`. From now on the maximum is new_top.",
-            "In the formula of section 4 the old sum is multiplied with one factor. Ours counts in powers of two.",
+            "In the formula of section 4 the old sum is multiplied by one factor. Ours counts in powers of two.",
             "For the first tile top is -inf. Which power of two is then the factor, and is that right?",
         ),
     ),
@@ -123,7 +123,7 @@ EXERCISES = {
         cases={"one query tile": ({"lengths": (5,)},), "two query tiles": ({"lengths": (20,)},)}
         | MIXED | NEIGHBOUR,
         hints=(
-            "The loop over `first` goes: tl.program_id(2) tells a program which query tile is its own.",
+            "The loop over `first` is no longer needed: tl.program_id(2) tells a program which query tile is its own.",
             "A program whose tile begins past the end of its image has nothing to do. What does row_mask say of it?",
             "The row r of head h stands at h * total + r in Lse, and r counts from the beginning of the packed batch.",
             "The sum of 2 ** score is total * 2 ** top. Take its logarithm to base 2, then make it a natural one.",
@@ -137,7 +137,7 @@ EXERCISES = {
             "uneven ticks, two stages": (*UNEVEN, 2), "uneven ticks, three stages": (*UNEVEN, 3),
         },
         hints=(
-            "For what two things does a copy wait, and for what two does a product?",
+            "Which two things does a copy wait for, and which two does a product wait for?",
             "Item i goes into stage i modulo `stages`. Which item was there before, and when was it read?",
             "Keep a list of the ticks at which products were done. A copy starts at the larger of two numbers.",
         ),

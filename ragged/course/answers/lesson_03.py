@@ -85,7 +85,7 @@ EXERCISES = {
             "another type": (BASE, BASE.int()), "a contiguous copy": (BASE[:, :4], BASE[:, :4].contiguous()),
             "elsewhere in memory": (torch.zeros(3, 12), torch.zeros(7, 12)),
         },
-        show=lambda answer, a, b: f"One matrix is {_looks(a)}; the other {_looks(b)}.",
+        show=lambda answer, a, b: f"One matrix is {_looks(a)}; the other {_looks(b)}. One kind: their keys are equal.",
         hints=(
             "Print compile_variant(...).source for two matrices. Which numbers stand in the text?",
             "What does the program take as an argument? That must not be in the key.",
@@ -116,7 +116,7 @@ EXERCISES = {
             "an input of one row, where two were taped": ([ONE], ONE[:1]),
         },
         hints=(
-            "A tape reads one piece of memory and writes another. Which lines of section 7 moved numbers in and out?",
+            "A tape reads one piece of memory and writes another. Which lines of section 8 moved numbers in and out?",
             "The result is the tape's memory. What has to be handed out in its place?",
             "copy_ broadcasts. Compare shapes before it, and raise ValueError.",
         ),
