@@ -256,7 +256,7 @@ ALL_DRAWN = "() => [...document.querySelectorAll('figure:has(.drawing)')].every(
 # A figure counts as drawn when plotly says so and it has a visible size and something inside.
 NOT_DRAWN = """() => [...document.querySelectorAll('figure:has(.drawing)')].flatMap((figure, index) => {
     const box = figure.querySelector('.js-plotly-plot'), size = box?.getBoundingClientRect();
-    const inside = box?.querySelectorAll('.trace, .bars, .xy image, .layer-above path, canvas, .table, .slice').length;
+    const inside = box?.querySelectorAll('.trace, .bars, .xy image, .shapelayer path, canvas, .table, .slice').length;
     return figure.dataset.drawn === 'yes' && size.width > 50 && size.height > 50 && inside ? [] : [index];
 })"""
 PAGES = ["index.html", *(path.relative_to(ROOT / "notebooks").with_suffix(".html").as_posix()
