@@ -122,13 +122,13 @@ def guess(name: str, value: float | None, unit: str = "") -> None:
     print(f"Your guess: {value:g} {unit}".rstrip() + ".")
 
 
-def reveal(name: str, answer: float, unit: str = "") -> float:
-    """Show how far the guess of that name was from `answer`, and keep both. Returns the answer."""
+def reveal(name: str, answer: float, unit: str = "") -> None:
+    """Show how far the guess of that name was from `answer`, a number in `unit`, and keep both."""
     answer = float(answer)
     said = f"{answer:.4g} {unit}".rstrip()
     if name not in _guesses:
         print(f"It is {said}.")
-        return answer
+        return
     value, unit_of_guess = _guesses[name]
     note(name, "guess", True, value, answer, unit or unit_of_guess)
     if value == answer:
@@ -140,7 +140,6 @@ def reveal(name: str, answer: float, unit: str = "") -> float:
     else:
         words = f"off by {value - answer:+.4g}"
     print(f"It is {said}; you guessed {f'{value:g} {unit or unit_of_guess}'.rstrip()}: {words}.")
-    return answer
 
 
 # ---- all of it ----
