@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .pictures import _bare
-from .stages import HEIGHT, INK, LIT, TINT, UNLIT, WIDTH, Flow, Part, _arrow, _words
+from .stages import HEIGHT, INK, LIT, TINT, UNLIT, WIDTH, Flow, Part, _arrow, _box, _named, _words
 from .style import new_figure
 
 PARTS = {  # the frame first: it lies below what stands in it
@@ -35,10 +35,7 @@ def machine(lit=(), title=None):
     lit: the parts in colour, of "host", "queue", "multiprocessor", "registers", "shared", "l2", "memory"; all of them
     if none is named.  title: instead of "From a call to the chip". ValueError for a part that there is not.
     """
-    lit = (lit,) if isinstance(lit, str) else tuple(lit)
-    unknown = [name for name in lit if name not in PARTS]
-    if unknown:
-        raise ValueError(f"lit: expected names of {', '.join(PARTS)}; got {', '.join(map(repr, unknown))}")
+    lit = _named(lit, PARTS)
     below = f"in colour: {', '.join(NAMES.get(name, name) for name in lit)}" if lit else "arrows: what goes where"
     figure = new_figure(title or "From a call to the chip", below, WIDTH, HEIGHT + 76)
     figure.update_layout(margin=dict(l=0, r=0, t=76, b=0), meta=dict(alt=_sentence()))
@@ -55,12 +52,6 @@ def machine(lit=(), title=None):
         if flow.words:
             _words(figure, *flow.at, flow.words, INK, flow.xanchor, flow.yanchor)
     return _bare(figure, WIDTH, HEIGHT)
-
-
-def _box(figure, part: Part, fill: str, edge: str, dash: str = "solid") -> None:
-    line = dict(color=edge, width=2, dash=dash)
-    figure.add_shape(type="rect", x0=part.left, x1=part.right, y0=part.bottom, y1=part.top, fillcolor=fill, line=line,
-                     layer="below")  # fmt: skip
 
 
 def _part(figure, name: str, lit: bool) -> None:

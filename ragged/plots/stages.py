@@ -56,10 +56,7 @@ def stages(lit=(), title=None):
     lit: the parts in colour, of "images", "blocks", "pruner", "pack", "attend", "classify"; all of them if none is
     named.  title: instead of "From images to classes". ValueError for a part that there is not.
     """
-    lit = (lit,) if isinstance(lit, str) else tuple(lit)
-    unknown = [name for name in lit if name not in PARTS]
-    if unknown:
-        raise ValueError(f"lit: expected names of {', '.join(PARTS)}; got {', '.join(map(repr, unknown))}")
+    lit = _named(lit, PARTS)
     below = f"in colour: {', '.join(lit)}" if lit else "beside each arrow: what flows"
     figure = new_figure(title or "From images to classes", below, WIDTH, HEIGHT + 76)
     figure.update_layout(margin=dict(l=0, r=0, t=76, b=0), meta=dict(alt=_sentence()))
@@ -72,13 +69,26 @@ def stages(lit=(), title=None):
     return _bare(figure, WIDTH, HEIGHT)
 
 
+def _named(lit, parts) -> tuple[str, ...]:
+    """The parts of a diagram that `lit` names, a name or several; ValueError for one that is not in parts."""
+    lit = (lit,) if isinstance(lit, str) else tuple(lit)
+    unknown = [name for name in lit if name not in parts]
+    if unknown:
+        raise ValueError(f"lit: expected names of {', '.join(parts)}; got {', '.join(map(repr, unknown))}")
+    return lit
+
+
+def _box(figure, part: Part, fill: str, edge: str, dash: str = "solid") -> None:
+    line = dict(color=edge, width=2, dash=dash)
+    figure.add_shape(type="rect", x0=part.left, x1=part.right, y0=part.bottom, y1=part.top, fillcolor=fill, line=line,
+                     layer="below")  # fmt: skip
+
+
 def _part(figure, name: str, lit: bool) -> None:
     """A box with its name and what it does; the frame of the blocks has its words in its upper corner."""
     part, frame = PARTS[name], name == "blocks"
     fill = (TINT if frame else LIT) if lit else "white"
-    edge = dict(color=LIT if lit else UNLIT, width=2, dash="dash" if frame else "solid")
-    figure.add_shape(type="rect", x0=part.left, x1=part.right, y0=part.bottom, y1=part.top, fillcolor=fill, line=edge,
-                     layer="below")  # fmt: skip
+    _box(figure, part, fill, LIT if lit else UNLIT, "dash" if frame else "solid")
     if frame:
         _words(figure, part.right - 12, part.top - 20, f"<b>{name}</b>, {part.does}", LIT if lit else INK, "right")
         return
