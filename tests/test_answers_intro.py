@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from answer_cases import said
 
 from ragged import course, launch
 from ragged.course import compiled, exercises, toy
@@ -134,11 +135,6 @@ OTHERS = [
     ("03/4", lambda *a: fewest(*a, rounding=math.ceil), "100 to 160|30 to 300|1 to 40"),
     ("03/4", lambda low, high, percent: high - low + 1, "100 to 160"),
 ]  # fmt: skip
-
-
-def said(capsys, name, yours):
-    good = course.check(name, yours)
-    return good, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", RIGHT)
