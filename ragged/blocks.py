@@ -88,13 +88,13 @@ def finish_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, d
     return x + (drop_images(block.drop_path2, out, cu) if drops else out)
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
-                  backend: str) -> Tensor:  # fmt: skip
-    """Attention on packed q, k, v (total, nheads, headdim); cu_q, cu_k, max_q, max_k, scale, backend: as
-    `varlen_attention` takes them. Under autocast in its dtype, as `scaled_dot_product_attention`."""
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
+    """Attention on packed q, k, v (total, nheads, headdim) of images that begin at cu, int32 (batch + 1,), the longest
+    of `longest` rows; scale, backend: as `varlen_attention` takes them. Under autocast in its dtype, as
+    `scaled_dot_product_attention`."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, backend=backend)
+    return varlen_attention(q, k, v, cu, cu, longest, longest, softmax_scale=scale, backend=backend)
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, scale: float, unfused: bool) -> Tensor:
@@ -109,7 +109,7 @@ def packed_block(block: nn.Module | Bare, x: Tensor, cu: Tensor, longest: int, s
     """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
     `attend_packed`; drops: as in `finish_attention`."""
     q, k, v = project(block, x)
-    heads = attend_packed(q, k, v, cu, cu, longest, longest, scale, backend)
+    heads = attend_packed(q, k, v, cu, longest, scale, backend)
     return finish_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
 
 
@@ -288,16 +288,12 @@ class Canvas:
 @dataclass(frozen=True)
 class Cut:
     """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
-    block: index, -1 for the embedding.  remains: what of the block is still to do, nothing, its "mlp" or its
-    "attention" and MLP; then `state.tokens` holds tokens and queries side by side, and keys, values are (rows, nheads,
-    headdim) of all rows before the cut."""
+    block: index, -1 for the embedding.  within: its MLP is still to do."""
 
     state: State
     selection: Selection | None
     block: int
-    remains: str = ""
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    within: bool = False
 
     @property
     def waits(self) -> bool:

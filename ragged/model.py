@@ -297,46 +297,34 @@ class RaggedViT(nn.Module):
         block, x, pruner = self._block(i, run), state.tokens, self.pruner
         q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
         scored = (q, k, v, scale_of(block))
-        if pruner.where == "inside" and pruner.rows_only:
-            selection = self._select(state, i, *scored)
-            queries_too = state.having(torch.cat((x, q.flatten(-2)), -1))  # (..., 2 * dim)
-            return Cut(queries_too, selection, i, "attention", k, v)
         drops = _images_of(state, run.drops)
         early = aside(lambda: self._select(state, i, *scored), q.is_cuda) if pruner.scores_only else None
-        x = self._run["finish_attention"](block, x, self._attend(state, state, q, k, v, block, run), *drops)
+        x = self._run["finish_attention"](block, x, self._attend(state, q, k, v, block, run), *drops)
         if pruner.where != "inside":
             x = self._run["finish_block"](block, x, *drops)
         after = state.having(x)
         selection = early() if early else self._select(after, i, *scored)
-        return Cut(after, selection, i, "mlp" if pruner.where == "inside" else "")
+        return Cut(after, selection, i, pruner.where == "inside")
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
         if run.canvas is not None and cut.selection is not None:  # what is dropped now stays as it is
-            run.canvas.update(cut.state, cut.state.tokens[..., : self.vit.embed_dim])
+            run.canvas.update(cut.state, cut.state.tokens)
         new = blocks.take(cut, run.backend, sizes)
         if run.stages is not None:
             run.stages.append(blocks.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
-        if not cut.remains:
+        if not cut.within:
             return new
-        block, x, drops = self._block(cut.block, run), new.tokens, _images_of(new, run.drops)
-        if cut.remains == "attention":
-            heads, dim = cut.keys.shape[-2:]
-            x, q = x[..., : -heads * dim], x[..., -heads * dim :].unflatten(-1, (heads, dim))
-            # under autocast tokens and queries differ in dtype, and went through the cut in the wider one
-            out = self._attend(new, cut.state, q.to(cut.keys.dtype), cut.keys, cut.values, block, run)
-            x = self._run["finish_attention"](block, x, out, *drops)
-        return new.having(self._run["finish_block"](block, x, *drops))
+        block, drops = self._block(cut.block, run), _images_of(new, run.drops)
+        return new.having(self._run["finish_block"](block, new.tokens, *drops))
 
-    def _attend(self, state_q: State, state_k: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module | Bare,
-                run: Pass) -> Tensor:  # fmt: skip
+    def _attend(self, state: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module | Bare, run: Pass) -> Tensor:
         scale = scale_of(block)
-        if isinstance(state_q, Padded):
-            unfused = blocks.runs_unfused(state_k, run.backend, block)
-            return self._run["attend_padded"](q, k, v, state_k.lengths, scale, unfused)
-        k, v = (k, v) if k.dim() == 3 else (x.flatten(0, -3) for x in (k, v))  # keys that are still dense
-        sizes = (state_q.cu_seqlens, state_k.cu_seqlens, state_q.max_seqlen, state_k.width)
-        return self._run["attend_packed"](q, k, v, *sizes, scale, self._named(state_q, run))
+        if isinstance(state, Padded):
+            unfused = blocks.runs_unfused(state, run.backend, block)
+            return self._run["attend_padded"](q, k, v, state.lengths, scale, unfused)
+        places = (state.cu_seqlens, state.max_seqlen, scale, self._named(state, run))
+        return self._run["attend_packed"](q, k, v, *places)
 
     def _named(self, state: State, run: Pass) -> str:
         """The backend as `varlen_attention` is asked for it. "auto" may take a kernel that counts on equal lengths

@@ -78,7 +78,7 @@ class Packed(_Batch):
     token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
     is longer.  seqlen: the length before any pruning, of the longest image.  count: rows per image where the host knows
     that all are equal.  rows: else the rows of each image, where the host knows them.  unpruned: each image's length
-    before any pruning, where they differ.
+    before any pruning, where they differ.  own: rows of each image, int32 (batch,), where the device has them already.
     """
 
     tokens: Tensor
@@ -90,6 +90,7 @@ class Packed(_Batch):
     count: int | None = None
     rows: Counts | None = None
     unpruned: Counts | None = None
+    own: Tensor | None = None
 
     @functools.cached_property
     def starts(self) -> Tensor:
@@ -99,7 +100,7 @@ class Packed(_Batch):
     @property
     def lengths(self) -> Tensor:
         """Rows of every image, int32 (batch,), on the tokens' device."""
-        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1] if self.own is None else self.own
 
     @property
     def width(self) -> int:
@@ -201,7 +202,8 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
     new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest)
-    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen, unpruned=state.unpruned)
+    rest = {"unpruned": state.unpruned, "own": counts.int().contiguous()}
+    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen, **rest)
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:

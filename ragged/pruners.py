@@ -36,16 +36,13 @@ class Pruner(nn.Module):
     """Base class. name: as in `PRUNERS`.  at: block indices, one stage each.  where: before, inside or after the block.
 
     needs: extra parts of the `View`, of "attention", "values" and "importance".  scores_only: `select` looks at those
-    and at no token, so that a recorded pass may ask it while attention still runs.  rows_only: an inside cut drops
-    query rows before the attention product, and the dropped tokens still serve as keys and values there.  adaptive:
-    counts vary by image.
+    and at no token, so that a recorded pass may ask it while attention still runs.  adaptive: counts vary by image.
 
     Settings, which are what the constructor takes, are fixed once a pruner is made: models and recordings rely on them.
     """
 
     needs: frozenset[str] = frozenset()
     scores_only = False
-    rows_only = False
     adaptive = False
     trained: bool | None = None  # whether learned parts were trained; None where nothing is learned
 
@@ -233,7 +230,6 @@ class ATS(Pruner):
 
     needs = frozenset({"importance"})
     scores_only = True
-    rows_only = True
     adaptive = True
 
     def __init__(self, samples: int | Sequence[int] = 196, at: Blocks = range(3, 12), where: str = "inside"):

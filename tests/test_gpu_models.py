@@ -62,7 +62,7 @@ class Copycat(Pruner):
     def __init__(self, pruner):
         super().__init__(pruner.name, pruner.at, pruner.where)
         self.pruner, self.memory = pruner, {}
-        self.needs, self.rows_only, self.adaptive = pruner.needs, pruner.rows_only, pruner.adaptive
+        self.needs, self.adaptive = pruner.needs, pruner.adaptive
 
     def bind(self, dim, depth):
         self.pruner.bind(dim, depth)

@@ -10,24 +10,20 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def block_flops(
-    rows: float, dim: int, hidden: int, *, keys: float | None = None, mlp_rows: float | None = None
-) -> float:
+def block_flops(rows: float, dim: int, hidden: int, *, mlp_rows: float | None = None) -> float:
     """FLOPs of one ordinary transformer block on one image: q, k and v of width dim, an MLP of two layers.
 
-    rows: query rows.  keys: rows that serve as keys and values (default: the same rows).  mlp_rows: rows that reach
-    the MLP (default: the same rows).  dim: width.  hidden: width inside the MLP.
+    rows: of the attention.  mlp_rows: rows that reach the MLP (default: the same rows).  dim: width.  hidden: width
+    inside the MLP.
     """
-    return _block(rows, keys, mlp_rows, qkv=3 * dim * dim, scores=dim, proj=dim * dim, mlp=2 * dim * hidden)
+    return _block(rows, mlp_rows, qkv=3 * dim * dim, scores=dim, proj=dim * dim, mlp=2 * dim * hidden)
 
 
-def _block(rows: float, keys: float | None, mlp_rows: float | None, *, qkv: int, scores: int, proj: int,
-           mlp: int) -> float:  # fmt: skip
+def _block(rows: float, mlp_rows: float | None, *, qkv: int, scores: int, proj: int, mlp: int) -> float:
     """qkv, proj, mlp: multiply-adds per row, that is weights.  scores: width of all heads together."""
-    keys = rows if keys is None else keys
     mlp_rows = rows if mlp_rows is None else mlp_rows
-    attention = 4 * rows * keys * scores  # q k^T, and the weights times v
-    return 2 * max(rows, keys) * qkv + attention + 2 * rows * proj + 2 * mlp_rows * mlp  # q, k, v of every row there is
+    attention = 4 * rows * rows * scores  # q k^T, and the weights times v
+    return 2 * rows * (qkv + proj) + attention + 2 * mlp_rows * mlp
 
 
 def block_sizes(block: nn.Module) -> dict[str, int]:
@@ -93,11 +89,11 @@ def _ends(vit: nn.Module) -> int:
     return _patches(vit) + sum(_weights(name, head) for name, head in heads)
 
 
-def forward_flops(vit: nn.Module, stages: Sequence = (), batch: int = 1, rows_only: bool = False) -> float:
+def forward_flops(vit: nn.Module, stages: Sequence = (), batch: int = 1) -> float:
     """FLOPs of a whole forward pass of `vit`, a timm ViT, for a batch, counted from the modules that it has.
 
     stages: what `RaggedViT.trace` lists (block, where, counts per image), or nothing for the unpruned model, which
-    needs `batch`. rows_only: cuts inside a block drop query rows before the attention product (ATS).
+    needs `batch`.
     Raises ValueError, naming the part, for a model with parts that are not counted.
     """
     ends, sizes = _ends(vit), [block_sizes(block) for block in vit.blocks]
@@ -110,12 +106,10 @@ def forward_flops(vit: nn.Module, stages: Sequence = (), batch: int = 1, rows_on
             cut, after = cuts.get(i), rows if i not in cuts else cuts[i].counts[image]
             where = "" if cut is None else cut.where
             if where == "before":
-                total += _block(after, None, None, **size)
-            elif where == "inside" and rows_only:
-                total += _block(after, rows, None, **size)
+                total += _block(after, None, **size)
             elif where == "inside":
-                total += _block(rows, None, after, **size)
+                total += _block(rows, after, **size)
             else:
-                total += _block(rows, None, None, **size)
+                total += _block(rows, None, **size)
             rows = after
     return total

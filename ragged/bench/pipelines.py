@@ -33,7 +33,7 @@ class Noted(Pruner):
     def __init__(self, pruner: Pruner):
         super().__init__(pruner.name, pruner.at, pruner.where)
         self.pruner, self.taken = pruner, []
-        self.needs, self.rows_only, self.adaptive = pruner.needs, pruner.rows_only, pruner.adaptive
+        self.needs, self.adaptive = pruner.needs, pruner.adaptive
 
     def bind(self, dim: int, depth: int) -> None:
         self.pruner.bind(dim, depth)
@@ -48,7 +48,7 @@ class Replay(Pruner):
 
     def __init__(self, pruner: Pruner, taken: list[Selection | None]):
         super().__init__(pruner.name, pruner.at, pruner.where)
-        self.taken, self.rows_only, self.adaptive = taken, pruner.rows_only, pruner.adaptive
+        self.taken, self.adaptive = taken, pruner.adaptive
 
     def select(self, view) -> Selection | None:
         return self.taken[view.stage]
@@ -142,13 +142,11 @@ class Pipeline:
     def __init__(self, bench, pruner, backend: str, mode: str):
         self.bench, self.pruner, self.backend, self.mode = bench, pruner, backend, mode
         self.run = self.trace = self.facts = None
-        self.rows_only = False
 
     def build(self) -> Subject:
         bench, pruner = self.bench(), self.pruner() if self.pruner is not None else None
         name = "auto" if self.backend == "unpruned" else self.backend
         need(bench.vit, name)
-        self.rows_only = pruner is not None and pruner.rows_only
         if self.mode != "eager" and bench.device != "cuda":
             raise Skip("CUDA graphs need a CUDA device")
         model = bench.model(pruner, name, self.mode == "compile+graph")
@@ -184,7 +182,7 @@ class Pipeline:
         return {
             "kept_tokens": sum(counts) / len(counts),
             "capacity_waste": self._waste(counts),
-            "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch, self.rows_only),
+            "flops_ratio": unpruned / forward_flops(bench.vit, stages, bench.batch),
         }
 
     def counts(self) -> list[int]:

@@ -273,9 +273,7 @@ class CapturedTokens(CapturedList):
 def _tensors(pending: Pending) -> list[Tensor]:
     """Everything at a cut that the rest of the pass reads."""
     cut = pending.cut
-    given = (cut.state.tokens, cut.state.ids, cut.state.cu_seqlens, cut.selection.index, cut.selection.counts, cut.keys,
-             cut.values)  # fmt: skip
-    return [x for x in given if x is not None]
+    return [cut.state.tokens, cut.state.ids, cut.state.cu_seqlens, cut.selection.index, cut.selection.counts]
 
 
 def _copy_of(pending: Pending) -> Pending:
@@ -284,8 +282,7 @@ def _copy_of(pending: Pending) -> Pending:
     state = replace(state, tokens=state.tokens.clone(), ids=state.ids.clone(), cu_seqlens=state.cu_seqlens.clone(),
                     rows=None, unpruned=None)  # fmt: skip
     chosen = replace(chosen, index=chosen.index.clone(), counts=chosen.counts.clone())
-    keys, values = (None if x is None else x.contiguous().clone() for x in (cut.keys, cut.values))
-    return replace(pending, cut=replace(cut, state=state, selection=chosen, keys=keys, values=values))
+    return replace(pending, cut=replace(cut, state=state, selection=chosen))
 
 
 def capture_list(

@@ -60,7 +60,7 @@ class InOrder(Pruner):
 
     def __init__(self, pruner: Pruner, taken: list[Selection | None]):
         super().__init__(pruner.name, pruner.at, pruner.where)
-        self.left, self.rows_only, self.adaptive = iter(taken), pruner.rows_only, pruner.adaptive
+        self.left, self.adaptive = iter(taken), pruner.adaptive
 
     def select(self, view) -> Selection | None:
         return next(self.left)
