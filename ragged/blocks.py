@@ -67,17 +67,22 @@ def project(block: nn.Module | Bare, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def finish_attention(block: nn.Module | Bare, x: Tensor, heads: Tensor, cu: Tensor | None = None,
-                     drops: bool = False) -> Tensor:  # fmt: skip
-    """The residual x (..., dim) plus the attention output of a block, projected; heads (..., nheads, headdim). drops:
-    with what is dropped in training; cu: then the offsets of packed rows."""
+def project_heads(block: nn.Module | Bare, heads: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
+    """What attention adds to the residual stream (..., dim), made of heads (..., nheads, headdim). drops: with what is
+    dropped in training; cu: then the offsets of packed rows."""
     if isinstance(block, Bare):
-        return block.finish_attention(x, heads)
+        return block.project_heads(heads)
     attn, out = block.attn, heads.flatten(-2)  # (..., dim)
     out = attn.proj(attn.norm(out) if hasattr(attn, "norm") else out)
     if drops:
-        return x + drop_images(block.drop_path1, block.ls1(attn.proj_drop(out)), cu)
-    return x + block.ls1(out)
+        return drop_images(block.drop_path1, block.ls1(attn.proj_drop(out)), cu)
+    return block.ls1(out)
+
+
+def finish_attention(block: nn.Module | Bare, x: Tensor, heads: Tensor, cu: Tensor | None = None,
+                     drops: bool = False) -> Tensor:  # fmt: skip
+    """The residual x (..., dim) plus the attention output of a block; heads, cu, drops: as in `project_heads`."""
+    return x + project_heads(block, heads, cu, drops)
 
 
 def finish_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
@@ -122,8 +127,8 @@ def padded_block(block: nn.Module | Bare, x: Tensor, lengths: Tensor | None, sca
     return finish_block(block, x, None, drops)
 
 
-PIECES = (embed, project, finish_attention, finish_block, attend_packed, attend_padded, packed_block, padded_block,
-          run_module)  # fmt: skip
+PIECES = (embed, project, project_heads, finish_attention, finish_block, attend_packed, attend_padded, packed_block,
+          padded_block, run_module)  # fmt: skip
 
 # Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
 # the winner of that moment: a pass becomes up to a tenth slower, and another one every time.
@@ -288,12 +293,19 @@ class Canvas:
 @dataclass(frozen=True)
 class Cut:
     """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
-    block: index, -1 for the embedding.  within: its MLP is still to do."""
+    block: index, -1 for the embedding.  within: its MLP is still to do.  more: what attention has still to add to the
+    tokens, which are then those before it; None where nothing is."""
 
     state: State
     selection: Selection | None
     block: int
     within: bool = False
+    more: Tensor | None = None
+
+    @property
+    def summed(self) -> State:
+        """`state` with all that belongs to it."""
+        return self.state if self.more is None else self.state.having(self.state.tokens + self.more)
 
     @property
     def waits(self) -> bool:
@@ -368,12 +380,12 @@ def take_copy(state: State, i: int, run: Pass) -> None:
 def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
     """The rows that stay, in the layout of the backend."""
     if cut.selection is None:
-        return cut.state
+        return cut.summed
     if backend.paper_padding:  # the paper pads to the original length, always
-        return packing.take_by_loop(cut.state, cut.selection)
+        return packing.take_by_loop(cut.summed, cut.selection)
     if backend.pads:
-        return packing.take_padded(cut.state, cut.selection, sizes and sizes[1])
-    return packing.take_packed(cut.state, cut.selection, lambda counts: sizes)
+        return packing.take_padded(cut.summed, cut.selection, sizes and sizes[1])
+    return packing.take_packed(cut.state, cut.selection, lambda counts: sizes, cut.more)
 
 
 def runs_unfused(state: Padded, backend: Backend, block: nn.Module | Bare) -> bool:

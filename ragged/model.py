@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -299,7 +300,12 @@ class RaggedViT(nn.Module):
         scored = (q, k, v, scale_of(block))
         drops = _images_of(state, run.drops)
         early = aside(lambda: self._select(state, i, *scored), q.is_cuda) if pruner.scores_only else None
-        x = self._run["finish_attention"](block, x, self._attend(state, q, k, v, block, run), *drops)
+        heads = self._attend(state, q, k, v, block, run)
+        if early and pruner.where == "inside":  # nobody looks at the sum before its rows are taken
+            more = self._run["project_heads"](block, heads, *drops)
+            more, state = (more, state) if more.dtype == x.dtype else (None, state.having(x + more))
+            return Cut(state, early(), i, True, more)
+        x = self._run["finish_attention"](block, x, heads, *drops)
         if pruner.where != "inside":
             x = self._run["finish_block"](block, x, *drops)
         after = state.having(x)
@@ -309,6 +315,7 @@ class RaggedViT(nn.Module):
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
         if run.canvas is not None and cut.selection is not None:  # what is dropped now stays as it is
+            cut = replace(cut, state=cut.summed, more=None)
             run.canvas.update(cut.state, cut.state.tokens)
         new = blocks.take(cut, run.backend, sizes)
         if run.stages is not None:

@@ -179,29 +179,33 @@ class Padded(_Batch):
 Sizes = Callable[[Tensor], tuple[int, int]]
 
 
-def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes) -> Packed:
-    """The rows of `state` that `selection` names, image after image, as a `Packed` batch.
+def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes,
+                more: Tensor | None = None) -> Packed:  # fmt: skip
+    """The rows of `state` that `selection` names, image after image, as a `Packed` batch. more: what is still to be
+    added to the tokens of `state`, of their shape and dtype, or None.
 
     Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
     default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
     total are zeros that no attention call looks at.
     """
     batch, index, counts = state.batch, selection.index, selection.counts
-    packed, tokens, ids = isinstance(state, Packed), state.tokens, state.ids
-    tokens, ids = (tokens, ids) if packed else (tokens.flatten(0, -2), ids.flatten())
+    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
+    more = None if more is None else more.flatten(0, -2)
     if isinstance(counts, int):
-        taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend))
+        taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend), more)
         rows = counts + (selection.blend is not None)
         return Packed(*taken, max(rows, 1), batch, state.seqlen, rows, unpruned=state.unpruned)
     if isinstance(counts, Counts):
+        if selection.blend is not None and more is not None:
+            state, more = state.having(state.tokens + more), None
         tokens, ids, index, counts = _with_fused(state, selection)
         total, longest = sum(counts.host), max(counts.host)
-        taken = take_rows(tokens, ids, state.starts, index, counts.device, total, longest)
+        taken = take_rows(tokens, ids, state.starts, index, counts.device, total, longest, more)
         return Packed(*taken, max(longest, 1), batch, state.seqlen, None, counts, state.unpruned)
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
-    new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest)
+    new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest, more)
     rest = {"unpruned": state.unpruned, "own": counts.int().contiguous()}
     return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen, **rest)
 

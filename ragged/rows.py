@@ -283,39 +283,47 @@ def with_prefix(patches: Tensor, prefix: int) -> Tensor:
 # ---- moving them ----
 
 
+def _beside(x: Tensor, more: Tensor | None) -> Tensor:
+    """`more` as the kernels read it beside x; where there is none, x, which they do not read twice."""
+    return x if more is None else more.contiguous()
+
+
 def _constants(dim: int) -> dict:
     """Constants of the kernels that move rows of `dim` numbers."""
     return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}
 
 
-def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
-              blend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Tensor | None,
+              more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A cut that leaves equally many rows in every image: of image b, which begins at row starts[b] of x (n, dim), the
     rows that index[b] names, and behind them, if there is a blend, the sum of its first rows weighted by blend[b].
 
     ids: int64 (n,), moved along; a fused row's is -1.  starts: int32 (batch,).  index: int64 (batch, count).  blend:
-    (batch, width) or None. Returns tokens (batch * rows, dim), ids and offsets, int32 (batch + 1,). Gradients flow to x
-    and blend, and take for granted that no row is named twice.
+    (batch, width) or None.  more: what is to be added to x, (n, dim) of its dtype, or None. Returns tokens (batch *
+    rows, dim), ids and offsets, int32 (batch + 1,). Gradients flow to x, more and blend, and take for granted that no
+    row is named twice.
     """
-    if flow.wanted(x, blend):
-        return flow.Moved.apply(x, blend, _move_rows, ids, starts, index)
-    return _move_rows(x, ids, starts, index, blend)
+    if flow.wanted(x, blend, more):
+        return flow.Moved.apply(x if more is None else x + more, blend, _move_rows, ids, starts, index)
+    return _move_rows(x, ids, starts, index, blend, more)
 
 
-def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor,
-               blend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Tensor | None,
+               more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, count), dim, fused = index.shape, x.shape[1], blend is not None
     rows = count + fused
     if not launch.usable(x.device) or rows == 0:
+        x = x if more is None else x + more
         return *_move_rows_torch(x, ids, starts, index, blend), equal_offsets(batch, rows, x.device)
     from .kernels.rows import move_kernel
 
     x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
     blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
     out, out_ids, cu = x.new_empty(batch * rows, dim), ids.new_empty(batch * rows), starts.new_empty(batch + 1)
-    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)} | FUSE
-    key = (x.dtype, blend.dtype if fused else None, dim, fused)
-    tensors = (x, ids, starts, index, blend if fused else x, out, out_ids, cu)
+    more, constants = _beside(x, more), _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)} | FUSE
+    constants["SUM"] = more is not x
+    key = (x.dtype, blend.dtype if fused else None, dim, fused, constants["SUM"])
+    tensors = (x, more, ids, starts, index, blend if fused else x, out, out_ids, cu)
     width = blend.shape[1] if fused else 0
     numbers = (count, index.stride(0), width, blend.stride(0) if fused else 0, batch)
     programs = -(-count // ROWS) * constants["BLOCKS"] + fused * -(-dim // FUSE["NARROW"])
@@ -337,20 +345,20 @@ def _move_rows_torch(x, ids, starts, index, blend) -> tuple[Tensor, Tensor]:
     return tokens.flatten(0, 1), out_ids.flatten()
 
 
-def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int,
-              longest: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
+              more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Pack rows of x (n, dim) and ids int64 (n,): of image b, which begins at row starts[b], those that the first
-    counts[b] entries of index (batch, k) name; starts, counts int32 (batch,), index int64.
+    counts[b] entries of index (batch, k) name; starts, counts int32 (batch,), index int64; more: as in `move_rows`.
 
     total: rows of the result. Surplus rows hold zeros and the id -1; of images that do not fit, only a part is there.
     longest: no count is larger. Returns tokens (total, dim), ids (total,) and cu_seqlens, int32 (batch + 1,), which
-    ends at total at the latest. Gradients flow to x, and take for granted that no row is named twice.
+    ends at total at the latest. Gradients flow to x and more, and take for granted that no row is named twice.
     """
     how = (ids, starts, index, counts, total, longest)
-    if flow.wanted(x):
+    if flow.wanted(x, more):
         sources = lambda: _sources(starts, index, counts, total)[:2]  # noqa: E731
-        return flow.Taken.apply(x, lambda x: _take_rows(x, *how), sources)
-    return _take_rows(x, *how)
+        return flow.Taken.apply(x if more is None else x + more, lambda x: _take_rows(x, *how), sources)
+    return _take_rows(x, *how, more)
 
 
 def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
@@ -367,20 +375,21 @@ def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
     return flow.Taken.apply(x, run, lambda: (rows.flatten(), owned))[0]
 
 
-def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int,
-               longest: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
+               more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not launch.usable(x.device):
-        return _take_rows_torch(x, ids, starts, index, counts, total)
+        return _take_rows_torch(x if more is None else x + more, ids, starts, index, counts, total)
     from .kernels.rows import take_kernel
 
     x, ids, starts, index, counts = (t.contiguous() for t in (x, ids, starts, index, counts))
     batch, dim = counts.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     cu_seqlens = counts.new_empty(batch + 1)
-    constants = _constants(dim) | {"CHUNK": CHUNK}
+    more, constants = _beside(x, more), _constants(dim) | {"CHUNK": CHUNK}
+    constants["SUM"] = more is not x
     grid = (batch + 1, min(max(1, -(-longest // ROWS)), 65535))  # the kernel's loop covers what is left
-    tensors = (x, ids, starts, index, counts, out, out_ids, cu_seqlens)
-    launch.start(take_kernel, (x.dtype, dim), grid, tensors, (batch, total, index.shape[1]), constants, {})
+    tensors, key = (x, more, ids, starts, index, counts, out, out_ids, cu_seqlens), (x.dtype, dim, constants["SUM"])
+    launch.start(take_kernel, key, grid, tensors, (batch, total, index.shape[1]), constants, {})
     return out, out_ids, cu_seqlens
 
 

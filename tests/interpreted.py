@@ -276,6 +276,25 @@ def test_move(dim, dtype, fused, monkeypatch):
                 torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [5, 130])
+def test_a_sum_is_moved_as_if_it_had_been_written_down(dim, dtype):
+    """Bit for bit; a row that nobody asks for, or that weighs nothing, may hold anything."""
+    x, more = (torch.randn(25, dim, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+    more[5] = math.nan
+    cu, ids = torch.tensor([0, 13, 24, 25], dtype=torch.int32), torch.arange(25)
+    index, counts = torch.tensor([[12, 0, 3], [10, 2, 1], [0, 0, 0]]), torch.tensor([3, 2, 1], dtype=torch.int32)
+    blend = torch.rand(3, 11)
+    blend[:, 5], blend[2, 1:] = 0.0, 0.0
+    for given in (None, blend):
+        pairs = zip(row_ops.move_rows(x, ids, cu[:-1], index, given, more),
+                    row_ops.move_rows(x + more, ids, cu[:-1], index, given), strict=True)  # fmt: skip
+        assert all(torch.equal(a, b) and (a.isfinite().all() or a.dtype != dtype) for a, b in pairs)
+    pairs = zip(row_ops.take_rows(x, ids, cu[:-1], index, counts, 8, 3, more),
+                row_ops.take_rows(x + more, ids, cu[:-1], index, counts, 8, 3), strict=True)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_a_mask_as_an_index(prefix, monkeypatch):
     """More rows than a program looks at at a time, images of several lengths, and the same answer as PyTorch's."""

@@ -242,16 +242,19 @@ def copies(device, dtype, width):
     x, ids = numbers(device, dtype, 29, width), torch.arange(29).to(device)
     rows, keep = torch.tensor([28, 0, 5, 5, 7]), torch.arange(29) % 3 != 1
     starts, blend = torch.zeros(1, dtype=torch.int32).to(device), torch.arange(29).float()[None].to(device) / 29
-    whole = torch.tensor([0, 29], dtype=torch.int32).to(device)
+    every = torch.tensor([0, 29], dtype=torch.int32).to(device)
     for _ in range(2):
         for (got, got_ids), want in (
             (row_ops.move_rows(x, ids, starts, rows[None].to(device), None)[:2], rows),
-            (kept(x, ids, keep.to(device), whole), keep.nonzero()[:, 0]),
+            (kept(x, ids, keep.to(device), every), keep.nonzero()[:, 0]),
         ):
             assert torch.equal(got.cpu(), x.cpu()[want]) and torch.equal(got_ids.cpu(), want)
-        got, got_ids, cu = row_ops.move_rows(x, ids, starts, rows[None].to(device), blend)
-        assert torch.equal(got[:-1].cpu(), x.cpu()[rows]) and got_ids[-1] == -1 and cu.tolist() == [0, 6]
-        torch.testing.assert_close(got[-1].double(), (blend.to(dtype).double() @ x.double())[0], rtol=1e-2, atol=1e-2)
+        for more in (None, -2 * x):
+            got, got_ids, cu = row_ops.move_rows(x, ids, starts, rows[None].to(device), blend, more)
+            whole = x if more is None else x + more
+            assert torch.equal(got[:-1].cpu(), whole.cpu()[rows]) and got_ids[-1] == -1 and cu.tolist() == [0, 6]
+            fused = (blend.to(dtype).double() @ whole.double())[0]
+            torch.testing.assert_close(got[-1].double(), fused, rtol=1e-2, atol=1e-2)
 
 
 def takes(device, dtype, batch):
@@ -261,9 +264,11 @@ def takes(device, dtype, batch):
     index = torch.arange(n).flip(0).expand(batch, n).contiguous()
     rows = torch.cat([b * n + index[b, :c] for b, c in enumerate(counts.tolist())])
     sizes = (len(rows) + surplus, n)
-    for _ in range(2):
-        got, got_ids, cu = row_ops.take_rows(x, ids, *(t.to(device) for t in (starts, index, counts)), *sizes)
-        assert torch.equal(got[: len(rows)].cpu(), x.cpu()[rows]) and not got[len(rows) :].any()
+    for more in (None, -2 * x):
+        places = (t.to(device) for t in (starts, index, counts))
+        got, got_ids, cu = row_ops.take_rows(x, ids, *places, *sizes, more)
+        whole = x if more is None else x + more
+        assert torch.equal(got[: len(rows)].cpu(), whole.cpu()[rows]) and not got[len(rows) :].any()
         assert got_ids.cpu().tolist() == rows.tolist() + [-1] * surplus
         assert torch.equal(cu.cpu(), row_ops.offsets(counts))
 

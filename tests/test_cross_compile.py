@@ -130,11 +130,12 @@ def record_the_others(recorder, dims, dtypes):
     cu = torch.tensor([0, 16], dtype=torch.int32)
     for dtype in dtypes:
         x, ids, keep = torch.empty(16, 768, dtype=dtype), torch.arange(16), torch.ones(16, dtype=torch.bool)
-        for blend in (None, torch.empty(1, 16)):
-            row_ops.move_rows(x, ids, cu[:-1], ids[None], blend)
+        for more, blend in itertools.product((None, torch.empty_like(x)), (None, torch.empty(1, 16))):
+            row_ops.move_rows(x, ids, cu[:-1], ids[None], blend, more)
         row_ops.kept_rows(keep, cu, 16, prefix=1)
         row_ops.grid_rows(x, cu, 16, 0.0)
-        row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16)
+        for more in (None, torch.empty_like(x)):
+            row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16, more)
         flow._returned(x, ids)
         flow._returned(x, ids, torch.zeros(16), ids)
         table = torch.zeros(3, patches.COLUMNS, dtype=torch.int64)

@@ -34,6 +34,8 @@ def test_rows_that_are_taken(surplus):
     ids, total = torch.arange(len(x)), int(counts.sum()) + surplus
     take = lambda x: rows.take_rows(x, ids, cu[:-1], index, counts, total, 6)[0]  # noqa: E731
     assert torch.autograd.gradcheck(take, (x,))
+    both = lambda x, more: rows.take_rows(x, ids, cu[:-1], index, counts, total, 6, more)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(both, (x.detach(), random(len(x), 3, seed=5)))
     weights = torch.randn(total, 3, dtype=torch.float64)
     (take(x) * weights).sum().backward()
     taken = [int(cu[b]) + int(r) for b in range(5) for r in index[b, : counts[b]]]
@@ -55,6 +57,8 @@ def test_rows_that_are_moved(fused, shared):
     move = lambda x, *b: rows.move_rows(x, ids, starts, index, b[0].masked_fill(stays, 0) if b else None)[0]  # noqa: E731
     arguments = (x, blend) if fused else (x,)
     assert torch.autograd.gradcheck(move, arguments)
+    both = lambda more: rows.move_rows(x, ids, starts, index, blend.detach() if fused else None, more)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(both, (random(len(x), 4, seed=6),))
     weights = torch.randn(3 * (3 + fused), 4, dtype=torch.float64)
     got = torch.autograd.grad((move(*arguments) * weights).sum(), arguments)
     plain, _ = rows._move_rows_torch(x, ids, starts, index, blend.masked_fill(stays, 0) if fused else None)

@@ -273,7 +273,8 @@ class CapturedTokens(CapturedList):
 def _tensors(pending: Pending) -> list[Tensor]:
     """Everything at a cut that the rest of the pass reads."""
     cut = pending.cut
-    return [cut.state.tokens, cut.state.ids, cut.state.cu_seqlens, cut.selection.index, cut.selection.counts]
+    given = (cut.state.tokens, cut.more, cut.state.ids, cut.state.cu_seqlens, cut.selection.index, cut.selection.counts)
+    return [x for x in given if x is not None]
 
 
 def _copy_of(pending: Pending) -> Pending:
@@ -282,7 +283,8 @@ def _copy_of(pending: Pending) -> Pending:
     state = replace(state, tokens=state.tokens.clone(), ids=state.ids.clone(), cu_seqlens=state.cu_seqlens.clone(),
                     rows=None, unpruned=None)  # fmt: skip
     chosen = replace(chosen, index=chosen.index.clone(), counts=chosen.counts.clone())
-    return replace(pending, cut=replace(cut, state=state, selection=chosen))
+    more = None if cut.more is None else cut.more.clone()
+    return replace(pending, cut=replace(cut, state=state, selection=chosen, more=more))
 
 
 def capture_list(

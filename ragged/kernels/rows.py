@@ -85,13 +85,26 @@ def importance_kernel(
     tl.store(Out + image.to(tl.int64) * width + row, total * tl.sqrt(squares), mask=row < width)
 
 
+@triton.jit
+def _summed(X, More, at, mask, SUM: tl.constexpr):
+    """Numbers `at` of X, or (SUM) of X and More together, in the precision of X; 0 where mask is not set."""
+    x = tl.load(X + at, mask=mask, other=0.0)
+    if SUM:
+        more = tl.load(More + at, mask=mask, other=0.0)
+        if X.dtype.element_ty == tl.float64:
+            x += more
+        else:
+            x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
+    return x
+
+
 @triton.jit(do_not_specialize=["count", "index_stride", "width", "blend_stride", "images"])
-def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
-                DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+def move_kernel(X, More, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stride, width, blend_stride, images,
+                SUM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
                 FUSED: tl.constexpr, NARROW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """A cut that leaves `count` rows in every image, in one launch: the rows of X that Index (images, count) names,
     behind them (FUSED) the sum of the image's first `width` rows weighted by Blend (images, width), the ids of all, and
-    the offsets Cu (images + 1,).
+    the offsets Cu (images + 1,). SUM: the rows of X + More, which are then written down for those that stay only.
 
     Grid (images * programs,): a program moves ROWS rows by BLOCK columns, or makes NARROW columns of the fused row: of
     CHUNK rows at a time, for nobody else is there to hide the waiting.
@@ -107,7 +120,7 @@ def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stri
         real = row < count
         place = start + tl.load(Index + image * index_stride + row, mask=real, other=0)
         mask = real[:, None] & (column[None, :] < DIM)
-        x = tl.load(X + place[:, None] * DIM + column[None, :], mask=mask)
+        x = _summed(X, More, place[:, None] * DIM + column[None, :], mask, SUM)
         tl.store(Out + (target + row)[:, None] * DIM + column[None, :], x, mask=mask)
         if block == 0:
             tl.store(OutIds + target + row, tl.load(Ids + place, mask=real), mask=real)
@@ -120,7 +133,7 @@ def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stri
             weight = tl.load(Blend + image * blend_stride + old, mask=old < width, other=0.0)
             weight = weight.to(X.dtype.element_ty).to(tl.float32)
             weighs = (weight != 0.0)[:, None] & (narrow[None, :] < DIM)  # 0 times NaN is NaN
-            these = tl.load(X + (start + old)[:, None] * DIM + narrow[None, :], mask=weighs, other=0.0)
+            these = _summed(X, More, (start + old)[:, None] * DIM + narrow[None, :], weighs, SUM)
             total += tl.sum(weight[:, None] * these.to(tl.float32), 0)
         tl.store(Out + (target + count) * DIM + narrow, total.to(X.dtype.element_ty), mask=narrow < DIM)
         if slice == 0:
@@ -132,10 +145,10 @@ def move_kernel(X, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, index_stri
 
 
 @triton.jit(do_not_specialize=["images", "total", "width"])
-def take_kernel(X, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, width,
+def take_kernel(X, More, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, width, SUM: tl.constexpr,
                 DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Pack what an index names: row Index[b, j] of image b, which begins at row Starts[b] of X, becomes row Cu[b] + j
-    of Out, for the first Counts[b] entries of Index (images, width).
+    """Pack what an index names: row Index[b, j] of image b, which begins at row Starts[b] of X, or (SUM) of X + More,
+    becomes row Cu[b] + j of Out, for the first Counts[b] entries of Index (images, width).
 
     Every program adds up the counts before its image by itself, so the offsets Cu need no kernel of their own, and
     nobody waits for anybody. Grid (images + 1, programs per image): image number `images` is the surplus, the rows of
@@ -161,7 +174,7 @@ def take_kernel(X, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, total, w
         tl.store(OutIds + target + row, tl.load(Ids + place, mask=mine, other=-1), mask=here)
         for d in tl.static_range(0, DIM, BLOCK):
             column = d + tl.arange(0, BLOCK)[None, :]
-            x = tl.load(X + place[:, None] * DIM + column, mask=mine[:, None] & (column < DIM), other=0.0)
+            x = _summed(X, More, place[:, None] * DIM + column, mine[:, None] & (column < DIM), SUM)
             tl.store(Out + (target + row)[:, None] * DIM + column, x, mask=here[:, None] & (column < DIM))
 
 

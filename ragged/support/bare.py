@@ -74,9 +74,9 @@ class Bare:
         q, k, v = split_projection(qkv) if qkv.dim() == 4 and qkv.requires_grad else qkv.unbind(-3)
         return _through(self._q, q), _through(self._k, k), v
 
-    def finish_attention(self, x: Tensor, heads: Tensor) -> Tensor:
-        """See `blocks.finish_attention`; x (..., dim), heads (..., nheads, headdim)."""
-        return x + _through(self._attention, heads.flatten(-2))
+    def project_heads(self, heads: Tensor) -> Tensor:
+        """See `blocks.project_heads`; heads (..., nheads, headdim)."""
+        return _through(self._attention, heads.flatten(-2))
 
     def finish_block(self, x: Tensor) -> Tensor:
         """See `blocks.finish_block`; x (..., dim)."""
