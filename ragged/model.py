@@ -285,7 +285,7 @@ class RaggedViT(nn.Module):
             return state.having(x if isinstance(state, Padded) else x.flatten(0, 1))
         block, x = self._block(i, run), state.tokens
         if isinstance(state, Packed):
-            places = (state.cu_seqlens, state.max_seqlen, scale_of(block), self._named(state, run))
+            places = (state.cu_seqlens, state.bound, scale_of(block), self._named(state, run))
             return state.having(self._run["packed_block"](block, x, *places, run.drops))
         how = (scale_of(block), blocks.runs_unfused(state, run.backend, block), run.drops)
         return state.having(self._run["padded_block"](block, x, state.lengths, *how))
@@ -330,7 +330,7 @@ class RaggedViT(nn.Module):
         if isinstance(state, Padded):
             unfused = blocks.runs_unfused(state, run.backend, block)
             return self._run["attend_padded"](q, k, v, state.lengths, scale, unfused)
-        places = (state.cu_seqlens, state.max_seqlen, scale, self._named(state, run))
+        places = (state.cu_seqlens, state.bound, scale, self._named(state, run))
         return self._run["attend_packed"](q, k, v, *places)
 
     def _named(self, state: State, run: Pass) -> str:

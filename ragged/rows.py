@@ -375,6 +375,25 @@ def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
     return flow.Taken.apply(x, run, lambda: (rows.flatten(), owned))[0]
 
 
+def first_rows(x: Tensor, starts: Tensor, count: int) -> Tensor:
+    """The first `count` rows of every image, (batch, count, dim), of x (n, dim): image b begins at row starts[b], int32
+    (batch,). Of an image that begins past the end, the last row there is: recordings have some. Gradients flow to x."""
+    total, dim = x.shape
+    if flow.wanted(x) or not launch.usable(x.device) or 0 in x.shape or count == 0:
+        rows = starts[:, None].long()
+        rows = rows if count == 1 else rows + torch.arange(count, device=rows.device)
+        return picked_rows(x, rows.clamp(max=total - 1))
+    from triton import next_power_of_2
+
+    from .kernels.rows import first_kernel
+
+    out = x.new_empty(starts.shape[0], count, dim)
+    constants = {"COUNT": count, "DIM": dim, "BLOCK": next_power_of_2(dim)}
+    grid, tensors = (starts.shape[0] * count, 1), (x.contiguous(), starts.contiguous(), out)
+    launch.start(first_kernel, (x.dtype, *constants.values()), grid, tensors, (total,), constants, {})
+    return out
+
+
 def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
                more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not launch.usable(x.device):

@@ -295,6 +295,17 @@ def test_a_sum_is_moved_as_if_it_had_been_written_down(dim, dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [1, 130])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_first_rows(count, dim, dtype, monkeypatch):
+    x, starts = torch.randn(9, dim).to(dtype), torch.tensor([0, 3, 8, 9], dtype=torch.int32)
+    got = row_ops.first_rows(x, starts, count)
+    assert got.shape == (4, count, dim) and torch.equal(got[:, 0], x[[0, 3, 8, 8]])
+    monkeypatch.setattr(launch, "usable", lambda device: False)
+    assert torch.equal(got, row_ops.first_rows(x, starts, count))
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_a_mask_as_an_index(prefix, monkeypatch):
     """More rows than a program looks at at a time, images of several lengths, and the same answer as PyTorch's."""

@@ -134,6 +134,7 @@ def record_the_others(recorder, dims, dtypes):
             row_ops.move_rows(x, ids, cu[:-1], ids[None], blend, more)
         row_ops.kept_rows(keep, cu, 16, prefix=1)
         row_ops.grid_rows(x, cu, 16, 0.0)
+        row_ops.first_rows(x, cu[:-1], 1)
         for more in (None, torch.empty_like(x)):
             row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16, more)
         flow._returned(x, ids)

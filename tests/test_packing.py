@@ -161,6 +161,16 @@ def test_grid_and_first_rows():
     assert torch.equal(packed.first_rows(1), x[:, :1])
 
 
+def test_rows_that_would_suffice_by_chance_are_not_taken_for_equal_lengths():
+    """Spare rows of a recording, as many as if nothing had been dropped: no kernel may guess equal lengths."""
+    x, counts = tokens(), torch.tensor([7, 2, 4], dtype=torch.int32)
+    dense = ragged.Padded(x, torch.arange(7).expand(3, 7), 7, count=7)
+    chosen = ragged.Selection(torch.rand(3, 7).argsort(1), counts)
+    spare = packing.take_packed(dense, chosen, lambda counts: (21, 7))
+    assert spare.max_seqlen == 7 and spare.bound == 8 and spare.lengths.tolist() == [7, 2, 4]
+    assert dense.flat().bound == 7 and packing.take_packed(dense, chosen).bound == 7
+
+
 def test_a_selection_from_either_layout():
     """Packed and padded batches answer a selection with the same rows."""
     x = tokens()

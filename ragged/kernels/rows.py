@@ -178,6 +178,16 @@ def take_kernel(X, More, Ids, Starts, Index, Counts, Out, OutIds, Cu, images, to
             tl.store(Out + (target + row)[:, None] * DIM + column, x, mask=here[:, None] & (column < DIM))
 
 
+@triton.jit(do_not_specialize=["total"])
+def first_kernel(X, Starts, Out, total, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The first COUNT rows of every image of X (total, DIM), as Out (images, COUNT, DIM); of an image that begins past
+    the end, the last row there is. Grid (images * COUNT,)."""
+    image, row, column = tl.program_id(0) // COUNT, tl.program_id(0) % COUNT, tl.arange(0, BLOCK)
+    place = tl.minimum(tl.load(Starts + image) + row, total - 1).to(tl.int64)
+    x = tl.load(X + place * DIM + column, mask=column < DIM)
+    tl.store(Out + tl.program_id(0).to(tl.int64) * DIM + column, x, mask=column < DIM)
+
+
 @triton.jit
 def _sortable(scores):
     """float32 -> int32 in the same order, NaN above everything, as PyTorch sorts."""
@@ -240,6 +250,11 @@ def _ahead(mine, theirs, i, other, patches):
     return tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
 
 
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
 @triton.jit(do_not_specialize=["width", "count", "samples"])
 def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, samples, PREFIX: tl.constexpr,
                   N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
@@ -268,24 +283,21 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     tl.debug_barrier()
     # the staircase, from 0 to 1
     cdf = tl.cumsum(tl.load(steps + i, mask=i < patches, other=0.0), 0)
+    ordered = tl.load(order + i, mask=i < patches, other=0)
     last = patches - 1
     cdf = cdf / tl.maximum(tl.sum(tl.where(i == last, cdf, 0.0), 0), 1.1754943508222875e-38)
     low, high = tl.sum(tl.where(i == 0, cdf, 0.0), 0), tl.sum(tl.where(i == last, cdf, 0.0), 0)
     cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
     cdf = tl.where(i < patches, cdf, 2.0)  # past every height
     start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
-    # of equal steps the first counts: as many values as there are different ones, in order
-    tl.debug_barrier()  # all have read the scores that stood here
-    tl.store(steps + i, cdf, mask=i < patches)
-    tl.debug_barrier()
-    before = tl.load(steps + i - 1, mask=(i > 0) & (i < patches), other=0.0)
+    # of equal steps the first counts; what stands before it is the next lower one, and the first of those behind it
+    # that counts is the next higher
+    before = tl.gather(cdf, tl.maximum(i - 1, 0), 0)
     first = ((i == 0) | (cdf > before)) & (i < patches)
     run, runs = tl.cumsum(first.to(tl.int32), 0) - 1, tl.sum(first.to(tl.int32), 0)
-    tl.debug_barrier()
-    tl.store(steps + run, cdf, mask=first)
-    tl.debug_barrier()
-    lower = tl.load(steps + run - 1, mask=first & (run > 0), other=-1.0)
-    upper = tl.load(steps + run + 1, mask=first & (run + 1 < runs), other=3.0)
+    lower = tl.where(run > 0, before, -1.0)
+    behind = tl.associative_scan(tl.where(first, cdf, 3.0), 0, _smaller, reverse=True)  # from i on
+    upper = tl.where(i + 1 < N, tl.gather(behind, tl.minimum(i + 1, N - 1), 0), 3.0)
     # a step is the nearest for the heights from half-way below it to half-way above it: the first such height is one of
     # four, and if that one does not count for it, none does
     # a gap is 0, or at least a half: each of n sorted scores is at most an n-th of what is left
@@ -305,7 +317,7 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     drawn, place = tl.sum(picked, 0), tl.cumsum(picked, 0)  # place: drawn ones up to and with this one
     target = tl.where(picked != 0, place - 1, drawn + i - place)
     out = Index + image * width
-    tl.store(out + PREFIX + target, tl.load(order + i, mask=i < patches, other=0) + PREFIX, mask=i < patches)
+    tl.store(out + PREFIX + target, ordered + PREFIX, mask=i < patches)
     tl.store(out + PREFIX + i, i.to(tl.int64), mask=(i >= patches) & (i < width - PREFIX))  # rows of nobody
     tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)
     tl.store(Counts + image, drawn + PREFIX)
