@@ -105,6 +105,9 @@ class Soak:
             images = self.images(batch)
             for kind, place in self.places.values():
                 self.eager_model(kind, **place)(images)
+                if kind != "tau":  # few rows are scored by other tiles
+                    few = {"samples": 40} if kind == "ats" else {"keep": 0.2}
+                    self.eager_model(kind, **place, **few)(images)
             for contrast in (0.0, 1.0, 3.0):
                 self.compiled_model(images * contrast)
         for kind in ["attention", "eager", "compiled", *["captured"] * bool(self.recorded)] * 3:
@@ -112,32 +115,24 @@ class Soak:
         self.sync()
 
     def warm_tiles(self):
-        """Every tile choice that a length, a batch and a pruner can lead to, for both kinds of queries that there are:
-        views of the projection, and (where only query rows are dropped) what came through a cut beside the tokens."""
-        seen = set()
-        lengths, processors = range(1, self.tokens + 1), launch.processors(torch.cuda.current_device())
-        pairs = [(q, k) for k in lengths for q in {k, *range(1, k + 1, 32)}]
-        for images, equal, (max_q, max_k) in itertools.product(range(1, self.most + 1), (False, True), pairs):
-            kind = (max_q, max_k, self.headdim, images * self.heads, equal, 2)
-            tiles = choose_tiles.__wrapped__(*kind), prefers_gluon(*kind) and pipe_tiles(max_q, *kind[2:4], processors)
-            rows = images * max_q - (not equal)  # of a single one PyTorch makes up the stride
-            if (tiles, max_q == max_k) not in seen and (equal or images > 1) and rows > 1:
-                seen.add((tiles, max_q == max_k))
-                self.warm_call(max_q, max_k, images, equal)
+        """Every tile choice that a length and a batch can lead to, for views of a projection as models have them."""
+        seen, processors = set(), launch.processors(torch.cuda.current_device())
+        every = itertools.product(range(1, self.most + 1), (False, True), range(1, self.tokens + 1))
+        for images, equal, longest in every:
+            kind = (longest, longest, self.headdim, images * self.heads, equal, 2)
+            tiles = choose_tiles.__wrapped__(*kind), prefers_gluon(*kind) and pipe_tiles(longest, *kind[2:4], processors)
+            rows = images * longest - (not equal)  # of a single one PyTorch makes up the stride
+            if tiles not in seen and (equal or images > 1) and rows > 1:
+                seen.add(tiles)
+                self.warm_call(longest, images, equal)
 
-    def warm_call(self, max_q, max_k, images, equal):
-        counts_q, counts_k = [max_q] * images, [max_k] * images
-        if not equal:
-            counts_q[-1], counts_k[-1] = counts_q[-1] - 1, counts_k[-1] - 1
-        side = 2 * self.vit.embed_dim  # a row of tokens with its queries beside it
-        wide = self.qkv.flatten()[: sum(counts_q) * side].view(-1, side)[:, side // 2 :].unflatten(-1, (self.heads, -1))
-        _, k, v = self.qkv[: sum(counts_k)].unbind(1)
-        cu = self.offsets(counts_k)
+    def warm_call(self, longest, images, equal):
+        counts = [longest] * images
+        counts[-1] -= not equal
+        q, k, v = self.qkv[: sum(counts)].unbind(1)
+        cu = self.offsets(counts)
         for name in ("auto", "triton"):  # which a model asks for where it does not know whether counts are equal
-            ragged.varlen_attention(wide, k, v, self.offsets(counts_q), cu, max_q, max_k, backend=name)
-            if max_q == max_k:
-                q = self.qkv[: sum(counts_k), 0]
-                ragged.varlen_attention(q, k, v, cu, cu, max_k, max_k, backend=name)
+            ragged.varlen_attention(q, k, v, cu, cu, longest, longest, backend=name)
 
     def sync(self):
         if self.cuda:

@@ -250,11 +250,6 @@ def _ahead(mine, theirs, i, other, patches):
     return tl.sum((ahead & (other < patches)[None, :]).to(tl.int32), 1)
 
 
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
 @triton.jit(do_not_specialize=["width", "count", "samples"])
 def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, samples, PREFIX: tl.constexpr,
                   N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
@@ -290,14 +285,19 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
     cdf = tl.where(i < patches, cdf, 2.0)  # past every height
     start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
-    # of equal steps the first counts; what stands before it is the next lower one, and the first of those behind it
-    # that counts is the next higher
-    before = tl.gather(cdf, tl.maximum(i - 1, 0), 0)
+    # of equal steps the first counts: as many values as there are different ones, in order. By way of memory, too: to
+    # shift values between threads takes `tl.gather` and a scan longer
+    tl.debug_barrier()  # all have read the scores that stood here
+    tl.store(steps + i, cdf, mask=i < patches)
+    tl.debug_barrier()
+    before = tl.load(steps + i - 1, mask=(i > 0) & (i < patches), other=0.0)
     first = ((i == 0) | (cdf > before)) & (i < patches)
     run, runs = tl.cumsum(first.to(tl.int32), 0) - 1, tl.sum(first.to(tl.int32), 0)
-    lower = tl.where(run > 0, before, -1.0)
-    behind = tl.associative_scan(tl.where(first, cdf, 3.0), 0, _smaller, reverse=True)  # from i on
-    upper = tl.where(i + 1 < N, tl.gather(behind, tl.minimum(i + 1, N - 1), 0), 3.0)
+    tl.debug_barrier()
+    tl.store(steps + run, cdf, mask=first)
+    tl.debug_barrier()
+    lower = tl.load(steps + run - 1, mask=first & (run > 0), other=-1.0)
+    upper = tl.load(steps + run + 1, mask=first & (run + 1 < runs), other=3.0)
     # a step is the nearest for the heights from half-way below it to half-way above it: the first such height is one of
     # four, and if that one does not count for it, none does
     # a gap is 0, or at least a half: each of n sorted scores is at most an n-th of what is left
