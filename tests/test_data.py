@@ -205,3 +205,19 @@ def test_bundled_checkpoints_are_verified(tmp_path, monkeypatch):
         data.checkpoint_path("tiny")
     with pytest.raises(ValueError, match="64 hex digits"):
         data.verify_sha256(file, "abc")
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("NVIDIA H200", "nvidia_h200"), ("NVIDIA H100 80GB HBM3", "nvidia_h100"),
+    ("NVIDIA H100 80GB HBM3 x2", "nvidia_h100_x2"),
+    ("NVIDIA A100-SXM4-40GB", "nvidia_a100_sxm4"), ("NVIDIA H100 PCIe", "nvidia_h100_pcie"), ("Tesla T4", "tesla_t4"),
+])  # fmt: skip
+def test_a_gpu_has_one_folder_however_it_is_named(name, folder):
+    assert data.slug(name) == folder == data.slug(folder)
+
+
+def test_the_recorded_rows_are_found_by_the_names_in_them():
+    for folder in (data.data_dir() / "results").iterdir():
+        for path in folder.glob("*.csv") if folder.name != "speculation" else ():
+            names = set(data.results(path.stem, folder.name)["gpu"])
+            assert names and {data.slug(name) for name in names} == {folder.name}

@@ -50,9 +50,9 @@ def lengths(spec: str, batch: int, seed: int = 0) -> list[int]:
 def results(suite: str | None = None, gpu: str | None = None, folder: Path | None = None) -> pd.DataFrame:
     """Recorded measurements as a data frame with RESULT_COLUMNS: all of them, or one suite and/or one GPU.
 
-    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder.  folder: where `write_results` wrote, instead of the
-    bundled rows. batch, keep, value, q20 and q80 are floats (NaN where blank), the other columns text. Nothing recorded
-    gives an empty frame with the same columns.
+    gpu: "NVIDIA H200" and "nvidia_h200" name the same folder, and so does the driver's full name of a GPU.  folder:
+    where `write_results` wrote, instead of the bundled rows. batch, keep, value, q20 and q80 are floats (NaN where
+    blank), the other columns text. Nothing recorded gives an empty frame with the same columns.
     """
     import pandas
 
@@ -145,8 +145,10 @@ def _by_number(key):
 
 
 def slug(gpu: str) -> str:
-    """The name of a gpu as a folder's: "NVIDIA H200" is nvidia_h200."""
-    return re.sub("[^a-z0-9]+", "_", gpu.lower()).strip("_")
+    """The name of a gpu as a folder's: "NVIDIA H200" is nvidia_h200. What memory it has is left out: "NVIDIA H100 80GB
+    HBM3 x2", as the driver names two, is nvidia_h100_x2."""
+    name = re.sub(r"\b\d+ ?gb\b|\bhbm\d\w*", " ", gpu.lower())
+    return re.sub("[^a-z0-9]+", "_", name).strip("_")
 
 
 def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict]:
