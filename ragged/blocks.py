@@ -33,8 +33,7 @@ State = Packed | Padded
 def embed(vit: nn.Module, images: Tensor, as_product: bool) -> Tensor:
     """Tokens (batch, n, dim) of images (batch, channels, height, width), with vit's prefix tokens and positions.
     as_product: the patch embedding is one matrix product (see `Survey`)."""
-    x = _patch_rows(vit.patch_embed, images) if as_product else vit.patch_embed(images)
-    x = vit._pos_embed(x)
+    x = vit._pos_embed(_patch_rows(vit.patch_embed, images) if as_product else vit.patch_embed(images))
     return vit.norm_pre(vit.patch_drop(x))
 
 
@@ -94,9 +93,8 @@ def finish_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, d
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
-    """Attention on packed q, k, v (total, nheads, headdim) of images that begin at cu, int32 (batch + 1,), the longest
-    of `longest` rows; scale, backend: as `varlen_attention` takes them. Under autocast in its dtype, as
-    `scaled_dot_product_attention`."""
+    """Attention on packed q, k, v (total, nheads, headdim); cu (batch + 1,), longest, scale, backend: as
+    `varlen_attention` takes them. Under autocast in its dtype, as `scaled_dot_product_attention`."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return varlen_attention(q, k, v, cu, cu, longest, longest, softmax_scale=scale, backend=backend)
@@ -293,8 +291,7 @@ class Canvas:
 @dataclass(frozen=True)
 class Cut:
     """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
-    block: index, -1 for the embedding.  within: its MLP is still to do.  more: what attention has still to add to the
-    tokens, which are then those before it; None where nothing is."""
+    block: index, -1 for the embedding.  within: its MLP is still to do.  more: what attention has yet to add."""
 
     state: State
     selection: Selection | None
@@ -304,7 +301,7 @@ class Cut:
 
     @property
     def summed(self) -> State:
-        """`state` with all that belongs to it."""
+        """`state`, and `more` added."""
         return self.state if self.more is None else self.state.having(self.state.tokens + self.more)
 
     @property

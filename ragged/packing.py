@@ -63,6 +63,11 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
 
 
 class _Batch:
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened."""
+        return self.cu_seqlens[:-1]
+
     def having(self, tokens: Tensor) -> Packed | Padded:
         """The same batch with other tokens of the same leading shape (`dataclasses.replace` asks field by field)."""
         new = object.__new__(type(self))
@@ -92,11 +97,6 @@ class Packed(_Batch):
     unpruned: Counts | None = None
     own: Tensor | None = None
 
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """First row of every image, int32 (batch,)."""
-        return self.cu_seqlens[:-1]
-
     @property
     def lengths(self) -> Tensor:
         """Rows of every image, int32 (batch,), on the tokens' device."""
@@ -109,11 +109,9 @@ class Packed(_Batch):
 
     @property
     def bound(self) -> int:
-        """`max_seqlen` as attention is told: one more where the rows, a recording's spare ones included, would just
-        suffice for equal lengths. Kernels count on equal lengths then, and where that is wrong they pay seven times
-        (DeiT-S, 16 images with 150 to 190 of 197 rows on an H100: 62 µs instead of 11)."""
-        by_chance = self.count is None and self.tokens.shape[0] == self.batch * self.max_seqlen
-        return self.max_seqlen + int(by_chance)
+        """`max_seqlen` as attention is told: one more where the rows, a recording's spare ones included, would suffice
+        for equal lengths. Kernels count on these then, and pay where that is wrong: 62 µs instead of 11 (notes.md)."""
+        return self.max_seqlen + (self.count is None and self.tokens.shape[0] == self.batch * self.max_seqlen)
 
     def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
@@ -157,11 +155,6 @@ class Padded(_Batch):
         """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
         return equal_offsets(self.batch, self.width, self.tokens.device)
 
-    @property
-    def starts(self) -> Tensor:
-        """First row of every image in the flattened batch, int32 (batch,)."""
-        return self.cu_seqlens[:-1]
-
     def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Per-row values (batch, n, ...) with `fill` in the padding."""
         if self.lengths is None:
@@ -188,15 +181,11 @@ Sizes = Callable[[Tensor], tuple[int, int]]
 def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes,
                 more: Tensor | None = None) -> Packed:  # fmt: skip
     """The rows of `state` that `selection` names, image after image, as a `Packed` batch. more: what is still to be
-    added to the tokens of `state`, of their shape and dtype, or None.
-
-    Equal counts need no wait. Otherwise `sizes` says how many rows there are in all and at most in one image: by
-    default it asks the GPU (one wait); under graph capture it returns an upper bound, and the rows past the real
-    total are zeros that no attention call looks at.
-    """
-    batch, index, counts = state.batch, selection.index, selection.counts
-    tokens, ids = state.tokens.flatten(0, -2), state.ids.flatten()
-    more = None if more is None else more.flatten(0, -2)
+    added to its tokens, of their shape and dtype, or None. Equal counts need no wait. Otherwise `sizes` says how
+    many rows there are in all and at most in one image: by default it asks the GPU (one wait); under graph capture
+    it returns an upper bound, and the rows past the real total are zeros that no attention call looks at."""
+    batch, index, counts, ids = state.batch, selection.index, selection.counts, state.ids.flatten()
+    tokens, more = (None if x is None else x.flatten(0, -2) for x in (state.tokens, more))
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend), more)
         rows = counts + (selection.blend is not None)
@@ -211,9 +200,8 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
-    new_tokens, new_ids, cu_seqlens = take_rows(tokens, ids, state.starts, index, counts, total, longest, more)
-    rest = {"unpruned": state.unpruned, "own": counts.int().contiguous()}
-    return Packed(new_tokens, new_ids, cu_seqlens, max(longest, 1), batch, state.seqlen, **rest)
+    taken = take_rows(tokens, ids, state.starts, index, counts, total, longest, more)
+    return Packed(*taken, max(longest, 1), batch, state.seqlen, None, None, state.unpruned, counts.contiguous())
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:

@@ -126,29 +126,10 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     plain &= dim % 8 == 0 and dim <= WIDEST and x.dtype in (torch.float16, torch.bfloat16)
     if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
         return None
-    from .kernels.scorer import scorer_in_kernel, scorer_mid_kernel, scorer_out_kernel
+    from .kernels.scorer import score_patches
 
-    x, side, tiles, half = x.contiguous(), 16, -(-patches // 16), dim // 2
-    hidden, mid = (x.new_empty(batch * patches, n) for n in (dim, half))
-    sums, out = (x.new_empty(shape, dtype=torch.float32) for shape in ((batch * tiles, half), (batch, patches)))
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
-    shared, middle = {"DIM": dim, "PREFIX": prefix, "M": side}, {"N": 32, "HALF": _power(half), "TILES": _power(tiles)}
-    numbers, key, options = (equal, patches), (x.dtype, bool(equal), dim, prefix, middle["TILES"]), {"num_warps": 4}
-
-    def run(kernel, columns: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
-        launch.start(kernel, key, (batch * tiles, columns), tensors, numbers, shared | constants, options)
-
-    first = {"N": 32, "WHOLE": _power(dim)}
-    run(scorer_in_kernel, -(-dim // 32), (x, *places, *weights[:4], hidden, sums), (*numbers, norm.eps), first)
-    run(scorer_mid_kernel, -(-half // 32), (hidden, sums, *places, *weights[4:6], mid), numbers, middle)
-    last = {"HALF": middle["HALF"], "LAST": _power(dim // 4)}
-    run(scorer_out_kernel, 1, (mid, *places, *weights[6:], out), numbers, last)
-    return out
-
-
-def _power(n: int) -> int:
-    """The power of two that holds n, and at least what a tensor core takes."""
-    return max(16, 1 << (n - 1).bit_length())
+    return score_patches(x.contiguous(), places, equal, batch, prefix, patches, norm.eps, weights)
 
 
 # ---- which rows ----
@@ -283,11 +264,6 @@ def with_prefix(patches: Tensor, prefix: int) -> Tensor:
 # ---- moving them ----
 
 
-def _beside(x: Tensor, more: Tensor | None) -> Tensor:
-    """`more` as the kernels read it beside x; where there is none, x, which they do not read twice."""
-    return x if more is None else more.contiguous()
-
-
 def _constants(dim: int) -> dict:
     """Constants of the kernels that move rows of `dim` numbers."""
     return {"DIM": dim, "ROWS": ROWS, "BLOCK": BLOCK}
@@ -313,15 +289,15 @@ def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Ten
     (batch, count), dim, fused = index.shape, x.shape[1], blend is not None
     rows = count + fused
     if not launch.usable(x.device) or rows == 0:
-        x = x if more is None else x + more
-        return *_move_rows_torch(x, ids, starts, index, blend), equal_offsets(batch, rows, x.device)
+        moved = _move_rows_torch(x if more is None else x + more, ids, starts, index, blend)
+        return *moved, equal_offsets(batch, rows, x.device)
     from .kernels.rows import move_kernel
 
     x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
     blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
     out, out_ids, cu = x.new_empty(batch * rows, dim), ids.new_empty(batch * rows), starts.new_empty(batch + 1)
-    more, constants = _beside(x, more), _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused)} | FUSE
-    constants["SUM"] = more is not x
+    constants = _constants(dim) | {"BLOCKS": -(-dim // BLOCK), "FUSED": int(fused), "SUM": more is not None} | FUSE
+    more = x if more is None else more.contiguous()
     key = (x.dtype, blend.dtype if fused else None, dim, fused, constants["SUM"])
     tensors = (x, more, ids, starts, index, blend if fused else x, out, out_ids, cu)
     width = blend.shape[1] if fused else 0
@@ -380,15 +356,11 @@ def first_rows(x: Tensor, starts: Tensor, count: int) -> Tensor:
     (batch,). Of an image that begins past the end, the last row there is: recordings have some. Gradients flow to x."""
     total, dim = x.shape
     if flow.wanted(x) or not launch.usable(x.device) or 0 in x.shape or count == 0:
-        rows = starts[:, None].long()
-        rows = rows if count == 1 else rows + torch.arange(count, device=rows.device)
-        return picked_rows(x, rows.clamp(max=total - 1))
-    from triton import next_power_of_2
-
+        return picked_rows(x, (starts[:, None] + torch.arange(count, device=x.device)).clamp(max=total - 1))
     from .kernels.rows import first_kernel
 
     out = x.new_empty(starts.shape[0], count, dim)
-    constants = {"COUNT": count, "DIM": dim, "BLOCK": next_power_of_2(dim)}
+    constants = {"COUNT": count, "DIM": dim, "BLOCK": 1 << (dim - 1).bit_length()}
     grid, tensors = (starts.shape[0] * count, 1), (x.contiguous(), starts.contiguous(), out)
     launch.start(first_kernel, (x.dtype, *constants.values()), grid, tensors, (total,), constants, {})
     return out
@@ -404,8 +376,8 @@ def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Te
     batch, dim = counts.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     cu_seqlens = counts.new_empty(batch + 1)
-    more, constants = _beside(x, more), _constants(dim) | {"CHUNK": CHUNK}
-    constants["SUM"] = more is not x
+    constants = _constants(dim) | {"CHUNK": CHUNK, "SUM": more is not None}
+    more = x if more is None else more.contiguous()
     grid = (batch + 1, min(max(1, -(-longest // ROWS)), 65535))  # the kernel's loop covers what is left
     tensors, key = (x, more, ids, starts, index, counts, out, out_ids, cu_seqlens), (x.dtype, dim, constants["SUM"])
     launch.start(take_kernel, key, grid, tensors, (batch, total, index.shape[1]), constants, {})

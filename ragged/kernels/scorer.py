@@ -6,8 +6,14 @@ once and waits for memory once: with so little work, waiting is all that takes t
 of two of which one has a loop. Numbers are rounded where PyTorch's modules round them.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .. import launch
 
 
 @triton.jit
@@ -130,3 +136,33 @@ def scorer_out_kernel(
     score = tl.minimum(ahead, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(ahead)))
     score = tl.where(ahead != ahead, ahead, score)
     tl.store(Out + mine, tl.where(row < length, score, float("-inf")), mask=row < patches)
+
+
+# ---- the host's side ----
+
+
+def score_patches(x: Tensor, places: tuple[Tensor, Tensor], count: int, batch: int, prefix: int, patches: int,
+                  eps: float, weights: Sequence[Tensor]) -> Tensor:  # fmt: skip
+    """Scores float32 (batch, patches) of checked tokens x (rows, dim). places: first row and length of every image,
+    which a count of rows in each stands for if it is not 0.  prefix: so many rows are no patches.  patches: of the
+    largest image.  eps: of the norm.  weights: weight and bias of the norm and of the four products, in order."""
+    dim, tiles, half = x.shape[1], -(-patches // 16), x.shape[1] // 2
+    hidden, mid = (x.new_empty(batch * patches, n) for n in (dim, half))
+    sums, out = (x.new_empty(shape, dtype=torch.float32) for shape in ((batch * tiles, half), (batch, patches)))
+    shared, middle = {"DIM": dim, "PREFIX": prefix, "M": 16}, {"N": 32, "HALF": _power(half), "TILES": _power(tiles)}
+    numbers, key, options = (count, patches), (x.dtype, bool(count), dim, prefix, middle["TILES"]), {"num_warps": 4}
+
+    def run(kernel, columns: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
+        launch.start(kernel, key, (batch * tiles, columns), tensors, numbers, shared | constants, options)
+
+    first = {"N": 32, "WHOLE": _power(dim)}
+    run(scorer_in_kernel, -(-dim // 32), (x, *places, *weights[:4], hidden, sums), (*numbers, eps), first)
+    run(scorer_mid_kernel, -(-half // 32), (hidden, sums, *places, *weights[4:6], mid), numbers, middle)
+    last = {"HALF": middle["HALF"], "LAST": _power(dim // 4)}
+    run(scorer_out_kernel, 1, (mid, *places, *weights[6:], out), numbers, last)
+    return out
+
+
+def _power(n: int) -> int:
+    """The power of two that holds n, and at least what a tensor core takes."""
+    return max(16, 1 << (n - 1).bit_length())
