@@ -334,8 +334,8 @@ class RaggedViT(nn.Module):
         return self._run["attend_packed"](q, k, v, *places)
 
     def _named(self, state: State, run: Pass) -> str:
-        """The backend as `varlen_attention` is asked for it. "auto" may take a kernel that counts on equal lengths
-        wherever rows would suffice for them: in a graph's spare room by chance, and the kernel would pay twice."""
+        """The backend as `varlen_attention` is asked for it: "auto", which may take a kernel for equal lengths alone,
+        where lengths are known to be equal."""
         return "auto" if self.backend == "auto" and state.count is not None else run.backend.name
 
     def _select(self, state: State, i: int, *scored: Tensor | float) -> Selection | None:

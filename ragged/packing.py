@@ -10,7 +10,6 @@ Two layouts hold the same thing, and everything after this file works on either:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -63,9 +62,10 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
 
 
 class _Batch:
-    @functools.cached_property
+    @property
     def starts(self) -> Tensor:
-        """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened."""
+        """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened.
+        Made anew each time, since every recording has to contain what makes it."""
         return self.cu_seqlens[:-1]
 
     def having(self, tokens: Tensor) -> Packed | Padded:

@@ -347,8 +347,7 @@ def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
 
     if not flow.wanted(x):
         return run(x)[0]
-    owned = None if real is None else real.flatten()
-    return flow.Taken.apply(x, run, lambda: (rows.flatten(), owned))[0]
+    return flow.Taken.apply(x, run, lambda: (rows.flatten(), None if real is None else real.flatten()))[0]
 
 
 def first_rows(x: Tensor, starts: Tensor, count: int) -> Tensor:
@@ -388,6 +387,7 @@ def _take_rows_torch(x, ids, starts, index, counts, total) -> tuple[Tensor, Tens
     if index.shape[1] == 0:  # no image has a row
         return x.new_zeros(total, x.shape[1]), ids.new_full((total,), -1), offsets(counts).clamp_(max=total)
     rows, owned, cu_seqlens = _sources(starts, index, counts, total)
+    rows = rows.clamp(max=x.shape[0] - 1)  # an image without rows may begin past the end
     return torch.where(owned[:, None], x[rows], 0.0), torch.where(owned, ids[rows], -1), cu_seqlens
 
 

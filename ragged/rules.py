@@ -44,7 +44,7 @@ class View:
     def lengths(self) -> Tensor | int:
         """Rows of every image: one int where all have as many, else int32 (batch,)."""
         state = self.state
-        lengths = None if state.count == state.width else state.lengths  # of packed images, a launch
+        lengths = None if state.count == state.width else state.lengths  # of packed images, it may be a launch
         return state.width if lengths is None else lengths
 
     def scored(self, needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
@@ -142,7 +142,9 @@ def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
     """The rows that keep, bool (batch, n), marks, in the order in which they stand. The first `prefix` rows stay
     anyway; real, bool (batch, n), is False in padding."""
     batch, n = keep.shape
-    return Selection(*kept_rows(keep & real, equal_offsets(batch, n, keep.device), n, prefix))
+    index, counts = kept_rows(keep & real, equal_offsets(batch, n, keep.device), n, prefix)
+    alike = real.stride(0) == 0  # one line for all images: none of them is without rows
+    return Selection(index, counts if alike else counts.minimum(real.sum(1, dtype=torch.int32)))
 
 
 def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> Selection:
@@ -157,7 +159,8 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int
     scores, column = scores[:, prefix:].float(), torch.arange(prefix, scores.shape[1], device=scores.device)
     real = (column < (lengths if isinstance(lengths, int) else lengths[:, None])).expand(scores.shape)
     if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from
-        return Selection(with_prefix(real.long(), prefix), real.sum(1, dtype=torch.int32) + prefix)
+        none = real.sum(1, dtype=torch.int32)
+        return Selection(with_prefix(real.long(), prefix), _of_those_there(none + prefix, lengths))
     ranked, order = torch.where(real, scores, math.inf).sort(dim=1, stable=True)
     real = real.gather(1, order)
     cdf = torch.where(real, ranked, 0.0).cumsum(1)
@@ -173,7 +176,11 @@ def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int
     nearer = (cdf.gather(1, above) - height).abs() < (height - cdf.gather(1, below)).abs()
     picked = torch.zeros_like(real).scatter_(1, torch.where(nearer, above, below), True)
     steps = kept(picked, 0, real)
-    return Selection(with_prefix(order.gather(1, steps.index), prefix), steps.counts + prefix)
+    return Selection(with_prefix(order.gather(1, steps.index), prefix), _of_those_there(steps.counts + prefix, lengths))
+
+
+def _of_those_there(counts: Tensor, lengths: Tensor | int) -> Tensor:
+    return counts.clamp_max(lengths) if isinstance(lengths, int) else counts.minimum(lengths)
 
 
 def chance(batch: int, columns: int, numbers: Sequence[int], device: torch.device) -> Tensor:

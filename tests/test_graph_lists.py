@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 from pruner_cases import STAGES, build, small_vit
 
 import ragged
+from ragged import blocks
+from ragged.backends import BACKENDS
+from ragged.blocks import Pass
 from ragged.graph import bucket_sizes
 from ragged.graph.lists import CapturedList, rows_after, stand_ins
+from ragged.packing import Counts, Packed
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
@@ -79,3 +83,36 @@ def test_what_was_not_foreseen_is_said():
             captured._choose(lengths)
     with pytest.raises(TypeError, match="list"):
         captured(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name, options", [
+    ("ats", {"samples": 400}), ("threshold_l2", {"tau": 0.01}), ("random", {"keep": 0.9, "adaptive": True}),
+], ids=["ats", "tau", "random"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["plain", "registers"])
+def test_an_image_without_rows_keeps_none(name, options, kind):
+    """Lines of the table that a short list leaves empty: else more rows would stay than there is room for."""
+    model = ragged.RaggedViT(small_vit(kind), ragged.PRUNERS[name](at=(1, 2), **options), backend="reference")
+    longest = model.prefix + 49
+    lengths = (longest, *[0] * 7)
+    cu = torch.tensor([0, *[longest] * 8], dtype=torch.int32)
+    counts = Counts(cu.diff(), (longest, *[1] * 7))  # what the host was told when this capacity was recorded
+    state = Packed(torch.randn(longest, 48), torch.arange(longest), cu, longest, 8, longest, None, counts, counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ragged.model.check_selection", lambda *_: None)  # on a GPU values are not looked at
+        pending = model._blocks(state, -1, Pass(BACKENDS["reference"]))
+        for _ in range(2):
+            assert (pending.counts <= torch.tensor(lengths)).all() and pending.counts[0] > model.prefix
+            pending = pending.resume(longest, longest)
+    assert pending.shape[0] == 8 and pending[0].isfinite().all()
+
+
+def test_attention_in_spare_rooms_is_told_more_rows_than_would_make_equal_lengths(monkeypatch):
+    """A recording without a wait: as many rows as before the cut, and lengths that only the GPU knows."""
+    told = []
+    real = blocks.varlen_attention
+    monkeypatch.setattr(blocks, "varlen_attention", lambda *a, **k: told.append((len(a[0]), a[5])) or real(*a, **k))
+    model = ragged.RaggedViT(small_vit(), ragged.PRUNERS["ats"](samples=20, at=(1,)), backend="reference")
+    pending = model.begin(torch.randn(3, 3, 112, 112))
+    told.clear()
+    pending.resume(3 * pending.width, pending.width)
+    assert set(told) == {(3 * pending.width, pending.width + 1)}

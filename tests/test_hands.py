@@ -636,6 +636,18 @@ def test_the_last_value_of_a_token_is_the_one_it_was_dropped_with():
     torch.testing.assert_close(model.forward_features(pictures(), "last")[:, 1:][~kept[:, 1:]], after[~kept[:, 1:]])
 
 
+@pytest.mark.parametrize("name", ["evit", "ats"])
+def test_the_last_value_of_a_token_that_a_block_drops_inside(name):
+    """What attention made of it, before the MLP: the dropped tokens of both methods are left at the same place."""
+    network, pruner = vit(), ragged.PRUNERS[name](**({"keep": 0.5} if name == "evit" else {"samples": 5}), at=(0,))
+    model = ragged.RaggedViT(network, pruner)
+    kept, block = model.trace(pictures()).kept, network.blocks[0]
+    x = network.norm_pre(network._pos_embed(network.patch_embed(pictures())))
+    after = network.norm(x + block.ls1(block.attn(block.norm1(x))))
+    assert not kept.all()
+    torch.testing.assert_close(model.forward_features(pictures(), "last")[~kept], after[~kept])
+
+
 @pytest.mark.parametrize("options", [
     {}, {"indices": 2}, {"indices": [0, 2]}, {"norm": True}, {"output_fmt": "NLC"}, {"return_prefix_tokens": True},
     {"intermediates_only": True, "indices": 1}, {"stop_early": True, "indices": [0], "intermediates_only": True},

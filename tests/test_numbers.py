@@ -230,13 +230,9 @@ def test_packing_carries_broken_numbers_and_spreads_none(device):
     torch.testing.assert_close(ragged.unpack(packed), want, rtol=0, atol=0, equal_nan=True)
 
 
-# its one cu_seqlens cannot serve the ATS, whose cuts have fewer queries than keys
-IN_MODELS = [p for p in places(ragged.BACKENDS) if getattr(p, "values", p)[1] != "paper_triton"]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("device, backend", IN_MODELS)
+@pytest.mark.parametrize("device, backend", places(ragged.BACKENDS))
 def test_a_broken_picture_stays_alone(device, backend, name, value):
     """Through a pruner that ranks, counts and samples, with a different number of rows in the broken image."""
     skip_unless_usable(device, backend, SINGLE, 16)

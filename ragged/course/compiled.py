@@ -56,10 +56,10 @@ def row_mover(aligned: bool) -> object:
 
     from ..kernels.rows import move_kernel as kernel
 
-    of_its_own = {"Ids": "*i64", "OutIds": "*i64", "Index": "*i64", "Starts": "*i32", "Cu": "*i32"}
+    others = {"Ids": "*i64", "OutIds": "*i64", "Index": "*i64", "Starts": "*i32", "Cu": "*i32"}
     constants = {"SUM": 0, "DIM": 64, "ROWS": 16, "BLOCK": 64, "BLOCKS": 1, "FUSED": 0, "NARROW": 32, "CHUNK": 64}
     arguments = [name for name in kernel.arg_names if name not in constants]
-    kinds = {name: of_its_own.get(name, "*fp16" if name[0].isupper() else "i32") for name in arguments}
+    kinds = {name: others.get(name, "*fp16" if name[0].isupper() else "i32") for name in arguments}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     pointers = [i for i, kind in enumerate(kinds.values()) if kind.startswith("*")]
     promise = {(i,): [["tt.divisibility", 16]] for i in pointers} if aligned else {}

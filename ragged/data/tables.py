@@ -145,10 +145,9 @@ def _by_number(key):
 
 
 def slug(gpu: str) -> str:
-    """The name of a gpu as a folder's: "NVIDIA H200" is nvidia_h200. What memory it has is left out: "NVIDIA H100 80GB
-    HBM3 x2", as the driver names two, is nvidia_h100_x2."""
-    name = re.sub(r"\b\d+ ?gb\b|\bhbm\d\w*", " ", gpu.lower())
-    return re.sub("[^a-z0-9]+", "_", name).strip("_")
+    """The name of a gpu as a folder's: "NVIDIA H200" is nvidia_h200, and "NVIDIA H100 80GB HBM3", as the driver names
+    what is called an H100, is nvidia_h100."""
+    return re.sub("[^a-z0-9]+", "_", gpu.lower().replace(" 80gb hbm3", "")).strip("_")
 
 
 def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict]:

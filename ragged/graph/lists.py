@@ -281,7 +281,7 @@ def _copy_of(pending: Pending) -> Pending:
     """The same pass at the same cut, on memory of its own."""
     cut, state, chosen = pending.cut, pending.cut.state, pending.cut.selection
     state = replace(state, tokens=state.tokens.clone(), ids=state.ids.clone(), cu_seqlens=state.cu_seqlens.clone(),
-                    rows=None, unpruned=None)  # fmt: skip
+                    rows=None, unpruned=None, own=None)  # fmt: skip
     chosen = replace(chosen, index=chosen.index.clone(), counts=chosen.counts.clone())
     more = None if cut.more is None else cut.more.clone()
     return replace(pending, cut=replace(cut, state=state, selection=chosen, more=more))

@@ -104,7 +104,7 @@ def move_kernel(X, More, Ids, Starts, Index, Blend, Out, OutIds, Cu, count, inde
                 FUSED: tl.constexpr, NARROW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """A cut that leaves `count` rows in every image, in one launch: the rows of X that Index (images, count) names,
     behind them (FUSED) the sum of the image's first `width` rows weighted by Blend (images, width), the ids of all, and
-    the offsets Cu (images + 1,). SUM: the rows of X + More, which are then written down for those that stay only.
+    the offsets Cu (images + 1,). SUM: rows of X + More; the sum is stored only for rows that stay.
 
     Grid (images * programs,): a program moves ROWS rows by BLOCK columns, or makes NARROW columns of the fused row: of
     CHUNK rows at a time, for nobody else is there to hide the waiting.
@@ -285,8 +285,8 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     cdf = (cdf - low) / tl.where(high > low, high - low, 1.0)
     cdf = tl.where(i < patches, cdf, 2.0)  # past every height
     start = tl.minimum(tl.min(tl.where(cdf > 0, cdf, 2.0), 0), 1.0)
-    # of equal steps the first counts: as many values as there are different ones, in order. By way of memory, too: to
-    # shift values between threads takes `tl.gather` and a scan longer
+    # of equal steps the first counts: as many values as there are different ones, in order. Through memory here, too:
+    # shifting values by `tl.gather` and a scan is slower
     tl.debug_barrier()  # all have read the scores that stood here
     tl.store(steps + i, cdf, mask=i < patches)
     tl.debug_barrier()
@@ -320,7 +320,7 @@ def sample_kernel(Scores, Lengths, Index, Counts, Steps, Order, width, count, sa
     tl.store(out + PREFIX + target, ordered + PREFIX, mask=i < patches)
     tl.store(out + PREFIX + i, i.to(tl.int64), mask=(i >= patches) & (i < width - PREFIX))  # rows of nobody
     tl.store(out + i, i.to(tl.int64), mask=i < PREFIX)
-    tl.store(Counts + image, drawn + PREFIX)
+    tl.store(Counts + image, tl.minimum(drawn + PREFIX, length))  # an image without rows keeps none
 
 
 @triton.jit(do_not_specialize=["width", "fill"])

@@ -133,7 +133,7 @@ EXERCISES = {
         spec=_may_see,
         cases={
             "two images, as many keys as queries": (_cu(2, 3), _cu(2, 3)),
-            "fewer queries than keys, as in a block of ATS": (_cu(1, 2), _cu(3, 4)),
+            "fewer queries than keys, as for the rows that ATS keeps": (_cu(1, 2), _cu(3, 4)),
             "an image without queries": (_cu(2, 0, 1), _cu(2, 3, 2)),
             "an image whose keys are all gone": (_cu(1, 2, 1), _cu(2, 0, 1)),
         },
