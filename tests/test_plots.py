@@ -276,3 +276,9 @@ def test_a_small_png_keeps_similar_colours_apart():
     small = np.asarray(Image.open(io.BytesIO(small_png(file.getvalue()))).convert("RGB")).astype(int)
     for row, colour in enumerate(colours):
         assert abs(small[40 * row + 20, :60] - colour).max() < 10, colour
+
+
+def test_a_recording_that_is_given_twice_is_said():
+    rows = data.results("model", "NVIDIA H100")
+    with pytest.raises(ValueError, match="unpruned model stands there more than once for batch 1"):
+        plots.speedup_by_batch(rows.loc[rows.index.repeat(2)])
