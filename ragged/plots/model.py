@@ -174,8 +174,8 @@ def _over_unpruned(rows, name: str, tokens: str):
     speeds = rows[rows["metric"] == "images_per_s"]
     unpruned = rows_where(speeds, name, backend="unpruned").set_index("batch")
     if len(twice := sorted(set(unpruned.index[unpruned.index.duplicated()]))):
-        raise ValueError(f"{name}: the unpruned model stands there more than once for batch {twice[0]:g}; give the rows "
-                         "of one recording")  # fmt: skip
+        raise ValueError(f"{name}: the unpruned model stands there more than once for batch {twice[0]:g}; give one "
+                         "recording's rows")  # fmt: skip
     base = unpruned["value"]
     speeds = speeds[(speeds["tokens"] == tokens) & (speeds["backend"] != "unpruned") & speeds["batch"].isin(base.index)]
     whole = base.loc[speeds["batch"]].to_numpy()
