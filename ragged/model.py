@@ -304,13 +304,13 @@ class RaggedViT(nn.Module):
         if early and pruner.where == "inside":  # nobody looks at the sum before its rows are taken
             more = self._run["project_heads"](block, heads, *drops)
             more, state = (more, state) if more.dtype == x.dtype else (None, state.having(x + more))
-            return Cut(state, early(), i, True, more)
+            return Cut(state, early(), i, within=True, more=more)
         x = self._run["finish_attention"](block, x, heads, *drops)
         if pruner.where != "inside":
             x = self._run["finish_block"](block, x, *drops)
         after = state.having(x)
         selection = early() if early else self._select(after, i, *scored)
-        return Cut(after, selection, i, pruner.where == "inside")
+        return Cut(after, selection, i, within=pruner.where == "inside")
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""

@@ -120,8 +120,8 @@ class Soak:
         every = itertools.product(range(1, self.most + 1), (False, True), range(1, self.tokens + 1))
         for images, equal, longest in every:
             kind = (longest, longest, self.headdim, images * self.heads, equal, 2)
-            tiles = choose_tiles.__wrapped__(*kind)
-            tiles = tiles, prefers_gluon(*kind) and pipe_tiles(longest, *kind[2:4], processors)
+            in_gluon = prefers_gluon(*kind) and pipe_tiles(longest, *kind[2:4], processors)
+            tiles = choose_tiles.__wrapped__(*kind), in_gluon
             rows = images * longest - (not equal)  # of a single one PyTorch makes up the stride
             if tiles not in seen and (equal or images > 1) and rows > 1:
                 seen.add(tiles)

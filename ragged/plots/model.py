@@ -173,7 +173,7 @@ def _over_unpruned(rows, name: str, tokens: str):
     one_of_each(rows, name, "gpu", "mode")
     speeds = rows[rows["metric"] == "images_per_s"]
     unpruned = rows_where(speeds, name, backend="unpruned").set_index("batch")
-    if len(twice := sorted(set(unpruned.index[unpruned.index.duplicated()]))):
+    if twice := sorted(unpruned.index[unpruned.index.duplicated()]):
         raise ValueError(f"{name}: the unpruned model stands there more than once for batch {twice[0]:g}; give one "
                          "recording's rows")  # fmt: skip
     base = unpruned["value"]
