@@ -5,29 +5,24 @@ plain function of a block and tensors, so that `torch.compile` compiles it once 
 pass gives it a `Bare` block. One more comes before the first block: `embed`. They take the place of timm's `forward`
 methods where a block is plain; support/ decides that.
 
-Then the records of a pass through the blocks: where it stands, and what it leaves behind.
+What a block adds last it may leave to add: a compiler then does it where the next block, or a cut, reads the tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import packing
 from .attention import varlen_attention
-from .backends import Backend, masked_sdpa, unfused_softmax
+from .backends import masked_sdpa, unfused_softmax
 from .gradients import split_projection
-from .packing import Packed, Padded, Selection, packed_state, padded_state, put_back
-from .rows import host_offsets
+from .packing import Packed, packed_state
+from .rows import added, host_offsets
 from .rules import run_module
 from .support.bare import Bare
 from .support.training import drop_images
-
-State = Packed | Padded
 
 
 def embed(vit: nn.Module, images: Tensor, as_product: bool) -> Tensor:
@@ -84,12 +79,39 @@ def finish_attention(block: nn.Module | Bare, x: Tensor, heads: Tensor, cu: Tens
     return x + project_heads(block, heads, cu, drops)
 
 
+def run_mlp(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False,
+            normed: Tensor | None = None) -> Tensor:  # fmt: skip
+    """What the MLP of a block adds to the residual stream x (..., dim); cu, drops: as in `project_heads`; normed: x
+    after the norm, where somebody has it."""
+    if isinstance(block, Bare):
+        return block.run_mlp(x, normed)
+    out = block.ls2(block.mlp(block.norm2(x) if normed is None else normed))
+    return drop_images(block.drop_path2, out, cu) if drops else out
+
+
 def finish_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False) -> Tensor:
     """The MLP half of a block on x (..., dim); cu, drops: as in `finish_attention`."""
-    if isinstance(block, Bare):
-        return block.finish_block(x)
-    out = block.ls2(block.mlp(block.norm2(x)))
-    return x + (drop_images(block.drop_path2, out, cu) if drops else out)
+    return x + run_mlp(block, x, cu, drops)
+
+
+def left_open(x: Tensor, more: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and what is to be added to it, both (..., dim): a compiler fuses that with whatever reads the sum. In an eager
+    pass, where gradients are recorded, and where the two differ in dtype: the sum, and None."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.dtype == more.dtype:
+        return x, more
+    return x + more, None
+
+
+def begin_block(block: nn.Module | Bare, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The tokens x (..., dim), `more` added, and their queries, keys and values, as `project` returns them."""
+    x = added(x, more)
+    return x, *project(block, x)
+
+
+def end_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False,
+              normed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`finish_block`, its sum `left_open`; normed: as in `run_mlp`."""
+    return left_open(x, run_mlp(block, x, cu, drops, normed))
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, backend: str) -> Tensor:
@@ -107,25 +129,25 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths_k: Tensor | None, sca
     return (unfused_softmax if unfused else masked_sdpa)(q, k, v, real, scale)
 
 
-def packed_block(block: nn.Module | Bare, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str,
-                 drops: bool = False) -> Tensor:  # fmt: skip
-    """One whole block on packed tokens x (total, dim); cu (batch + 1,), longest, scale, backend: as in
-    `attend_packed`; drops: as in `finish_attention`."""
-    q, k, v = project(block, x)
+def packed_block(block: nn.Module | Bare, x: Tensor, more: Tensor | None, cu: Tensor, longest: int, scale: float,
+                 backend: str, drops: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One whole block on packed tokens x (total, dim), to which `more` is to be added, and its own sum `left_open`; cu
+    (batch + 1,), longest, scale, backend: as in `attend_packed`; drops: as in `finish_attention`."""
+    x, q, k, v = begin_block(block, x, more)
     heads = attend_packed(q, k, v, cu, longest, scale, backend)
-    return finish_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
+    return end_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
 
 
-def padded_block(block: nn.Module | Bare, x: Tensor, lengths: Tensor | None, scale: float, unfused: bool,
-                 drops: bool = False) -> Tensor:  # fmt: skip
-    """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); scale, unfused: as in
-    `attend_padded`; drops: as in `finish_attention`."""
-    q, k, v = project(block, x)
+def padded_block(block: nn.Module | Bare, x: Tensor, more: Tensor | None, lengths: Tensor | None, scale: float,
+                 unfused: bool, drops: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One whole block on x (batch, n, dim), of which lengths (batch,) rows are real (None: all); more: as in
+    `packed_block`; scale, unfused: as in `attend_padded`; drops: as in `finish_attention`."""
+    x, q, k, v = begin_block(block, x, more)
     x = finish_attention(block, x, attend_padded(q, k, v, lengths, scale, unfused), None, drops)
-    return finish_block(block, x, None, drops)
+    return end_block(block, x, None, drops)
 
 
-PIECES = (embed, project, project_heads, finish_attention, finish_block, attend_packed, attend_padded, packed_block,
+PIECES = (embed, begin_block, project_heads, finish_attention, end_block, attend_packed, attend_padded, packed_block,
           padded_block, run_module)  # fmt: skip
 
 # Fixed block sizes for row-wise kernels. By itself the compiler times two, on the first batch that comes by, and keeps
@@ -209,192 +231,3 @@ def _pixel_rows(patch: nn.Module, image: Tensor, grid: tuple[int, int]) -> Tenso
         image = nn.functional.pad(image, (0, wide * across - image.shape[2], 0, high * down - image.shape[1]))
     image = image[:, : high * down, : wide * across]
     return image.reshape(-1, high, down, wide, across).permute(1, 3, 0, 2, 4).reshape(high * wide, -1)
-
-
-# ---- what a pass leaves behind ----
-
-
-class Stage(NamedTuple):
-    """What one cut left. block: index.  where: place in it.  counts: rows of each image.  ids: for each image the kept
-    row numbers of the unpruned sequence in order, 0 for CLS, -1 for a fused token."""
-
-    block: int
-    where: str
-    counts: list[int]
-    ids: list[Tensor]
-
-
-class _Traced(NamedTuple):
-    logits: Tensor
-    stages: list[Stage]
-
-
-class Trace(_Traced):
-    """logits (batch, classes), and one `Stage` per cut: both by unpacking, too. kept: bool (batch, n), the rows of the
-    unpruned sequence that stayed to the end; for a list of images a list of bool (n,), as long as each of them."""
-
-    kept: Tensor | list[Tensor]
-
-
-class Pass(NamedTuple):
-    """What stays the same during a pass. backend: who attends.  stages: where cuts are noted, or None.
-    after_block: called after every block without a cut (a recording begins its second graph there).
-    canvas: where every token is put back, if features are wanted.  wanted: blocks after which `taken` gets a copy.
-    blocks: how many of them run, None for all.  drops: whether dropout and stochastic depth are on."""
-
-    backend: Backend
-    stages: list[Stage] | None = None
-    after_block: Callable[[], None] | None = None
-    canvas: Canvas | None = None
-    wanted: frozenset[int] = frozenset()
-    taken: list[Canvas] | None = None
-    blocks: int | None = None
-    drops: bool = False
-
-
-FILLS = ("zero", "last", "nearest")
-
-
-class Canvas:
-    """The tokens of a pass in their original places: tokens (batch, n, dim), the latest value that every row had, and
-    kept, bool (batch, n), the rows that are still there."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens
-        self.kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-    def update(self, state: Packed | Padded, tokens: Tensor) -> None:
-        """The rows of `state` have the values `tokens` now, and the others are gone."""
-        self.tokens = put_back(self.tokens, state, tokens)
-        ones = torch.ones_like(state.ids, dtype=tokens.dtype).unsqueeze(-1)
-        self.kept = put_back(torch.zeros_like(self.tokens[..., :1]), state, ones)[..., 0] > 0
-
-    def fill(self, x: Tensor, how: str, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """x (batch, n, dim), the canvas's tokens or something made of each of them, with the rows that are gone filled.
-        how: "zero"; "last", left as they were when they were dropped; "nearest", as the nearest patch that is still
-        there on the grid (rows, columns), the earlier of two, and zero where no patch is left. prefix: so many first
-        rows always stay."""
-        if how == "last":
-            return x
-        if how == "zero":
-            return torch.where(self.kept[..., None], x, 0.0)
-        row = torch.arange(grid[0] * grid[1], device=x.device)
-        place = torch.stack((row // grid[1], row % grid[1]), 1)  # (patches, 2)
-        far = (place[:, None] - place[None]).square().sum(-1)  # (patches, patches)
-        there = self.kept[:, prefix:]  # (batch, patches)
-        nearest = torch.where(there[:, None], far, far.max() + 1).argmin(-1)  # (batch, patches)
-        patches = x[:, prefix:].gather(1, nearest[..., None].expand(-1, -1, x.shape[-1]))
-        patches = torch.where(there.any(1)[:, None, None], patches, 0.0)
-        return torch.cat((x[:, :prefix], patches), 1)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A block that has run as far as its cut. state: its tokens there.  selection: which rows stay, None for all.
-    block: index, -1 for the embedding.  within: its MLP is still to do.  more: what attention has yet to add."""
-
-    state: State
-    selection: Selection | None
-    block: int
-    within: bool = False
-    more: Tensor | None = None
-
-    @property
-    def summed(self) -> State:
-        """`state`, and `more` added."""
-        return self.state if self.more is None else self.state.having(self.state.tokens + self.more)
-
-    @property
-    def waits(self) -> bool:
-        """Whether only the GPU knows how many rows stay."""
-        return self.selection is not None and isinstance(self.selection.counts, Tensor)
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A pass that cannot go on before somebody says how many rows stay: call `resume(total, longest)`. It may be
-    resumed more than once, which is how one front serves several CUDA graphs."""
-
-    model: nn.Module = field(repr=False)
-    cut: Cut
-    run: Pass
-
-    @property
-    def counts(self) -> Tensor:
-        """Rows of each image after the cut, int32 (batch,), on the device."""
-        return self.cut.selection.counts
-
-    @property
-    def width(self) -> int:
-        """Rows per image before the cut: no count is larger."""
-        return self.cut.state.width
-
-    def resume(self, total: int, longest: int, after_block: Callable[[], None] | None = None) -> Tensor | Pending:
-        """Go on with room for `total` rows, at most `longest` in one image; after_block: as in `Pass`."""
-        run = self.run._replace(after_block=after_block)
-        return self.model._blocks(self.model._leave(self.cut, run, (total, longest)), self.cut.block + 1, run)
-
-
-# ---- steps of the loop ----
-
-
-def as_dense(state: State, reason: str) -> Tensor:
-    """The tokens as (batch, n, dim), where all images have the same count."""
-    if state.count is None:
-        raise ValueError(
-            f"vit: {reason}, and the images here keep different counts; take it off, or use a pruner with fixed counts"
-        )
-    return state.tokens if isinstance(state, Padded) else state.tokens.unflatten(0, (state.batch, state.count))
-
-
-def rows_kept(lengths: Sequence[int], stages: Sequence[Stage], device: torch.device) -> list[Tensor]:
-    """bool (n,) for each image of `lengths` rows: which are there after all `stages`, on `device`."""
-    kept = [torch.full((n,), not stages, device=device) for n in lengths]
-    for mine, ids in zip(kept, stages[-1].ids if stages else (), strict=False):
-        mine[ids[ids >= 0]] = True
-    return kept
-
-
-def laid_out(state: Packed, backend: Backend, pruned: bool) -> State:
-    """The packed tokens of `state` as the first block takes them under the backend. pruned: whether cuts follow."""
-    if state.count is not None and not (pruned and backend.packs_first):
-        return padded_state(state)  # a dense batch
-    if state.count is None and backend.equal_only:
-        least, most = min(state.rows.host), max(state.rows.host)
-        raise ValueError(f"backend {backend.name!r}: needs equal counts, and the images here have {least} to {most} "
-                         "tokens; use 'auto'")  # fmt: skip
-    return padded_state(state) if backend.pads else state
-
-
-def take_copy(state: State, i: int, run: Pass) -> None:
-    """What block i left, where somebody wants it."""
-    if i in run.wanted:
-        copied = Canvas(run.canvas.tokens)
-        copied.update(state, state.tokens)
-        run.taken.append(copied)
-
-
-def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None) -> State:
-    """The rows that stay, in the layout of the backend."""
-    if cut.selection is None:
-        return cut.summed
-    if backend.paper_padding:  # the paper pads to the original length, always
-        return packing.take_by_loop(cut.summed, cut.selection)
-    if backend.pads:
-        return packing.take_padded(cut.summed, cut.selection, sizes and sizes[1])
-    return packing.take_packed(cut.state, cut.selection, lambda counts: sizes, cut.more)
-
-
-def runs_unfused(state: Padded, backend: Backend, block: nn.Module | Bare) -> bool:
-    """Whether attention is plain products and a softmax: where timm's own is, and in the paper's padded baseline, which
-    leaves the fused kernels once there is padding; before the first cut it is dense."""
-    return not block.attn.fused_attn or (backend.paper_padding and state.lengths is not None)
-
-
-def stage_of(state: State, block: int, where: str) -> Stage:
-    """What a cut at `where` in `block` left, read from the device."""
-    if isinstance(state, Packed):
-        counts = state.lengths.tolist()
-        return Stage(block, where, counts, list(state.ids[: sum(counts)].split(counts)))
-    counts = [state.width] * state.batch if state.lengths is None else state.lengths.tolist()
-    return Stage(block, where, counts, [ids[:n] for ids, n in zip(state.ids, counts, strict=True)])

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import blocks
+from . import blocks, cuts
 from .attention import resolve_backend
 from .backends import BACKENDS
-from .blocks import FILLS, PIECES, Canvas, Cut, Pass, Pending, Positions, Stage, State, Trace, compiled_pieces, scale_of
+from .blocks import PIECES, Positions, compiled_pieces, scale_of
 from .checks import (
     check_image_list,
     check_images,
@@ -25,6 +25,7 @@ from .checks import (
     wants_gradients,
     weight_of,
 )
+from .cuts import FILLS, Canvas, Cut, Pass, Pending, Stage, State, Trace
 from .graph import Captured, aside, capture
 from .packing import Packed, Padded, Selection, packed_state, read_sizes
 from .pruners import Pruner
@@ -150,7 +151,7 @@ class RaggedViT(nn.Module):
         run = self._pass(tokens)
         lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
         state = packed_state(tokens, cu_seqlens, lengths, ids)
-        state = blocks.laid_out(state, run.backend, self.pruner is not None)
+        state = cuts.laid_out(state, run.backend, self._packs(run))
         return self._finish(self._blocks(state, -1, run))
 
     def trace(self, images: Images) -> Trace:
@@ -160,7 +161,7 @@ class RaggedViT(nn.Module):
         trace = Trace(logits, stages)
         size = self.vit.patch_embed.dynamic_feat_size
         lengths = [self.prefix + math.prod(size(tuple(image.shape[-2:]))) for image in images]
-        kept = blocks.rows_kept(lengths, stages, logits.device)
+        kept = cuts.rows_kept(lengths, stages, logits.device)
         trace.kept = torch.stack(kept) if isinstance(images, Tensor) else kept
         return trace
 
@@ -237,7 +238,7 @@ class RaggedViT(nn.Module):
             if self.survey.no_list is not None:
                 raise ValueError(f"vit: {self.survey.no_list}, so that a list of images cannot be packed")
             state = blocks.embed_each(self.vit, images, product, self._positions)
-            return self._blocks(blocks.laid_out(state, run.backend, self.pruner is not None), -1, run)
+            return self._blocks(cuts.laid_out(state, run.backend, self._packs(run)), -1, run)
         check_images(images, self.vit)
         x = self._run["embed"](self.vit, images, self.survey.as_product and as_usual)  # (batch, n, dim)
         if self.survey.hooked:
@@ -246,8 +247,8 @@ class RaggedViT(nn.Module):
         state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
         if features:
             run = run._replace(canvas=Canvas(x))
-        if self.pruner is not None and run.backend.packs_first:
-            state = state.flat()  # our kernel is ahead of dense SDPA too, so the early blocks use it as well
+        if self._packs(run):
+            state = state.flat()
         return self._blocks(state, -1, run)
 
     def _finish(self, result: Tensor | Canvas | Pending) -> Tensor | Canvas:
@@ -267,9 +268,9 @@ class RaggedViT(nn.Module):
                 state = self._whole_block(state, i, run)
                 if run.after_block is not None:
                     run.after_block()
-            blocks.take_copy(state, i, run)
+            cuts.take_copy(state, i, run)
         if run.canvas is not None:
-            run.canvas.update(state, state.tokens)
+            run.canvas.update(state)
             return run.canvas
         return self.vit.forward_head(self._normed(state))
 
@@ -280,58 +281,65 @@ class RaggedViT(nn.Module):
 
     def _whole_block(self, state: State, i: int, run: Pass) -> State:
         if i in self.survey.whole:
-            x = self.vit.blocks[i](blocks.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
+            x = self.vit.blocks[i](cuts.as_dense(state, f"block {i}: {self.survey.whole[i]}"))
             self._look_again()
             return state.having(x if isinstance(state, Padded) else x.flatten(0, 1))
-        block, x = self._block(i, run), state.tokens
+        block, x, more = self._block(i, run), state.tokens, state.more
         if isinstance(state, Packed):
             places = (state.cu_seqlens, state.bound, scale_of(block), self._named(state, run))
-            return state.having(self._run["packed_block"](block, x, *places, run.drops))
-        how = (scale_of(block), blocks.runs_unfused(state, run.backend, block), run.drops)
-        return state.having(self._run["padded_block"](block, x, state.lengths, *how))
+            return state.having(*self._run["packed_block"](block, x, more, *places, run.drops))
+        how = (scale_of(block), cuts.runs_unfused(state, run.backend, block), run.drops)
+        return state.having(*self._run["padded_block"](block, x, more, state.lengths, *how))
 
     def _reach(self, state: State, i: int, run: Pass) -> Cut:
         """Run block i as far as its cut, and ask the pruner which rows stay."""
         if i < 0 or (self.pruner.where != "inside" and not self.pruner.needs):
-            state = state if i < 0 else self._whole_block(state, i, run)
+            state = state if i < 0 else self._whole_block(state, i, run).summed
             return Cut(state, self._select(state, i), i)
-        block, x, pruner = self._block(i, run), state.tokens, self.pruner
-        q, k, v = self._run["project"](block, x)  # (..., nheads, headdim)
+        block, pruner = self._block(i, run), self.pruner
+        x, q, k, v = self._run["begin_block"](block, state.tokens, state.more)  # (..., nheads, headdim)
         scored = (q, k, v, scale_of(block))
         drops = _images_of(state, run.drops)
         early = aside(lambda: self._select(state, i, *scored), q.is_cuda) if pruner.scores_only else None
         heads = self._attend(state, q, k, v, block, run)
         if early and pruner.where == "inside":  # nobody looks at the sum before its rows are taken
             more = self._run["project_heads"](block, heads, *drops)
-            more, state = (more, state) if more.dtype == x.dtype else (None, state.having(x + more))
-            return Cut(state, early(), i, within=True, more=more)
-        x = self._run["finish_attention"](block, x, heads, *drops)
+            x, more = (x, more) if more.dtype == x.dtype else (x + more, None)
+            return Cut(state.having(x, more), early(), i, within=True)
+        state = state.having(self._run["finish_attention"](block, x, heads, *drops))
         if pruner.where != "inside":
-            x = self._run["finish_block"](block, x, *drops)
-        after = state.having(x)
-        selection = early() if early else self._select(after, i, *scored)
-        return Cut(after, selection, i, within=pruner.where == "inside")
+            state = state.having(*self._run["end_block"](block, state.tokens, *drops))
+        if early:
+            return Cut(state, early(), i)
+        state = state.summed
+        return Cut(state, self._select(state, i, *scored), i, within=pruner.where == "inside")
 
     def _leave(self, cut: Cut, run: Pass, sizes: tuple[int, int] | None = None) -> State:
         """Take the rows that stay, and do what remains of the block. sizes: total and longest, where a cut waits."""
         if run.canvas is not None and cut.selection is not None:  # what is dropped now stays as it is
-            cut = replace(cut, state=cut.summed, more=None)
-            run.canvas.update(cut.state, cut.state.tokens)
-        new = blocks.take(cut, run.backend, sizes)
+            cut = replace(cut, state=cut.state.summed)
+            run.canvas.update(cut.state)
+        bare = self.survey.bare[cut.block] if cut.within and not run.drops else None
+        new = cuts.take(cut, run.backend, sizes, bare and bare.norm)
         if run.stages is not None:
-            run.stages.append(blocks.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
+            run.stages.append(cuts.stage_of(new, self.pruner.at[self._cuts[cut.block]], self.pruner.where))
         if not cut.within:
             return new
         block, drops = self._block(cut.block, run), _images_of(new, run.drops)
-        return new.having(self._run["finish_block"](block, new.tokens, *drops))
+        return new.having(*self._run["end_block"](block, new.summed.tokens, *drops, new.normed))
 
     def _attend(self, state: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module | Bare, run: Pass) -> Tensor:
         scale = scale_of(block)
         if isinstance(state, Padded):
-            unfused = blocks.runs_unfused(state, run.backend, block)
+            unfused = cuts.runs_unfused(state, run.backend, block)
             return self._run["attend_padded"](q, k, v, state.lengths, scale, unfused)
         places = (state.cu_seqlens, state.bound, scale, self._named(state, run))
         return self._run["attend_packed"](q, k, v, *places)
+
+    def _packs(self, run: Pass) -> bool:
+        """Whether equal lengths run packed, too, since our kernel is ahead of dense SDPA: where cuts follow, or where
+        somebody named that backend. Without a pruner "auto" leaves the network as PyTorch runs it."""
+        return run.backend.packs_first and (self.pruner is not None or self.backend != "auto")
 
     def _named(self, state: State, run: Pass) -> str:
         """The backend as `varlen_attention` is asked for it: "auto", which may take a kernel for equal lengths alone,
@@ -352,7 +360,7 @@ class RaggedViT(nn.Module):
         """The prefix rows of every image after the final norm, (batch, prefix, dim)."""
         if self.survey.norm is None:
             return self.vit.norm(state.first_rows(self.prefix))
-        return self.vit.norm(blocks.as_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
+        return self.vit.norm(cuts.as_dense(state, f"the final norm: {self.survey.norm}"))[:, : self.prefix]
 
     @property
     def picked(self) -> str:

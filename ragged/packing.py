@@ -1,12 +1,4 @@
-"""The two layouts of a ragged batch, how a selection of rows is taken from either, and pack, repack, unpack.
-
-Two layouts hold the same thing, and everything after this file works on either:
-
-* `Padded`  (batch, n, dim): every image owns n rows; rows past its length are padding. A dense batch is the case
-  where no length is given. This is what an ordinary ViT computes on.
-* `Packed`  (total, dim): the images stand one behind the other, with no padding, and `cu_seqlens` says where each
-  begins. This is what a variable-length attention kernel reads.
-"""
+"""How a selection of rows is taken from either layout of a ragged batch, and pack, repack, unpack."""
 
 from __future__ import annotations
 
@@ -15,26 +7,12 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import FLOATS, check_tensor, may_look
 from .kernels.padding import image_of_rows
-from .rows import equal_offsets, first_rows, grid_rows, kept_rows, move_rows, picked_rows, take_rows
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A number for each image that both sides know, so that nobody waits. device: int32 (batch,).  host: the same as
-    ints; only its sum and its largest matter."""
-
-    device: Tensor
-    host: tuple[int, ...]
-
-    def plus(self, other: int | Counts) -> Counts:
-        """These numbers with `other` added, one for all images or `Counts`."""
-        if isinstance(other, int):
-            return Counts(self.device + other, tuple(n + other for n in self.host))
-        return Counts(self.device + other.device, tuple(a + b for a, b in zip(self.host, other.host, strict=True)))
+from .layouts import Counts, Packed, Padded
+from .rows import equal_offsets, kept_rows, move_rows, norms_rows, picked_rows, take_normed_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -61,138 +39,25 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
     return sum(numbers), max(numbers)
 
 
-class _Batch:
-    @property
-    def starts(self) -> Tensor:
-        """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened.
-        Made anew each time, since every recording has to contain what makes it."""
-        return self.cu_seqlens[:-1]
-
-    def having(self, tokens: Tensor) -> Packed | Padded:
-        """The same batch with other tokens of the same leading shape (`dataclasses.replace` asks field by field)."""
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__, tokens=tokens)
-        return new
-
-
-@dataclass(frozen=True)
-class Packed(_Batch):
-    """A ragged batch without padding.
-
-    tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
-    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
-    is longer.  seqlen: the length before any pruning, of the longest image.  count: rows per image where the host knows
-    that all are equal.  rows: else the rows of each image, where the host knows them.  unpruned: each image's length
-    before any pruning, where they differ.  own: rows of each image, int32 (batch,), where the device has them already.
-    """
-
-    tokens: Tensor
-    ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    batch: int
-    seqlen: int
-    count: int | None = None
-    rows: Counts | None = None
-    unpruned: Counts | None = None
-    own: Tensor | None = None
-
-    @property
-    def lengths(self) -> Tensor:
-        """Rows of every image, int32 (batch,), on the tokens' device."""
-        return self.cu_seqlens[1:] - self.cu_seqlens[:-1] if self.own is None else self.own
-
-    @property
-    def width(self) -> int:
-        """Columns of the grid form: no image has more rows."""
-        return self.max_seqlen
-
-    @property
-    def bound(self) -> int:
-        """`max_seqlen` as attention is told: one more where the rows, a recording's spare ones included, would suffice
-        for equal lengths. Kernels count on these then, and pay where that is wrong: 62 µs instead of 11 (notes.md)."""
-        return self.max_seqlen + (self.count is None and self.tokens.shape[0] == self.batch * self.max_seqlen)
-
-    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
-        if self.count is not None:
-            return values.unflatten(0, (self.batch, self.count))
-        return grid_rows(values, self.cu_seqlens, self.max_seqlen, fill)
-
-    def first_rows(self, count: int) -> Tensor:
-        """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
-        if self.count is not None and self.count >= count:
-            return self.tokens.unflatten(0, (self.batch, self.count))[:, :count]
-        return first_rows(self.tokens, self.starts, count)
-
-
-@dataclass(frozen=True)
-class Padded(_Batch):
-    """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
-    or None when every row is real, seqlen, count, rows and unpruned as in `Packed`. Padding rows are zero and have the
-    id -1."""
-
-    tokens: Tensor
-    ids: Tensor
-    seqlen: int
-    lengths: Tensor | None = None
-    count: int | None = None
-    rows: Counts | None = None
-    unpruned: Counts | None = None
-
-    @property
-    def batch(self) -> int:
-        """Images."""
-        return self.tokens.shape[0]
-
-    @property
-    def width(self) -> int:
-        """Columns of the grid form: rows every image owns, padding included."""
-        return self.tokens.shape[1]
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
-        return equal_offsets(self.batch, self.width, self.tokens.device)
-
-    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Per-row values (batch, n, ...) with `fill` in the padding."""
-        if self.lengths is None:
-            return values
-        real = torch.arange(self.width, device=values.device) < self.lengths[:, None]
-        real = real.view(*real.shape, *[1] * (values.dim() - 2))
-        return torch.where(real, values, torch.full((), fill, dtype=values.dtype, device=values.device))
-
-    def first_rows(self, count: int) -> Tensor:
-        """The first `count` rows of every image, (batch, count, dim)."""
-        return self.tokens[:, :count]
-
-    def flat(self) -> Packed:
-        """A dense batch seen as a packed one: the same memory, all images equally long."""
-        if self.lengths is not None:
-            raise ValueError("flat: expected a dense batch, this one is padded")
-        tokens, ids, n = self.tokens.flatten(0, 1), self.ids.flatten(), self.width
-        return Packed(tokens, ids, self.cu_seqlens, n, self.batch, self.seqlen, n)
-
-
 Sizes = Callable[[Tensor], tuple[int, int]]
 
 
 def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = read_sizes,
-                more: Tensor | None = None) -> Packed:  # fmt: skip
-    """The rows of `state` that `selection` names, image after image, as a `Packed` batch. more: what is still to be
-    added to its tokens, of their shape and dtype, or None. Equal counts need no wait. Otherwise `sizes` says how
-    many rows there are in all and at most in one image: by default it asks the GPU (one wait); under graph capture
-    it returns an upper bound, and the rows past the real total are zeros that no attention call looks at."""
+                norm: nn.LayerNorm | None = None) -> Packed:  # fmt: skip
+    """The rows of `state` that `selection` names, image after image, as a `Packed` batch. Equal counts need no wait.
+    Otherwise `sizes` says how many rows there are in all and at most in one image: by default it asks the GPU (one
+    wait); under graph capture it returns an upper bound, and the rows past the real total are zeros that no attention
+    call looks at. norm: what they go through next, which is then done at once where that saves a launch."""
     batch, index, counts, ids = state.batch, selection.index, selection.counts, state.ids.flatten()
-    tokens, more = (None if x is None else x.flatten(0, -2) for x in (state.tokens, more))
+    tokens, more = (None if x is None else x.flatten(0, -2) for x in (state.tokens, state.more))
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend), more)
         rows = counts + (selection.blend is not None)
         return Packed(*taken, max(rows, 1), batch, state.seqlen, rows, unpruned=state.unpruned)
     if isinstance(counts, Counts):
-        if selection.blend is not None and more is not None:
-            state, more = state.having(state.tokens + more), None
+        if selection.blend is not None:
+            state = state.summed
+        more = None if state.more is None else more
         tokens, ids, index, counts = _with_fused(state, selection)
         total, longest = sum(counts.host), max(counts.host)
         taken = take_rows(tokens, ids, state.starts, index, counts.device, total, longest, more)
@@ -200,8 +65,13 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     if selection.blend is not None:
         raise ValueError("selection: a fused token needs the same count in every image, got a tensor of counts")
     total, longest = sizes(counts)
-    taken = take_rows(tokens, ids, state.starts, index, counts, total, longest, more)
-    return Packed(*taken, max(longest, 1), batch, state.seqlen, None, None, state.unpruned, counts.contiguous())
+    where, known = (ids, state.starts, index, counts, total, longest, more), (state.seqlen, None, None, state.unpruned)
+    own, normed = counts.contiguous(), None
+    if norm is not None and norms_rows(tokens, more, norm):
+        *taken, normed = take_normed_rows(tokens, *where, norm)
+    else:
+        taken = take_rows(tokens, *where)
+    return Packed(*taken, max(longest, 1), batch, *known, own, normed=normed)
 
 
 def take_padded(state: Padded, selection: Selection, width: int | None = None) -> Padded:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import rows as row_ops
+from . import scores as score_ops
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
 from .loading import load_predictors, private_random
@@ -128,7 +128,7 @@ class Predictor(nn.Module):
         """The log-probabilities of "keep" of a view's patches (batch, patches), in two launches; None where the kernels
         do not run, or where something hangs on this network."""
         patches, x = view.columns - view.prefix, view.state.tokens
-        if x.element_size() != 2 or not 0 < view.state.batch * patches * x.shape[-1] <= row_ops.MOST_SCORED:
+        if x.element_size() != 2 or not 0 < view.state.batch * patches * x.shape[-1] <= score_ops.MOST_SCORED:
             return None
         parts = [*self.in_conv, *self.out_conv]
         kinds = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
@@ -137,7 +137,7 @@ class Predictor(nn.Module):
         state, lengths = view.state, view.lengths
         starts = None if isinstance(lengths, int) else state.starts
         layers = (parts[0], parts[1::2])
-        return row_ops.patch_scores(x.flatten(0, -2), starts, lengths, view.prefix, patches, *layers)
+        return score_ops.patch_scores(x.flatten(0, -2), starts, lengths, view.prefix, patches, *layers)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         x = self.in_conv(x)
@@ -237,7 +237,7 @@ class ATS(Pruner):
         self.samples = per_stage("samples", samples, len(self.at), functools.partial(check_int, least=1))
 
     def select(self, view: View) -> Selection | None:
-        scores = view.importance
+        scores = view.weighed
         if scores is None:  # a view made by hand
             scores = view.cls_attention.sum(-1) * view.value_norm
         return inverse_cdf(scores, view.prefix, self.setting("samples", view.stage), view.lengths)

@@ -1,11 +1,10 @@
-"""The host's side of the small kernels: which rows CLS attends to, which are best, which a mask marks, and how rows
-move, each with its ids in the same launch. Triton where it runs, PyTorch elsewhere; neither waits for the GPU. Where
-gradients are wanted, kernels/flow.py knows the way back."""
+"""The host's side of the kernels that move rows: which of them a mask marks, and how they move, each with its ids in
+the same launch. Triton where it runs, PyTorch elsewhere; neither waits for the GPU. Where gradients are wanted,
+kernels/flow.py knows the way back."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +16,8 @@ from .kernels.padding import image_of_rows
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
+NORMED, MOST_NORMED = 4, 2048  # rows of a program that norms them, too; and the widest it takes
 CHUNK, MASK_CHUNK = 128, 256  # counts, or entries of a mask, that a program adds up at once
-MOST_RANKED = 1024  # patches that one program compares, faster than `topk` and `sort` (times: data/results/notes.md)
-# Numbers in the patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
-MOST_SCORED, WIDEST = 400_000, 384
 
 
 def offsets(counts: Tensor) -> Tensor:
@@ -35,173 +32,18 @@ def equal_offsets(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(0, batch * count + 1, count, device=device, dtype=torch.int32)
 
 
+def added(x: Tensor, more: Tensor | None) -> Tensor:
+    """x, and `more` of its shape added, if there is any."""
+    return x if more is None else x + more
+
+
 def host_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Offsets of images of `lengths` rows, int32 (batch + 1,), on `device`."""
     on_host = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
     return on_host.to(device, non_blocking=True)
 
 
-# ---- scores ----
-
-
-def cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
-                  fill: bool = True) -> Tensor:  # fmt: skip
-    """How much CLS attends to every row of its image: softmax(q[start] . k) per image and head.
-
-    q, k: (rows, nheads, headdim), any strides.  starts, lengths: int32 (batch,), image b owns rows starts[b] to
-    starts[b] + lengths[b]; one int where all are equally long.  width: no image is longer.  Returns float32 (rows,
-    nheads), float64 of such; rows that no image owns are zero, or without `fill` undefined. One row of the attention
-    matrix per head: O(n), never O(n²).
-    """
-    if flow.wanted(q, k):
-        return flow.Looked.apply(q, k, _cls_attention, starts, lengths, width, scale)
-    return _cls_attention(q, k, starts, lengths, width, scale, fill)
-
-
-def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
-                   fill: bool = True) -> Tensor:  # fmt: skip
-    rows, heads, dim = q.shape
-    equal = lengths if isinstance(lengths, int) else 0
-    if not launch.usable(q.device) or q.dtype == torch.float64:
-        lengths = torch.full_like(starts, equal) if equal else lengths
-        return _cls_attention_torch(q, k, starts, lengths, width, scale)
-    from .kernels.rows import cls_kernel
-
-    all_owned = equal * starts.shape[0] == rows or not fill
-    probs = (torch.empty if all_owned else torch.zeros)((rows, heads), device=q.device, dtype=torch.float32)
-    constants = launch.strides_of(Q=q.stride(), K=k.stride()) | launch.head_of(heads, dim)
-    once = 64 < width <= 256 and dim <= 64  # then all keys fit into one tile, and nothing is read twice
-    constants |= {"N": 256 if once else 64, "ONCE": once}
-    key, options = (q.dtype, *constants.values()), {"num_warps": 8 if once else 4}
-    tensors, numbers = (q, k, probs, starts, starts if equal else lengths), (scale * launch.LOG2_E, equal)
-    launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, options)
-    return probs
-
-
-def _cls_attention_torch(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
-    column = torch.arange(width, device=q.device)
-    real = column < lengths[:, None]  # (batch, width)
-    rows = torch.where(real, starts[:, None] + column, 0)
-    first = torch.where(lengths > 0, starts, 0)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # scores are float32 whatever it says
-        scores = torch.einsum("bhd,bnhd->bnh", q[first].to(exact), k[rows].to(exact)) * scale
-    probs = scores.masked_fill(~real[..., None], -math.inf).softmax(1)  # (batch, width, nheads)
-    out = torch.zeros((q.shape[0] + 1, q.shape[1]), device=q.device, dtype=exact)
-    # padding columns all land in one extra row, which is cut off
-    return out.index_copy_(0, torch.where(real, rows, q.shape[0]).flatten(), probs.flatten(0, 1))[:-1]
-
-
-def importance(probs: Tensor, v: Tensor, starts: Tensor, lengths: Tensor | int, width: int) -> Tensor:
-    """How much CLS attends to a row, over all heads, times the norm of the row's values: float32 (batch, width), zero
-    where an image has no row. probs: float32 (rows, nheads), what `cls_attention` returns.  v: (rows, nheads, headdim),
-    any strides.  starts, lengths, width: as there."""
-    rows, heads, dim = v.shape
-    batch, equal = starts.shape[0], lengths if isinstance(lengths, int) else 0
-    if not launch.usable(v.device) or v.dtype == torch.float64 or flow.wanted(v, probs):
-        wide = torch.promote_types(v.dtype, torch.float32)
-        scores = probs.sum(-1) * torch.linalg.vector_norm(v.flatten(-2), dim=-1, dtype=wide).float()
-        column = torch.arange(width, device=v.device)
-        real = (column < (equal or lengths[:, None])).expand(batch, -1)
-        return torch.where(real, scores[torch.where(real, starts[:, None] + column, 0)], 0.0)
-    from .kernels.rows import importance_kernel
-
-    out = probs.new_empty(batch, width)
-    constants = launch.strides_of(V=v.stride()) | launch.head_of(heads, dim) | {"N": 16}
-    grid, key = (batch * -(-width // 16), 1), (v.dtype, *constants.values())
-    tensors = (probs, v, starts, starts if equal else lengths, out)
-    launch.start(importance_kernel, key, grid, tensors, (equal, width), constants, {})
-    return out
-
-
-def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix: int, patches: int, norm: nn.LayerNorm,
-                 layers: Sequence[nn.Linear]) -> Tensor | None:  # fmt: skip
-    """DynamicViT's scores float32 (batch, patches) of tokens x (rows, dim), -inf where an image has no patch, or None:
-    the kernels do not run. starts, lengths: as in `cls_attention`; equal lengths need no starts.  prefix: so many rows
-    are no patches.  patches: of the largest image.  norm, layers: a `Predictor`'s."""
-    dim, weights = x.shape[1], [norm.weight, norm.bias, *(t for layer in layers for t in (layer.weight, layer.bias))]
-    equal = lengths if isinstance(lengths, int) else 0
-    batch = x.shape[0] // equal if equal else lengths.shape[0]
-    plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
-    plain &= dim % 8 == 0 and dim <= WIDEST and x.dtype in (torch.float16, torch.bfloat16)
-    if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
-        return None
-    from .kernels.scorer import score_patches
-
-    places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
-    return score_patches(x.contiguous(), places, equal, batch, prefix, patches, norm.eps, weights)
-
-
 # ---- which rows ----
-
-
-def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False, patches_only: bool = False,
-              rest: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Row numbers, int64 (batch, prefix + count), of the first `prefix` rows and the `count` best others of every
-    image; and, if `rest` is wanted, float32 (batch, n), the scores of the patches that are not among them, else zero.
-
-    scores: (batch, n), or (batch, n, nheads), and the mean over the last counts; the first `prefix` columns ignored, or
-    (patches_only) not there. Best first, or (in_place) in the order in which they stand. Of equal scores the earlier is
-    better, and NaN is better than any number.
-    """
-    skip = 0 if patches_only else prefix
-    batch, patches = scores.shape[0], scores.shape[1] - skip
-    if not launch.usable(scores.device) or scores.dtype == torch.float64 or not 0 < patches <= MOST_RANKED:
-        scores = scores.mean(-1) if scores.dim() == 3 else scores
-        best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
-        index = with_prefix(best.sort(1).values if in_place else best, prefix)
-        return index, _without(scores, index, prefix, skip) if rest else None
-    from .kernels.rows import rank_kernel
-
-    index = torch.empty(batch, prefix + count, dtype=torch.int64, device=scores.device)
-    differentiable = rest and scores.requires_grad and torch.is_grad_enabled()
-    rest = rest and not differentiable
-    left = torch.empty(batch, prefix + patches, dtype=torch.float32, device=scores.device) if rest else None
-    width, options = _lanes(patches, prefix)
-    constants = {"PREFIX": prefix, "SKIP": skip, "HEADS": 1, "IN_PLACE": in_place, "REST": rest, "N": width,
-                 "CHUNK": 32}  # fmt: skip
-    if scores.dim() == 3:
-        scores = scores if scores.stride(2) == 1 else scores.contiguous()
-        constants["HEADS"] = scores.shape[2]
-    key = (scores.dtype, *constants.values())
-    numbers = (*scores.stride()[:2], patches, count)
-    tensors = (scores, index, left if rest else index)
-    launch.start(rank_kernel, key, (batch, 1), tensors, numbers, constants, options)
-    return index, _without(scores, index, prefix, skip) if differentiable else left
-
-
-def _lanes(patches: int, prefix: int) -> tuple[int, dict]:
-    """How wide a program is that compares the patches of an image with each other, and its launch options. Every keep
-    rate leaves another number of patches: those of an ordinary image share one kernel."""
-    from triton import next_power_of_2
-
-    width = max(256, next_power_of_2(max(patches, prefix)))
-    return width, {"num_warps": 8 if width == 256 else 16}
-
-
-def _without(scores: Tensor, index: Tensor, prefix: int, skip: int) -> Tensor:
-    scores = scores.mean(-1) if scores.dim() == 3 else scores
-    scores = scores[:, skip:].to(torch.promote_types(scores.dtype, torch.float32))
-    return torch.nn.functional.pad(scores, (prefix, 0)).scatter(1, index, 0.0)
-
-
-def sampled_rows(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> tuple[Tensor, Tensor] | None:
-    """`inverse_cdf` of rules.py in one launch: row numbers int64 (batch, n), those drawn first, and how many they
-    are, int32 (batch,). scores: float32 (batch, n).  lengths: int32 (batch,), or one int, the rows of each image. None
-    where the kernel does not run."""
-    batch, n = scores.shape
-    if not launch.usable(scores.device) or scores.dtype != torch.float32 or not 0 < n - prefix <= MOST_RANKED:
-        return None
-    from .kernels.rows import sample_kernel
-
-    scores, equal = scores.contiguous(), lengths if isinstance(lengths, int) else 0
-    index, order = (torch.empty(batch, n, dtype=torch.int64, device=scores.device) for _ in range(2))
-    steps, counts = torch.empty_like(scores), torch.empty(batch, dtype=torch.int32, device=scores.device)
-    width, options = _lanes(n - prefix, prefix)
-    constants = {"PREFIX": prefix, "N": width, "CHUNK": 32}
-    tensors = (scores, counts if equal else lengths.contiguous(), index, counts, steps, order)
-    launch.start(sample_kernel, tuple(constants.values()), (batch, 1), tensors, (n, equal, samples), constants, options)
-    return index, counts
 
 
 def grid_rows(x: Tensor, cu_seqlens: Tensor, width: int, fill: float) -> Tensor:
@@ -280,7 +122,7 @@ def move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Tens
     row is named twice.
     """
     if flow.wanted(x, blend, more):
-        return flow.Moved.apply(x if more is None else x + more, blend, _move_rows, ids, starts, index)
+        return flow.Moved.apply(added(x, more), blend, _move_rows, ids, starts, index)
     return _move_rows(x, ids, starts, index, blend, more)
 
 
@@ -289,7 +131,7 @@ def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Ten
     (batch, count), dim, fused = index.shape, x.shape[1], blend is not None
     rows = count + fused
     if not launch.usable(x.device) or rows == 0:
-        moved = _move_rows_torch(x if more is None else x + more, ids, starts, index, blend)
+        moved = _move_rows_torch(added(x, more), ids, starts, index, blend)
         return *moved, equal_offsets(batch, rows, x.device)
     from .kernels.rows import move_kernel
 
@@ -333,8 +175,24 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
     how = (ids, starts, index, counts, total, longest)
     if flow.wanted(x, more):
         sources = lambda: _sources(starts, index, counts, total)[:2]  # noqa: E731
-        return flow.Taken.apply(x if more is None else x + more, lambda x: _take_rows(x, *how), sources)
+        return flow.Taken.apply(added(x, more), lambda x: _take_rows(x, *how), sources)
     return _take_rows(x, *how, more)
+
+
+def norms_rows(x: Tensor, more: Tensor | None, norm: nn.LayerNorm) -> bool:
+    """Whether `take_normed_rows` runs for tokens x (n, dim), more, and a plain layer norm: in a kernel, without
+    gradients, all in one dtype and on one device."""
+    weights = (norm.weight, norm.bias)
+    alike = all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in weights)
+    fits = x.shape[1] == norm.weight.numel() <= MOST_NORMED and x.dtype != torch.float64
+    autocast = torch.is_autocast_enabled(x.device.type)  # which would have the norm return float32
+    return launch.usable(x.device) and fits and alike and not autocast and not flow.wanted(x, more, *weights)
+
+
+def take_normed_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
+                     more: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`take_rows`, and the tokens after norm, (total, dim), in the same launch. Only where `norms_rows`."""
+    return _take_rows(x, ids, starts, index, counts, total, longest, more, norm)
 
 
 def picked_rows(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
@@ -366,21 +224,26 @@ def first_rows(x: Tensor, starts: Tensor, count: int) -> Tensor:
 
 
 def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
-               more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+               more: Tensor | None = None, norm: nn.LayerNorm | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     if not launch.usable(x.device):
-        return _take_rows_torch(x if more is None else x + more, ids, starts, index, counts, total)
+        return _take_rows_torch(added(x, more), ids, starts, index, counts, total)
     from .kernels.rows import take_kernel
 
     x, ids, starts, index, counts = (t.contiguous() for t in (x, ids, starts, index, counts))
     batch, dim = counts.shape[0], x.shape[1]
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     cu_seqlens = counts.new_empty(batch + 1)
-    constants = _constants(dim) | {"CHUNK": CHUNK, "SUM": more is not None}
+    constants = _constants(dim) | {"CHUNK": CHUNK, "SUM": more is not None, "NORM": norm is not None}
+    normed, weight, bias, eps = out, x, x, 0.0
+    if norm is not None:  # a program has whole rows, so fewer of them
+        normed, weight, bias, eps = torch.empty_like(out), norm.weight, norm.bias, norm.eps
+        constants |= {"ROWS": NORMED, "BLOCK": 1 << (dim - 1).bit_length()}
     more = x if more is None else more.contiguous()
-    grid = (batch + 1, min(max(1, -(-longest // ROWS)), 65535))  # the kernel's loop covers what is left
-    tensors, key = (x, more, ids, starts, index, counts, out, out_ids, cu_seqlens), (x.dtype, dim, constants["SUM"])
-    launch.start(take_kernel, key, grid, tensors, (batch, total, index.shape[1]), constants, {})
-    return out, out_ids, cu_seqlens
+    grid = (batch + 1, min(max(1, -(-longest // constants["ROWS"])), 65535))  # the kernel's loop covers what is left
+    tensors = (x, more, ids, starts, index, counts, weight, bias, out, normed, out_ids, cu_seqlens)
+    numbers, key = (batch, total, index.shape[1], eps), (x.dtype, dim, constants["SUM"], constants["NORM"])
+    launch.start(take_kernel, key, grid, tensors, numbers, constants, {})
+    return (out, out_ids, cu_seqlens) if norm is None else (out, out_ids, cu_seqlens, normed)
 
 
 def _take_rows_torch(x, ids, starts, index, counts, total) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .packing import Counts, Packed, Padded, Selection
-from .rows import best_rows, cls_attention, equal_offsets, importance, kept_rows, sampled_rows, with_prefix
+from .rows import equal_offsets, kept_rows, with_prefix
+from .scores import Importance, best_rows, cls_attention, importance, sampled_rows
 
 
 def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -28,9 +29,9 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
     stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
-    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated.  importance: float32
-    (batch, n), the attention of CLS summed over heads, times that norm. The last three only where the pruner `needs`
-    them; they are zero in padding.  apply: `run_module`, compiled where the model is."""
+    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated.  weighed: the parts of
+    `importance`, which the sampling kernel adds up itself. The last three only where the pruner `needs` them; they are
+    zero in padding.  apply: `run_module`, compiled where the model is."""
 
     state: Packed | Padded
     prefix: int
@@ -38,7 +39,13 @@ class View:
     cls_attention: Tensor | None = None
     value_norm: Tensor | None = None
     apply: Callable[..., Tensor] = run_module
-    importance: Tensor | None = None
+    weighed: Importance | None = None
+
+    @functools.cached_property
+    def importance(self) -> Tensor | None:
+        """The attention of CLS summed over heads, times `value_norm`: float32 (batch, n), zero in padding. None where
+        the pruner does not need it."""
+        return None if self.weighed is None else self.weighed.grid()
 
     @functools.cached_property
     def lengths(self) -> Tensor | int:
@@ -53,12 +60,12 @@ class View:
         state, lead, parts = self.state, q.shape[:-2], dict(vars(self), lengths=self.lengths)
         heads = (q, k, v) if q.dim() == 3 else [x.flatten(0, -3) for x in (q, k, v)]
         places = (state.starts, self.lengths, state.width)
-        if needs & {"attention", "importance"}:
-            probs = cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
-        if "attention" in needs:
-            parts["cls_attention"] = state.grid(probs.view(*lead, -1))  # (batch, n, nheads)
         if "importance" in needs:
-            parts["importance"] = importance(probs, heads[2], *places)  # (batch, n)
+            parts["weighed"] = importance(*heads, *places, scale)
+        if "attention" in needs:
+            seen = parts.get("weighed")
+            probs = seen.probs.t() if seen else cls_attention(*heads[:2], *places, scale, fill=False)  # (rows, nheads)
+            parts["cls_attention"] = state.grid(probs.unflatten(0, lead))  # (batch, n, nheads)
         if "values" in needs:
             parts["value_norm"] = state.grid(row_norms(v.flatten(-2)))  # (batch, n)
         view = object.__new__(View)  # `dataclasses.replace` asks all fields one by one, and `lengths` may be a launch
@@ -147,15 +154,17 @@ def kept(keep: Tensor, prefix: int, real: Tensor) -> Selection:
     return Selection(index, counts if alike else counts.minimum(real.sum(1, dtype=torch.int32)))
 
 
-def inverse_cdf(scores: Tensor, prefix: int, samples: int, lengths: Tensor | int) -> Selection:
+def inverse_cdf(scores: Tensor | Importance, prefix: int, samples: int, lengths: Tensor | int) -> Selection:
     """Adaptive sampling: where the scores are concentrated, many sample points hit the same patch, and few stay.
 
-    The scores (batch, n) of an image behind its `prefix`, sorted and summed up, make a staircase from 0 to 1. `samples`
-    evenly spaced heights, from the first positive step to 1, each pick the nearest step; patches picked more than once
-    stay once, lowest score first. lengths: rows of each image, int32 (batch,), or one int for all.
+    The scores of an image behind its `prefix`, sorted and summed up, make a staircase from 0 to 1. `samples` evenly
+    spaced heights, from the first positive step to 1, each pick the nearest step; patches picked more than once stay
+    once, lowest score first. scores: (batch, n), or their parts.  lengths: rows of each image, int32 (batch,), or one
+    int for all.
     """
     if (sampled := sampled_rows(scores, prefix, samples, lengths)) is not None:
         return Selection(*sampled)
+    scores = scores.grid() if isinstance(scores, Importance) else scores
     scores, column = scores[:, prefix:].float(), torch.arange(prefix, scores.shape[1], device=scores.device)
     real = (column < (lengths if isinstance(lengths, int) else lengths[:, None])).expand(scores.shape)
     if scores.shape[1] == 0:  # no patch is left in any image: nothing to choose from

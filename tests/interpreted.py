@@ -27,6 +27,7 @@ from attention_cases import (
 import ragged
 from ragged import launch, packing, tiles
 from ragged import rows as row_ops
+from ragged import scores as score_ops
 from ragged.gradients import split_projection
 from ragged.kernels import attention as kernels
 from ragged.pruners import Predictor
@@ -183,6 +184,33 @@ def test_one_projection_has_one_gradient():
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dim", [5, 48, 130])
+@pytest.mark.parametrize("total, longest", [(12, 6), (9, 6), (4, 2)])
+def test_rows_are_taken_and_normed_in_one_launch(total, longest, dim, dtype):
+    """With and without something to add, surplus rows, and a capacity that is too small."""
+    norm = torch.nn.LayerNorm(dim, eps=1e-3, dtype=dtype)
+    for weight in norm.parameters():
+        torch.nn.init.normal_(weight)
+    x, more, ids = torch.randn(20, dim).to(dtype), torch.randn(20, dim).to(dtype), torch.arange(20)
+    starts, counts = torch.tensor([0, 7, 14], dtype=torch.int32), torch.tensor([3, 0, 6], dtype=torch.int32)
+    index = torch.stack([torch.randperm(6) for _ in range(3)])
+    for added in (None, more):
+        assert row_ops.norms_rows(x, added, norm)
+        given = (x, ids, starts, index, counts, total, longest, added)
+        *got, normed = row_ops.take_normed_rows(*given, norm)
+        for a, b in zip(got, row_ops.take_rows(*given), strict=True):
+            assert torch.equal(a, b)
+        want = torch.nn.functional.layer_norm(got[0].float(), (dim,), norm.weight.float(), norm.bias.float(), norm.eps)
+        torch.testing.assert_close(normed, want.to(dtype))
+    for other in (torch.nn.LayerNorm(dim, dtype=torch.float64), torch.nn.LayerNorm(dim + 1, dtype=dtype)):
+        assert not row_ops.norms_rows(x, None, other)
+    with torch.enable_grad():
+        assert not row_ops.norms_rows(x.clone().requires_grad_(), None, norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not row_ops.norms_rows(x, None, norm)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 16), (6, 2, 24), (9, 3, 64)])
 @pytest.mark.parametrize("piece, length", [(None, 3), (4, 3), (None, 40)])
 def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, piece, length, monkeypatch):
@@ -205,9 +233,9 @@ def test_a_tree_s_rows_are_joined_as_in_pytorch(dtype, heads, kv_heads, dim, pie
 def test_attention_of_cls(lengths, dim, dtype):
     q, k, _, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
     sizes = (cu[:-1], cu.diff(), max(lengths), dim**-0.5)
-    probs = row_ops.cls_attention(q, k, *sizes)
+    probs = score_ops.cls_attention(q, k, *sizes)
     assert probs.shape == q.shape[:2] and probs.dtype == torch.float32
-    torch.testing.assert_close(probs, row_ops._cls_attention_torch(q, k, *sizes), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probs, score_ops._cls_attention_torch(q, k, *sizes), rtol=1e-4, atol=1e-6)
     for b, length in enumerate(lengths):
         if length:
             torch.testing.assert_close(probs[cu[b] : cu[b + 1]].sum(0), torch.ones(3))
@@ -219,26 +247,34 @@ def test_attention_of_cls_leaves_padding_alone():
     lengths, starts = torch.tensor([4, 10], dtype=torch.int32), torch.tensor([0, 10], dtype=torch.int32)
     k = k.clone()
     k[4:10] = math.nan
-    probs = row_ops.cls_attention(q, k, starts, lengths, 10, 0.25)
+    probs = score_ops.cls_attention(q, k, starts, lengths, 10, 0.25)
     assert not probs[4:10].any() and probs.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("dim", [16, 48])
-@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 18], [17, 17]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 18], [17, 17], [70, 129], [3, 300]], ids=str)
 def test_importance(lengths, dim, dtype, monkeypatch):
     q, k, v, cu, *_ = inputs(lengths, heads=3, dim=dim, dtype=dtype)
-    probs = torch.rand(len(q), 3)
     known = lengths[0] if len(set(lengths)) == 1 else cu.diff()
-    found = row_ops.importance(probs, v, cu[:-1], known, max(lengths))
+    places = (cu[:-1], known, max(lengths))
+    parts = score_ops.importance(q, k, v, *places, 0.3)
+    assert parts.squares is not None and torch.equal(parts.probs.t(), score_ops.cls_attention(q, k, *places, 0.3))
+    found = parts.grid()
     assert found.shape == (len(lengths), max(lengths)) and found.dtype == torch.float32
     for b, n in enumerate(lengths):
         rows = slice(cu[b], cu[b + 1])
-        want = probs[rows].sum(1) * v[rows].float().flatten(1).norm(dim=1)
+        want = parts.probs[:, rows].sum(0) * v[rows].float().flatten(1).norm(dim=1)
         torch.testing.assert_close(found[b, :n], want)
         assert not found[b, n:].any()
-    monkeypatch.setattr(row_ops.launch, "usable", lambda device: False)
-    torch.testing.assert_close(row_ops.importance(probs, v, cu[:-1], known, max(lengths)), found)
+    if max(lengths) > 1:  # the kernel that samples adds the parts up itself
+        index, counts = score_ops.sampled_rows(parts, 1, 7, known)
+        want, want_counts = score_ops.sampled_rows(found, 1, 7, known)
+        assert torch.equal(counts, want_counts)
+        for n, got, all_rows in zip(counts.tolist(), index, want, strict=True):
+            assert torch.equal(got[:n].sort().values, all_rows[:n].sort().values)
+    monkeypatch.setattr(score_ops.launch, "usable", lambda device: False)
+    torch.testing.assert_close(score_ops.importance(q, k, v, *places, 0.3).grid(), found, rtol=1e-4, atol=1e-6)
 
 
 # --- copies
@@ -416,7 +452,7 @@ def test_ranking(n, prefix, count, dtype, monkeypatch):
     def both():
         for in_place in (False, True):
             for x, words in zip((scores, beside), given):
-                yield in_place, *row_ops.best_rows(x, prefix, count, in_place=in_place, **words)
+                yield in_place, *score_ops.best_rows(x, prefix, count, in_place=in_place, **words)
 
     ours = list(both())
     for in_place, index, rest in ours:
@@ -427,18 +463,18 @@ def test_ranking(n, prefix, count, dtype, monkeypatch):
     for (_, index, rest), (_, want, want_rest) in zip(ours, both()):
         assert torch.equal(index, want)
         torch.testing.assert_close(rest, want_rest, rtol=0, atol=0, equal_nan=True)
-    assert row_ops.best_rows(scores, prefix, count)[1] is None
+    assert score_ops.best_rows(scores, prefix, count)[1] is None
 
 
 def test_ranking_by_the_mean_of_heads(monkeypatch):
     scores = torch.randn(3, 60, 6, generator=torch.Generator().manual_seed(0))[:, :50]
-    want = row_ops.best_rows(scores.mean(-1), 1, 20, rest=True)
+    want = score_ops.best_rows(scores.mean(-1), 1, 20, rest=True)
     for given in (scores, scores.transpose(0, 2).contiguous().transpose(0, 2)):
-        got = row_ops.best_rows(given, 1, 20, rest=True)
+        got = score_ops.best_rows(given, 1, 20, rest=True)
         assert torch.equal(got[0], want[0])
         torch.testing.assert_close(got[1], want[1])
     monkeypatch.setattr(launch, "usable", lambda device: False)
-    assert torch.equal(row_ops.best_rows(scores, 1, 20, rest=True)[0], want[0])
+    assert torch.equal(score_ops.best_rows(scores, 1, 20, rest=True)[0], want[0])
 
 
 def test_pack_repack_unpack():
@@ -519,7 +555,7 @@ def test_the_row_of_cls_has_gradients(lengths, dtype, monkeypatch):
     cu = torch.tensor([0, *([9, 9] if lengths == 9 else lengths)]).cumsum(0).int()
     sizes = (cu[:-1], 9 if lengths == 9 else cu.diff(), int(cu.diff().max()), 0.3)
     qkv = torch.randn(int(cu[-1]), 3, 2, 20, dtype=dtype)
-    run = lambda qkv: row_ops.cls_attention(qkv[:, 0], qkv[:, 1], *sizes)  # noqa: E731
+    run = lambda qkv: score_ops.cls_attention(qkv[:, 0], qkv[:, 1], *sizes)  # noqa: E731
     (got,), (want,) = by_both_ways(monkeypatch, run, qkv)
     torch.testing.assert_close(got, want, rtol=2e-3 if dtype == torch.float16 else 1e-4, atol=1e-5)
     assert got[:, 1].abs().sum() > 0

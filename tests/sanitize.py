@@ -22,6 +22,7 @@ import torch
 
 from ragged import launch
 from ragged import rows as row_ops
+from ragged import scores as score_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.backends import BACKENDS
@@ -224,7 +225,7 @@ def cls(device, dtype, dim):
     cu = offsets(counts, "cpu")
     starts, lengths = cu[:-1].contiguous().to(device), cu.diff().to(device)
     for _ in range(2):
-        probs = row_ops.cls_attention(q, k, starts, lengths, 70, dim**-0.5).cpu()
+        probs = score_ops.cls_attention(q, k, starts, lengths, 70, dim**-0.5).cpu()
     for start, n in zip(cu.tolist(), counts):
         scores = torch.einsum(
             "hd,nhd->nh", q.cpu()[start : start + 1].sum(0).float(), k.cpu()[start : start + n].float()
@@ -285,7 +286,7 @@ def returns(device, dtype, batch):
     calls = (
         (lambda x: row_ops.take_rows(x, ids, starts, index, counts, int(counts.sum()) + 5, n)[0], (x,)),
         (lambda x, b: row_ops.move_rows(x, ids, starts, index[:, :7], b)[0], (x, blend)),
-        (lambda q, k: row_ops.cls_attention(q, k, starts, counts, n, 0.3), (q, k)),
+        (lambda q, k: score_ops.cls_attention(q, k, starts, counts, n, 0.3), (q, k)),
     )
     for call, leaves in calls:
         found = []
@@ -303,7 +304,7 @@ def ranks(device, dtype, n):
     want = scores.cpu()[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : n // 2] + 1
     for in_place, rows in ((False, want), (True, want.sort(1).values)):
         for _ in range(2):
-            got, rest = row_ops.best_rows(scores, 1, n // 2, in_place=in_place, rest=True)
+            got, rest = score_ops.best_rows(scores, 1, n // 2, in_place=in_place, rest=True)
             assert torch.equal(got.cpu()[:, 1:], rows)
             assert torch.equal(rest.cpu(), torch.nn.functional.pad(scores.cpu()[:, 1:].float(), (1, 0)).scatter(
                 1, got.cpu(), 0.0))  # fmt: skip

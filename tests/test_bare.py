@@ -56,7 +56,7 @@ def test_settings_and_weights_are_those_of_the_moment():
 
 def test_a_plain_block_calls_no_module():
     bare = RaggedViT(vit()).survey.bare[0]
-    steps = [*bare._project, *bare._attention, *bare._rest, *bare._q, *bare._k]
+    steps = [*bare._project, *bare._attention, *bare._norm, *bare._rest, *bare._q, *bare._k]
     assert len(steps) == 7 and not any(isinstance(step, nn.Module) for step in steps)
 
 
@@ -78,7 +78,7 @@ def test_what_hangs_on_a_module_is_not_left_out(monkeypatch):
 def test_only_an_eager_pass_in_eval_mode_leaves_the_modules_out():
     model, x = RaggedViT(vit(proj_drop_rate=0.5)), torch.randn(2, 3, 32, 32)
     calls = []
-    for name in ("project", "finish_attention", "finish_block", "padded_block"):
+    for name in ("begin_block", "finish_attention", "end_block", "padded_block"):
         piece = model._run[name]
         model._run[name] = lambda block, *a, piece=piece: calls.append(type(block)) or piece(block, *a)
     model(x)

@@ -17,6 +17,7 @@ import torch
 import ragged
 from ragged import launch
 from ragged import rows as row_ops
+from ragged import scores as score_ops
 from ragged.kernels import attention as kernels
 from ragged.kernels import backward as backward_kernels
 from ragged.kernels import flow, patches
@@ -137,24 +138,28 @@ def record_the_others(recorder, dims, dtypes):
         row_ops.first_rows(x, cu[:-1], 1)
         for more in (None, torch.empty_like(x)):
             row_ops.take_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16, more)
+            norm = torch.nn.LayerNorm(768, dtype=dtype)
+            row_ops.take_normed_rows(x, ids, cu[:-1], ids[None], cu[1:], 16, 16, more, norm)
         flow._returned(x, ids)
         flow._returned(x, ids, torch.zeros(16), ids)
         table = torch.zeros(3, patches.COLUMNS, dtype=torch.int64)
         patches.pixel_rows(table, x, 16, 1, (16, 16))
         patches.place_rows(table, x, x[:1], 16, True)
         for n in (17, 197, 577, 1025):
-            row_ops.best_rows(torch.empty(1, n, 6), 1, n // 2, rest=True)
-            row_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
-            row_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
+            score_ops.best_rows(torch.empty(1, n, 6), 1, n // 2, rest=True)
+            score_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
+            score_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
         for width in (192, 384) if dtype != torch.float32 else ():
             norm, layers = predictor_parts(width, dtype)
             x = torch.empty(32, width, dtype=dtype)
-            row_ops.patch_scores(x, None, 16, 1, 15, norm, layers)
-            row_ops.patch_scores(x, cu[:-1], cu[1:], 1, 15, norm, layers)
+            score_ops.patch_scores(x, None, 16, 1, 15, norm, layers)
+            score_ops.patch_scores(x, cu[:-1], cu[1:], 1, 15, norm, layers)
         for dim in dims:
             q, k, v = torch.empty(16, 3, 6, dim, dtype=dtype).unbind(1)
-            probs = row_ops.cls_attention(q, k, cu[:-1], cu[1:], 16, 0.1)
-            row_ops.importance(probs, v, cu[:-1], cu[1:], 16)
+            for n in (16, 197):
+                score_ops.cls_attention(q, k, cu[:-1], cu[1:], n, 0.1)
+                parts = score_ops.importance(q, k, v, cu[:-1], cu[1:], n, 0.1)
+                score_ops.sampled_rows(parts, 1, 8, cu[1:])
             flow._looked_kernel(q, k, torch.zeros(16, 6), torch.zeros(16, 6), cu[:-1], cu[1:], 0, 0.1)
             kernels.paper_attend(q, k, v, cu, 16, 0.1)
             for keys, parts in ((5, 1), (5, 4), (64, 1)):  # a tree, whole and in pieces, and a prompt that is read

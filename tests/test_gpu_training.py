@@ -10,6 +10,7 @@ from pruner_cases import build, pictures, small_vit
 
 import ragged
 from ragged import rows as row_ops
+from ragged import scores as score_ops
 
 pytestmark = [pytest.mark.gpu]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,7 +49,7 @@ def test_moved_rows(fused, dtype, monkeypatch):
 def test_the_row_of_cls(dtype, monkeypatch):
     _, _, cu = ragged_index()
     qkv = torch.randn(int(cu[-1]), 3, 6, 64, device="cuda", dtype=dtype)
-    run = lambda x: row_ops.cls_attention(x[:, 0], x[:, 1], cu[:-1], cu.diff(), 197, 0.125)  # noqa: E731
+    run = lambda x: score_ops.cls_attention(x[:, 0], x[:, 1], cu[:-1], cu.diff(), 197, 0.125)  # noqa: E731
     (got,), (want,) = by_both_ways(monkeypatch, run, qkv)
     scale = float(want.abs().max())
     torch.testing.assert_close(got, want, rtol=1e-2, atol=(1e-5 if dtype == torch.float32 else 1e-2) * scale)

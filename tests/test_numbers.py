@@ -29,6 +29,7 @@ from pruner_cases import arguments as settings_for
 import ragged
 from ragged import launch
 from ragged import rows as row_ops
+from ragged import scores as score_ops
 from ragged.pruners import GivenLengths
 
 gpu = pytest.mark.gpu
@@ -212,10 +213,10 @@ def test_a_broken_image_stays_alone(device, backend, value):
 def test_a_broken_image_s_scores_stay_alone(device, value):
     q, k, _, cu, *_ = inputs([5, 1, 18, 3], heads=3, device=device)
     sizes = (cu[:-1], cu.diff(), 18, 0.25)
-    want = row_ops.cls_attention(q, k, *sizes)
+    want = score_ops.cls_attention(q, k, *sizes)
     for victim in range(4):
         broken, others = poisoned((q, k, q, cu, cu, 18, 18), victim, value)
-        assert torch.equal(row_ops.cls_attention(*broken[:2], *sizes)[others], want[others])
+        assert torch.equal(score_ops.cls_attention(*broken[:2], *sizes)[others], want[others])
 
 
 @devices
@@ -336,9 +337,9 @@ def test_every_copied_and_scored_number_is_written(dirty, device):
         assert got_ids.tolist() == [*rows.tolist(), -1, -1, -1, -1]
     scores = torch.arange(40, device=device).float().remainder(7).view(2, 20)
     want = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :12] + 1
-    assert torch.equal(row_ops.best_rows(scores, 1, 12)[0], torch.nn.functional.pad(want, (1, 0)))
+    assert torch.equal(score_ops.best_rows(scores, 1, 12)[0], torch.nn.functional.pad(want, (1, 0)))
     q, k, _, cu, *_ = inputs([70, 1, 5], heads=3, device=device)
-    probs = row_ops.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
+    probs = score_ops.cls_attention(q, k, cu[:-1], cu.diff(), 70, 0.25)
     assert probs.isfinite().all()
     torch.testing.assert_close(probs[:70].sum(0), torch.ones(3, device=device))
 
@@ -381,7 +382,7 @@ def test_more_than_two_to_the_31_elements(backend, ragged_lengths):
 def _check_cls(q, k, cu, counts, images):
     """The row of CLS on the same tensors."""
     lengths = cu.diff()
-    probs = row_ops.cls_attention(q, k, cu[:-1], lengths, max(counts), 0.125)
+    probs = score_ops.cls_attention(q, k, cu[:-1], lengths, max(counts), 0.125)
     for b in images:
         rows = slice(*cu[b : b + 2].tolist())
         want = torch.einsum("hd,nhd->nh", q[rows.start].double(), k[rows].double()).mul(0.125).softmax(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ragged
-from ragged import packing, rows
+from ragged import packing, rows, scores
 from ragged.packing import Padded, Selection
 
 LENGTHS = [4, 0, 1, 6, 3]
@@ -76,9 +76,9 @@ def test_attention_of_cls(lengths):
     cu = offsets(LENGTHS if lengths is LENGTHS else [4] * 3)
     q, k = random(int(cu[-1]), 2, 3), random(int(cu[-1]), 2, 3, seed=3)
     sizes = (cu[:-1], cu.diff() if lengths is LENGTHS else 4, longest, 0.7)
-    look = lambda q, k: rows.cls_attention(q, k, *sizes)  # noqa: E731
+    look = lambda q, k: scores.cls_attention(q, k, *sizes)  # noqa: E731
     assert look(q, k).dtype == torch.float64 and torch.autograd.gradcheck(look, (q, k))
-    assert rows.cls_attention(q.float(), k.float(), *sizes).dtype == torch.float32
+    assert scores.cls_attention(q.float(), k.float(), *sizes).dtype == torch.float32
 
 
 @torch.enable_grad()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..blocks import Pending
-from .parts import Chain, Recorded, Recorder, Rest, rest_sizes, to_the_end
+from ..cuts import Pending
+from .parts import HIDDEN, Chain, Recorded, Recorder, Rest, rest_sizes, to_the_end
 
 
 class Captured(Recorded):
@@ -49,21 +49,26 @@ def capture_batch(
     """Record `model` for batches like images (batch, channels, height, width); warmup, between, wait: as in `capture`.
     """
     recorder, captured = Recorder(model), Captured(model, images)
-    pending: list[Pending] = []
+    captured._rows = images.shape[0] * (model.vit.patch_embed.num_patches + model.prefix)
+    hides = not captured.padded and captured._rows * model.vit.embed_dim**2 <= HIDDEN
 
-    def front(wait: bool, after_block: Callable[[], None]) -> object:
+    def front(wait: bool, after_block: Callable[[], None]) -> Tensor | Pending:
         result = model.begin(images, after_block=after_block)
         if wait and not isinstance(result, Tensor):
-            pending.append(result)
-            return None
+            return result
         captured._cuts = []
         return to_the_end(result, None, captured._cuts, after_block)
 
+    def behind(result: Tensor | Pending) -> Callable[[], Pending] | None:
+        return result.ahead if hides and isinstance(result, Pending) else None
+
     for _ in range(warmup):
         recorder.try_out(functools.partial(front, False))
-    captured.front = recorder.record(functools.partial(front, wait))
-    captured._rows = images.shape[0] * (model.vit.patch_embed.num_patches + model.prefix)
-    if pending:
+    captured.front = recorder.record(functools.partial(front, wait), behind)
+    pending = captured.front.result
+    if isinstance(pending, Pending):
         captured.front.replay()
-        captured.rest = Rest(recorder, pending[0], rest_sizes(pending[0], captured.padded, between), captured.padded)
+        captured.front.replay_last()
+        sizes = rest_sizes(pending, captured.padded, between)
+        captured.rest = Rest(recorder, pending, sizes, captured.padded, captured.front)
     return captured

@@ -19,10 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import blocks, launch
+from .. import cuts, launch
 from ..backends import BACKENDS
-from ..blocks import Pass, Pending
 from ..checks import check_image_list, check_packed, weight_of
+from ..cuts import Pass, Pending
 from ..kernels.padding import image_of_rows
 from ..packing import Counts, Packed
 from ..rules import View
@@ -116,7 +116,7 @@ class CapturedList(Recorded):
         `Pass`."""
         model, rows = self.model, self._capacity(size)
         run = Pass(BACKENDS[model.picked], after_block=after_block)
-        result = model._blocks(blocks.laid_out(self._state(size, rows), run.backend, True), -1, run)
+        result = model._blocks(cuts.laid_out(self._state(size, rows), run.backend, run.backend.packs_first), -1, run)
         if wait and not isinstance(result, Tensor):
             self._hand_over(result)
             return None
@@ -272,19 +272,19 @@ class CapturedTokens(CapturedList):
 
 def _tensors(pending: Pending) -> list[Tensor]:
     """Everything at a cut that the rest of the pass reads."""
-    cut = pending.cut
-    given = (cut.state.tokens, cut.more, cut.state.ids, cut.state.cu_seqlens, cut.selection.index, cut.selection.counts)
+    state, chosen = pending.cut.state, pending.cut.selection
+    given = (state.tokens, state.more, state.ids, state.cu_seqlens, chosen.index, chosen.counts)
     return [x for x in given if x is not None]
 
 
 def _copy_of(pending: Pending) -> Pending:
     """The same pass at the same cut, on memory of its own."""
     cut, state, chosen = pending.cut, pending.cut.state, pending.cut.selection
-    state = replace(state, tokens=state.tokens.clone(), ids=state.ids.clone(), cu_seqlens=state.cu_seqlens.clone(),
-                    rows=None, unpruned=None, own=None)  # fmt: skip
+    more = None if state.more is None else state.more.clone()
+    state = replace(state, tokens=state.tokens.clone(), more=more, ids=state.ids.clone(),
+                    cu_seqlens=state.cu_seqlens.clone(), rows=None, unpruned=None, own=None)  # fmt: skip
     chosen = replace(chosen, index=chosen.index.clone(), counts=chosen.counts.clone())
-    more = None if cut.more is None else cut.more.clone()
-    return replace(pending, cut=replace(cut, state=state, selection=chosen, more=more))
+    return replace(pending, cut=replace(cut, state=state, selection=chosen))
 
 
 def capture_list(

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from .. import launch
 from ..backends import BACKENDS
-from ..blocks import Pending
+from ..cuts import Pending
 
 STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that is surplus on average
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
 WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
+# Rows times dim² up to which an MLP for all rows takes no longer than the wait, 80 µs on an H100, which it then hides.
+HIDDEN = 2e9
 
 Result = TypeVar("Result")
 Work = Callable[[Callable[[], None]], object]  # what is recorded; it gets a function to call after each block
+Behind = Callable[[object], Callable[[], object] | None]
 
 
 def bucket_sizes(rows: int) -> list[int]:
@@ -79,30 +82,44 @@ class Chain:
     The GPU begins with a graph when the host has handed over the whole of it, 10 to 20 µs for a hundred kernels. Cut
     there, the GPU works on the first block while the host hands over the rest.
 
-    work: what to record, on `stream`, its memory in `pool`; it gets a function to call after each block.  result: what
-    it returned; its tensors are filled anew by every replay.
+    work: what to record, on `stream`, its memory in `pool`; it gets a function to call after each block.  behind: says
+    of its result what to record as one more graph, or None.  result: what the last of them returned; its tensors are
+    filled anew by every replay.
     """
 
-    def __init__(self, work: Work, stream: torch.cuda.Stream, pool: tuple[int, int]):
+    def __init__(self, work: Work, stream: torch.cuda.Stream, pool: tuple[int, int],
+                 behind: Behind | None = None):  # fmt: skip
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.last: torch.cuda.CUDAGraph | None = None  # what `behind` did
         with _no_garbage_collection(), contextlib.ExitStack() as recording:
 
-            def begin() -> None:
-                self.graphs.append(torch.cuda.CUDAGraph())
-                recording.enter_context(torch.cuda.graph(self.graphs[-1], pool=pool, stream=stream))
+            def begin() -> torch.cuda.CUDAGraph:
+                graph = torch.cuda.CUDAGraph()
+                recording.enter_context(torch.cuda.graph(graph, pool=pool, stream=stream))
+                return graph
 
             def cut() -> None:
                 if len(self.graphs) == 1:
                     recording.close()
-                    begin()
+                    self.graphs.append(begin())
 
-            begin()
+            self.graphs.append(begin())
             self.result = work(cut)
+            more = None if behind is None else behind(self.result)
+            if more is not None:
+                recording.close()
+                self.last = begin()
+                self.result = more()
 
     def replay(self) -> None:
-        """Start it on the current stream."""
+        """Start it on the current stream, all but what came behind."""
         for graph in self.graphs:
             graph.replay()
+
+    def replay_last(self) -> None:
+        """Start what came behind, if anything did."""
+        if self.last is not None:
+            self.last.replay()
 
 
 class Recorder:
@@ -124,9 +141,9 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(self.trial)
         return result
 
-    def record(self, work: Work) -> Chain:
-        """`work` as graphs."""
-        return Chain(work, self.stream, self.pool)
+    def record(self, work: Work, behind: Behind | None = None) -> Chain:
+        """`work` as graphs, and what comes `behind` it as one more."""
+        return Chain(work, self.stream, self.pool, behind)
 
 
 def to_the_end(result: Tensor | Pending, rows: int | None, cuts: list[Tensor],
@@ -144,10 +161,12 @@ class Rest:
     """What follows the first adaptive cut, in a graph for each capacity.
 
     pending: the pass at the cut, whose tensors the front fills anew.  sizes: capacities, in rows, or under a padded
-    backend in rows per image.  least: as many rows as the images now in `pending` need.
+    backend in rows per image.  front: what is left of it to start once the counts are on their way to the host.
     """
 
-    def __init__(self, recorder: Recorder, pending: Pending, sizes: list[int], padded: bool):
+    def __init__(self, recorder: Recorder, pending: Pending, sizes: list[int], padded: bool,
+                 front: Chain | None = None):  # fmt: skip
+        self._front = front
         self.counts, self.sizes, self.padded, self.batch = pending.counts, sizes, padded, pending.cut.state.batch
         self._host, self._read = torch.empty_like(pending.counts, device="cpu").pin_memory(), torch.cuda.Event()
         self.buckets: dict[int, Chain] = {}
@@ -170,6 +189,8 @@ class Rest:
         """Read how many rows stay, and start what has room for them."""
         self._host.copy_(self.counts, non_blocking=True)
         self._read.record()
+        if self._front is not None:
+            self._front.replay_last()  # for the GPU, meanwhile
         self._read.synchronize()  # the one wait
         rows = int(self._host.max() if self.padded else self._host.sum())
         place = bisect_left(self.sizes, rows)

@@ -18,14 +18,28 @@ from .trial import OWN_CALL, replaced
 Step = Callable[[Tensor], Tensor]
 
 
+def plain_norm(module: nn.Module) -> bool:
+    """Whether module is a layer norm with weight and bias that nobody changed."""
+    from timm.layers import LayerNorm
+
+    kind, own, weights = type(module), module.__dict__, module._parameters
+    plain = kind is nn.LayerNorm or (kind is LayerNorm and not own["_fast_norm"])
+    return plain and not _changed(module) and None not in (weights["weight"], weights["bias"])
+
+
+def _changed(module: nn.Module) -> bool:
+    own = module.__dict__
+    hangs = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hangs) or replaced(module, *OWN_CALL)
+
+
 def steps_of(module: nn.Module) -> list[Step]:
     """What to call, one behind the other, in place of a module in eval mode; none for one that does nothing then. The
     module itself where something hangs on it, or where it is not known here."""
     from timm.layers import LayerNorm, Mlp
 
     kind, own, weights = type(module), module.__dict__, module._parameters
-    hangs = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    if hangs or replaced(module, *OWN_CALL):
+    if _changed(module):
         return [module]
     if kind in (nn.Identity, nn.Dropout):
         return []
@@ -65,7 +79,8 @@ class Bare:
         self._q, self._k = steps_of(attn.q_norm), steps_of(attn.k_norm)
         norm = steps_of(attn.norm) if hasattr(attn, "norm") else []
         self._attention = norm + steps_of(attn.proj) + steps_of(block.ls1)
-        self._rest = steps_of(block.norm2) + steps_of(block.mlp) + steps_of(block.ls2)
+        self._norm, self._rest = steps_of(block.norm2), steps_of(block.mlp) + steps_of(block.ls2)
+        self.norm = block.norm2 if plain_norm(block.norm2) else None  # which a cut may compute, too
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `blocks.project`; x (..., dim)."""
@@ -78,6 +93,6 @@ class Bare:
         """See `blocks.project_heads`; heads (..., nheads, headdim)."""
         return _through(self._attention, heads.flatten(-2))
 
-    def finish_block(self, x: Tensor) -> Tensor:
-        """See `blocks.finish_block`; x (..., dim)."""
-        return x + _through(self._rest, x)
+    def run_mlp(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        """See `blocks.run_mlp`; x, normed (..., dim)."""
+        return _through(self._rest, _through(self._norm, x) if normed is None else normed)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ... import data
 from ...backends import BACKENDS
-from ...blocks import finish_attention, finish_block, project
+from ...blocks import begin_block, end_block, finish_attention
 from ...model import RaggedViT
 from ...pruners import PRUNERS, GivenLengths, Pruner
 from ..flops import forward_flops
@@ -191,12 +191,13 @@ def peak_mb(step: Callable[[], None], model: nn.Module) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20
 
 
-def native_block(block: nn.Module, x: Tensor, cu: Tensor, longest: int, scale: float, backend: str,
-                 drops: bool = False) -> Tensor:  # fmt: skip
+def native_block(block: nn.Module, x: Tensor, more: Tensor | None, cu: Tensor, longest: int, scale: float,
+                 backend: str, drops: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`packed_block` with FlashAttention-2 called as PyTorch's users call it, so that its backward pass is PyTorch's
     own; arguments as there."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (y.to(torch.bfloat16) for y in project(block, x))
+    x, *qkv = begin_block(block, x, more)
+    q, k, v = (y.to(torch.bfloat16) for y in qkv)
     heads = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale)
-    return finish_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
+    return end_block(block, finish_attention(block, x, heads, cu, drops), cu, drops)
