@@ -245,11 +245,8 @@ class RaggedViT(nn.Module):
             self._look_again()
         batch, n, _ = x.shape
         state = Padded(x, torch.arange(n, device=x.device).expand(batch, n), n, count=n)
-        if features:
-            run = run._replace(canvas=Canvas(x))
-        if self._packs(run):
-            state = state.flat()
-        return self._blocks(state, -1, run)
+        run = run._replace(canvas=Canvas(x)) if features else run
+        return self._blocks(state.flat() if self._packs(run) else state, -1, run)
 
     def _finish(self, result: Tensor | Canvas | Pending) -> Tensor | Canvas:
         while isinstance(result, Pending):
@@ -298,8 +295,7 @@ class RaggedViT(nn.Module):
             return Cut(state, self._select(state, i), i)
         block, pruner = self._block(i, run), self.pruner
         x, q, k, v = self._run["begin_block"](block, state.tokens, state.more)  # (..., nheads, headdim)
-        scored = (q, k, v, scale_of(block))
-        drops = _images_of(state, run.drops)
+        scored, drops = (q, k, v, scale_of(block)), _images_of(state, run.drops)
         early = aside(lambda: self._select(state, i, *scored), q.is_cuda) if pruner.scores_only else None
         heads = self._attend(state, q, k, v, block, run)
         if early and pruner.where == "inside":  # nobody looks at the sum before its rows are taken
@@ -329,16 +325,15 @@ class RaggedViT(nn.Module):
         return new.having(*self._run["end_block"](block, new.summed.tokens, *drops, new.normed))
 
     def _attend(self, state: State, q: Tensor, k: Tensor, v: Tensor, block: nn.Module | Bare, run: Pass) -> Tensor:
-        scale = scale_of(block)
         if isinstance(state, Padded):
-            unfused = cuts.runs_unfused(state, run.backend, block)
-            return self._run["attend_padded"](q, k, v, state.lengths, scale, unfused)
-        places = (state.cu_seqlens, state.bound, scale, self._named(state, run))
+            how = (state.lengths, scale_of(block), cuts.runs_unfused(state, run.backend, block))
+            return self._run["attend_padded"](q, k, v, *how)
+        places = (state.cu_seqlens, state.bound, scale_of(block), self._named(state, run))
         return self._run["attend_packed"](q, k, v, *places)
 
     def _packs(self, run: Pass) -> bool:
-        """Whether equal lengths run packed, too, since our kernel is ahead of dense SDPA: where cuts follow, or where
-        somebody named that backend. Without a pruner "auto" leaves the network as PyTorch runs it."""
+        """Whether equal lengths run packed, too, where our kernel is ahead of dense SDPA: if cuts follow, or if its
+        backend was named. Without a pruner "auto" runs the network as PyTorch does."""
         return run.backend.packs_first and (self.pruner is not None or self.backend != "auto")
 
     def _named(self, state: State, run: Pass) -> str:

@@ -67,7 +67,7 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     total, longest = sizes(counts)
     where, known = (ids, state.starts, index, counts, total, longest, more), (state.seqlen, None, None, state.unpruned)
     own, normed = counts.contiguous(), None
-    if norm is not None and norms_rows(tokens, more, norm):
+    if norm is not None and norms_rows(tokens, more, total, norm):
         *taken, normed = take_normed_rows(tokens, *where, norm)
     else:
         taken = take_rows(tokens, *where)

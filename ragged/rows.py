@@ -16,7 +16,10 @@ from .kernels.padding import image_of_rows
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
-NORMED, MOST_NORMED = 4, 2048  # rows of a program that norms them, too; and the widest it takes
+NORMED = {"num_warps": 2}  # of a program that norms the one row it takes
+# Numbers up to which taking and norming in one launch is ahead of two, and the widest rows: with more, memory decides,
+# and a program that has to see a whole row keeps it less busy.
+MOST_NORMED, WIDEST_NORM = 2_500_000, 2048
 CHUNK, MASK_CHUNK = 128, 256  # counts, or entries of a mask, that a program adds up at once
 
 
@@ -179,12 +182,13 @@ def take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Ten
     return _take_rows(x, *how, more)
 
 
-def norms_rows(x: Tensor, more: Tensor | None, norm: nn.LayerNorm) -> bool:
-    """Whether `take_normed_rows` runs for tokens x (n, dim), more, and a plain layer norm: in a kernel, without
-    gradients, all in one dtype and on one device."""
+def norms_rows(x: Tensor, more: Tensor | None, total: int, norm: nn.LayerNorm) -> bool:
+    """Whether `take_normed_rows` runs, and pays, for `total` rows of tokens x (n, dim), more, and a plain layer norm:
+    in a kernel, without gradients, all in one dtype and on one device."""
     weights = (norm.weight, norm.bias)
     alike = all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in weights)
-    fits = x.shape[1] == norm.weight.numel() <= MOST_NORMED and x.dtype != torch.float64
+    fits = x.shape[1] == norm.weight.numel() <= WIDEST_NORM and x.dtype != torch.float64
+    alike &= total * x.shape[1] <= MOST_NORMED
     autocast = torch.is_autocast_enabled(x.device.type)  # which would have the norm return float32
     return launch.usable(x.device) and fits and alike and not autocast and not flow.wanted(x, more, *weights)
 
@@ -234,15 +238,15 @@ def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Te
     out, out_ids = x.new_empty(total, dim), ids.new_empty(total)
     cu_seqlens = counts.new_empty(batch + 1)
     constants = _constants(dim) | {"CHUNK": CHUNK, "SUM": more is not None, "NORM": norm is not None}
-    normed, weight, bias, eps = out, x, x, 0.0
-    if norm is not None:  # a program has whole rows, so fewer of them
-        normed, weight, bias, eps = torch.empty_like(out), norm.weight, norm.bias, norm.eps
-        constants |= {"ROWS": NORMED, "BLOCK": 1 << (dim - 1).bit_length()}
+    normed, weight, bias, eps, options = out, x, x, 0.0, {}
+    if norm is not None:
+        normed, weight, bias, eps, options = torch.empty_like(out), norm.weight, norm.bias, norm.eps, NORMED
+        constants |= {"ROWS": 1, "BLOCK": 1 << (dim - 1).bit_length()}
     more = x if more is None else more.contiguous()
     grid = (batch + 1, min(max(1, -(-longest // constants["ROWS"])), 65535))  # the kernel's loop covers what is left
     tensors = (x, more, ids, starts, index, counts, weight, bias, out, normed, out_ids, cu_seqlens)
     numbers, key = (batch, total, index.shape[1], eps), (x.dtype, dim, constants["SUM"], constants["NORM"])
-    launch.start(take_kernel, key, grid, tensors, numbers, constants, {})
+    launch.start(take_kernel, key, grid, tensors, numbers, constants, options)
     return (out, out_ids, cu_seqlens) if norm is None else (out, out_ids, cu_seqlens, normed)
 
 

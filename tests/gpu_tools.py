@@ -68,7 +68,7 @@ def eager(model, captured, images):
     result, cuts = model.begin(images), []
     if isinstance(result, torch.Tensor) or not captured.waits:
         return to_the_end(result, None, cuts)
-    return the_rest(captured.rest, result)
+    return the_rest(captured.rest, result.ahead() if captured.rest.ahead else result)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def eager_list(captured, *given):
 def the_rest(rest, pending):
     """What follows the first adaptive cut, with the capacity that the rows there need."""
     rows = int(pending.counts.max() if rest.padded else pending.counts.sum())
-    size = next(size for size in rest.sizes if size >= rows)
+    size = rest.capacity_for(rows)
     cuts = rest.cuts[size]
     try:
         return rest.work(pending, size, None)

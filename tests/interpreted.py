@@ -195,7 +195,7 @@ def test_rows_are_taken_and_normed_in_one_launch(total, longest, dim, dtype):
     starts, counts = torch.tensor([0, 7, 14], dtype=torch.int32), torch.tensor([3, 0, 6], dtype=torch.int32)
     index = torch.stack([torch.randperm(6) for _ in range(3)])
     for added in (None, more):
-        assert row_ops.norms_rows(x, added, norm)
+        assert row_ops.norms_rows(x, added, total, norm)
         given = (x, ids, starts, index, counts, total, longest, added)
         *got, normed = row_ops.take_normed_rows(*given, norm)
         for a, b in zip(got, row_ops.take_rows(*given), strict=True):
@@ -203,11 +203,12 @@ def test_rows_are_taken_and_normed_in_one_launch(total, longest, dim, dtype):
         want = torch.nn.functional.layer_norm(got[0].float(), (dim,), norm.weight.float(), norm.bias.float(), norm.eps)
         torch.testing.assert_close(normed, want.to(dtype))
     for other in (torch.nn.LayerNorm(dim, dtype=torch.float64), torch.nn.LayerNorm(dim + 1, dtype=dtype)):
-        assert not row_ops.norms_rows(x, None, other)
+        assert not row_ops.norms_rows(x, None, total, other)
+    assert not row_ops.norms_rows(x, None, row_ops.MOST_NORMED // dim + 1, norm)
     with torch.enable_grad():
-        assert not row_ops.norms_rows(x.clone().requires_grad_(), None, norm)
+        assert not row_ops.norms_rows(x.clone().requires_grad_(), None, total, norm)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not row_ops.norms_rows(x, None, norm)
+        assert not row_ops.norms_rows(x, None, total, norm)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -434,6 +435,15 @@ def test_take(batch, dim, surplus, monkeypatch):
     monkeypatch.setattr(launch, "usable", lambda device: False)
     for got, want in zip(row_ops.take_rows(x, ids, starts, index, counts, total, n), (tokens, new_ids, cu)):
         assert torch.equal(got, want)
+
+
+def test_a_backend_that_was_named_runs_without_a_pruner_too():
+    images = torch.randn(2, 3, 32, 32)
+    model = ragged.RaggedViT(small_vit(), None, "triton")
+    asked, real = [], model._run["packed_block"]
+    model._run["packed_block"] = lambda *given: asked.append(given[-2]) or real(*given)
+    torch.testing.assert_close(model(images), model.vit(images), rtol=1e-4, atol=1e-5)
+    assert asked == ["triton"] * len(model.vit.blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

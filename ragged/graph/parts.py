@@ -24,6 +24,7 @@ WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
 # Rows times dim² up to which an MLP for all rows takes no longer than the wait, 80 µs on an H100, which it then hides.
 HIDDEN = 2e9
+WORTH = 1.01  # a smaller capacity may take longer by so much: clocks differ by that
 
 Result = TypeVar("Result")
 Work = Callable[[Callable[[], None]], object]  # what is recorded; it gets a function to call after each block
@@ -157,6 +158,18 @@ def to_the_end(result: Tensor | Pending, rows: int | None, cuts: list[Tensor],
     return result
 
 
+def _gpu_ms(chain: Chain) -> float:
+    """The least time of three that the GPU takes for it."""
+    times, marks = [], [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(3):
+        marks[0].record()
+        chain.replay()
+        marks[1].record()
+        marks[1].synchronize()
+        times.append(marks[0].elapsed_time(marks[1]))
+    return min(times)
+
+
 class Rest:
     """What follows the first adaptive cut, in a graph for each capacity.
 
@@ -166,9 +179,10 @@ class Rest:
 
     def __init__(self, recorder: Recorder, pending: Pending, sizes: list[int], padded: bool,
                  front: Chain | None = None):  # fmt: skip
-        self._front = front
+        self._front, self.ahead = front, pending.left is not None
         self.counts, self.sizes, self.padded, self.batch = pending.counts, sizes, padded, pending.cut.state.batch
-        self._host, self._read = torch.empty_like(pending.counts, device="cpu").pin_memory(), torch.cuda.Event()
+        self._host, self._reader = torch.empty_like(pending.counts, device="cpu").pin_memory(), torch.cuda.Stream()
+        self._known, self._read = torch.cuda.Event(), torch.cuda.Event()
         self.buckets: dict[int, Chain] = {}
         self.cuts: dict[int, list[Tensor]] = {}  # rows of each image after every cut, on the device
         self.size = sizes[-1]  # of the last call
@@ -178,6 +192,26 @@ class Rest:
             if size >= least:  # run once before; but in a smaller bucket these images would reach past its end
                 recorder.try_out(work)
             self.buckets[size] = recorder.record(work)
+        self._fastest = self._measure(pending)
+
+    def _measure(self, pending: Pending) -> list[int]:
+        """For each of `sizes` the capacity to start: itself, or a larger one that takes less time, for cuBLAS may have
+        a better kernel for more rows. The images in `pending` are cut short, so that they fit everywhere."""
+        times, cu = {}, pending.counts.new_zeros(len(pending.counts) + 1)
+        for size in reversed(self.sizes):
+            if self.padded:
+                pending.counts.clamp_(max=size)
+            else:
+                cu[1:] = pending.counts.cumsum(0)
+                pending.counts.copy_(cu.clamp_(max=size).diff())
+                if pending.left is not None:
+                    pending.left.cu_seqlens.copy_(cu)
+            times[size] = _gpu_ms(self.buckets[size])
+        fastest, best = [], self.sizes[-1]
+        for size in reversed(self.sizes):
+            best = size if times[size] < times[best] * WORTH else best
+            fastest.append(best)
+        return fastest[::-1]
 
     def work(self, pending: Pending, size: int, after_block: Callable[[], None] | None) -> Tensor:
         """From the cut to the logits with capacity `size`."""
@@ -187,18 +221,24 @@ class Rest:
 
     def __call__(self) -> Tensor:
         """Read how many rows stay, and start what has room for them."""
-        self._host.copy_(self.counts, non_blocking=True)
-        self._read.record()
+        self._known.record()
         if self._front is not None:
             self._front.replay_last()  # for the GPU, meanwhile
+        self._reader.wait_event(self._known)
+        with torch.cuda.stream(self._reader):  # beside it, not in front of it
+            self._host.copy_(self.counts, non_blocking=True)
+            self._read.record()
         self._read.synchronize()  # the one wait
-        rows = int(self._host.max() if self.padded else self._host.sum())
+        self.size = self.capacity_for(int(self._host.max() if self.padded else self._host.sum()))
+        self.buckets[self.size].replay()
+        return self.buckets[self.size].result
+
+    def capacity_for(self, rows: int) -> int:
+        """The capacity to start where so many rows stay. ValueError where there is none."""
         place = bisect_left(self.sizes, rows)
         if place == len(self.sizes):
             raise ValueError(f"images: {rows} rows stay, and only up to {self.sizes[-1]} were recorded: widen between=")
-        self.size = self.sizes[place]
-        self.buckets[self.size].replay()
-        return self.buckets[self.size].result
+        return self._fastest[place]
 
 
 def rest_sizes(pending: Pending, padded: bool, between: tuple[int, int] | None, most: int | None = None) -> list[int]:
