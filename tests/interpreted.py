@@ -438,8 +438,9 @@ def test_take(batch, dim, surplus, monkeypatch):
 
 
 def test_a_backend_that_was_named_runs_without_a_pruner_too():
-    images = torch.randn(2, 3, 32, 32)
-    model = ragged.RaggedViT(small_vit(), None, "triton")
+    from pruner_cases import pictures, small_vit
+
+    model, images = ragged.RaggedViT(small_vit(), None, "triton"), pictures(2)
     asked, real = [], model._run["packed_block"]
     model._run["packed_block"] = lambda *given: asked.append(given[-2]) or real(*given)
     torch.testing.assert_close(model(images), model.vit(images), rtol=1e-4, atol=1e-5)
