@@ -73,9 +73,8 @@ def aside(work: Callable[[], Result], on_gpu: bool) -> Callable[[], Result]:
 
 @functools.cache
 def _branch(device: int) -> torch.cuda.Stream:
-    """Where branches are recorded. Nothing ever runs there, but a recorded kernel keeps its stream's priority: a
-    branch's few programs come before the many of attention, and are done when it is."""
-    return torch.cuda.Stream(device, priority=-1)
+    """Where branches are recorded. Nothing ever runs there."""
+    return torch.cuda.Stream(device)
 
 
 class Chain:
