@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import blocks, cuts
+from . import blocks
 from .attention import resolve_backend
 from .backends import BACKENDS
-from .blocks import PIECES, Positions, compiled_pieces, scale_of
+from .blocks import PIECES, Positions, compiled_pieces, cuts, scale_of
+from .blocks.cuts import FILLS, Canvas, Cut, Pass, Pending, Stage, State, Trace
 from .checks import (
     check_image_list,
     check_images,
@@ -25,9 +26,8 @@ from .checks import (
     wants_gradients,
     weight_of,
 )
-from .cuts import FILLS, Canvas, Cut, Pass, Pending, Stage, State, Trace
 from .graph import Captured, aside, capture
-from .packing import Packed, Padded, Selection, packed_state, read_sizes
+from .packing import Packed, Padded, Selection, read_sizes
 from .pruners import Pruner
 from .rules import View
 from .support import Bare, Survey, check_supported, convolves_as_usual, refuse_fixed_programs
@@ -150,7 +150,7 @@ class RaggedViT(nn.Module):
         """
         run = self._pass(tokens)
         lengths = check_packed(tokens, cu_seqlens, ids, lengths, self.vit, self.prefix)
-        state = packed_state(tokens, cu_seqlens, lengths, ids)
+        state = blocks.packed_state(tokens, cu_seqlens, lengths, ids)
         state = cuts.laid_out(state, run.backend, self._packs(run))
         return self._finish(self._blocks(state, -1, run))
 

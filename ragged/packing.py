@@ -1,4 +1,12 @@
-"""How a selection of rows is taken from either layout of a ragged batch, and pack, repack, unpack."""
+"""The two layouts of a ragged batch, how a selection of rows is taken from either, and pack, repack, unpack.
+
+Two layouts hold the same thing, and everything after this file works on either:
+
+* `Padded`  (batch, n, dim): every image owns n rows; rows past its length are padding. A dense batch is the case
+  where no length is given. This is what an ordinary ViT computes on.
+* `Packed`  (total, dim): the images stand one behind the other, with no padding, and `cu_seqlens` says where each
+  begins. This is what a variable-length attention kernel reads.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +19,33 @@ from torch import Tensor, nn
 
 from .checks import FLOATS, check_tensor, may_look
 from .kernels.padding import image_of_rows
-from .layouts import Counts, Packed, Padded
-from .rows import equal_offsets, kept_rows, move_rows, norms_rows, picked_rows, take_normed_rows, take_rows
+from .rows import (
+    added,
+    equal_offsets,
+    first_rows,
+    grid_rows,
+    kept_rows,
+    move_rows,
+    norms_rows,
+    picked_rows,
+    take_normed_rows,
+    take_rows,
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A number for each image that both sides know, so that nobody waits. device: int32 (batch,).  host: the same as
+    ints; only its sum and its largest matter."""
+
+    device: Tensor
+    host: tuple[int, ...]
+
+    def plus(self, other: int | Counts) -> Counts:
+        """These numbers with `other` added, one for all images or `Counts`."""
+        if isinstance(other, int):
+            return Counts(self.device + other, tuple(n + other for n in self.host))
+        return Counts(self.device + other.device, tuple(a + b for a, b in zip(self.host, other.host, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,140 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
     than two more launches."""
     numbers = counts.tolist()
     return sum(numbers), max(numbers)
+
+
+class _Batch:
+    @property
+    def starts(self) -> Tensor:
+        """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened.
+        Made anew each time, since every recording has to contain what makes it."""
+        return self.cu_seqlens[:-1]
+
+    def having(self, tokens: Tensor, more: Tensor | None = None) -> Packed | Padded:
+        """The same batch with other tokens, and what is to be added to them, of the same leading shape
+        (`dataclasses.replace` asks field by field)."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, tokens=tokens, more=more, normed=None)
+        return new
+
+    @property
+    def summed(self) -> Packed | Padded:
+        """The same batch, and `more` added."""
+        return self if self.more is None else self.having(self.tokens + self.more)
+
+
+@dataclass(frozen=True)
+class Packed(_Batch):
+    """A ragged batch without padding.
+
+    tokens (total, dim).  ids int64 (total,): the row each token had in the unpruned sequence (0 is CLS), -1 for a fused
+    token.  cu_seqlens int32 (batch + 1,): image b owns rows cu_seqlens[b] to cu_seqlens[b + 1].  max_seqlen: no image
+    is longer.  seqlen: the length before any pruning, of the longest image.  count: rows per image where the host knows
+    that all are equal.  rows: else the rows of each image, where the host knows them.  unpruned: each image's length
+    before any pruning, where they differ.  own: rows of each image, int32 (batch,), where the device has them already.
+    more: what the last block has yet to add to tokens, as large as they are, or None; who reads next adds it.  normed:
+    the tokens after the norm that comes next, where the cut made them, or None.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch: int
+    seqlen: int
+    count: int | None = None
+    rows: Counts | None = None
+    unpruned: Counts | None = None
+    own: Tensor | None = None
+    more: Tensor | None = None
+    normed: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Rows of every image, int32 (batch,), on the tokens' device."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1] if self.own is None else self.own
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: no image has more rows."""
+        return self.max_seqlen
+
+    @property
+    def bound(self) -> int:
+        """`max_seqlen` as attention is told: one more where the rows, a recording's spare ones included, would suffice
+        for equal lengths. Kernels count on these then, and pay where that is wrong: 62 µs instead of 11 (notes.md)."""
+        return self.max_seqlen + (self.count is None and self.tokens.shape[0] == self.batch * self.max_seqlen)
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (total, ...) as (batch, max_seqlen, ...); `fill` where an image has no row. No wait."""
+        if self.count is not None:
+            return values.unflatten(0, (self.batch, self.count))
+        return grid_rows(values, self.cu_seqlens, self.max_seqlen, fill)
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
+        return added(*(None if x is None else self._first(x, count) for x in (self.tokens, self.more)))
+
+    def _first(self, x: Tensor, count: int) -> Tensor:
+        if self.count is not None and self.count >= count:
+            return x.unflatten(0, (self.batch, self.count))[:, :count]
+        return first_rows(x, self.starts, count)
+
+    def within(self, total: int, longest: int) -> Packed:
+        """The same images in the first `total` rows, where they all end; none is longer than `longest`."""
+        more = None if self.more is None else self.more[:total]
+        return replace(self, tokens=self.tokens[:total], ids=self.ids[:total], max_seqlen=longest, more=more)
+
+
+@dataclass(frozen=True)
+class Padded(_Batch):
+    """A batch in which every image owns n rows. tokens (batch, n, dim), ids int64 (batch, n), lengths int32 (batch,)
+    or None when every row is real; seqlen, count, rows, unpruned and more as in `Packed`. Padding rows are zero and
+    have the id -1."""
+
+    tokens: Tensor
+    ids: Tensor
+    seqlen: int
+    lengths: Tensor | None = None
+    count: int | None = None
+    rows: Counts | None = None
+    unpruned: Counts | None = None
+    more: Tensor | None = None
+    normed: None = None  # only packed rows are
+
+    @property
+    def batch(self) -> int:
+        """Images."""
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid form: rows every image owns, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Offsets of the images in the flattened batch, padding included, int32 (batch + 1,)."""
+        return equal_offsets(self.batch, self.width, self.tokens.device)
+
+    def grid(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-row values (batch, n, ...) with `fill` in the padding."""
+        if self.lengths is None:
+            return values
+        real = torch.arange(self.width, device=values.device) < self.lengths[:, None]
+        real = real.view(*real.shape, *[1] * (values.dim() - 2))
+        return torch.where(real, values, torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def first_rows(self, count: int) -> Tensor:
+        """The first `count` rows of every image, (batch, count, dim)."""
+        return added(self.tokens[:, :count], None if self.more is None else self.more[:, :count])
+
+    def flat(self) -> Packed:
+        """A dense batch seen as a packed one: the same memory, all images equally long."""
+        if self.lengths is not None:
+            raise ValueError("flat: expected a dense batch, this one is padded")
+        tokens, ids, n = self.tokens.flatten(0, 1), self.ids.flatten(), self.width
+        return Packed(tokens, ids, self.cu_seqlens, n, self.batch, self.seqlen, n)
 
 
 Sizes = Callable[[Tensor], tuple[int, int]]
@@ -102,33 +269,11 @@ def take_padded(state: Padded, selection: Selection, width: int | None = None) -
     tokens = picked_rows(state.tokens.flatten(0, 1), state.starts[:, None] + index, real.expand(index.shape))
     ids = torch.where(real, state.ids.gather(1, index), -1)
     if blend is not None:
-        tokens[:, counts], ids[:, counts] = _fuse(state, blend)[:, 0], -1
+        tokens[:, counts], ids[:, counts] = fuse(state, blend)[:, 0], -1
     lengths = counts
     if known:
         lengths = torch.full((state.batch,), rows, dtype=torch.int32, device=index.device)
     return Padded(tokens, ids, state.seqlen, lengths, rows, unpruned=state.unpruned)
-
-
-def take_by_loop(state: Padded, selection: Selection) -> Padded:
-    """`take_padded` of state and selection to the present width as the paper's padded baseline does it, kept faithfully
-    slow: the counts are read from the GPU, and one Python loop copies image after image into zeros."""
-    if isinstance(selection.counts, Counts):
-        taken = take_padded(state, selection, state.width)
-        tokens = torch.zeros_like(state.tokens)
-        for b, n in enumerate(taken.lengths.tolist()):
-            tokens[b, :n] = taken.tokens[b, :n]
-        return replace(taken, tokens=tokens)
-    sizes = take_padded(replace(state, tokens=state.tokens[..., :1]), replace(selection, blend=None), state.width)
-    counts = selection.counts
-    counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
-    tokens, ids, lengths = torch.zeros_like(state.tokens), sizes.ids, sizes.lengths
-    for b, n in enumerate(counts):
-        tokens[b, :n] = state.tokens[b, selection.index[b, :n]]
-    if selection.blend is not None:
-        tokens[:, counts[0]], ids[:, counts[0]] = _fuse(state, selection.blend)[:, 0], -1
-        lengths = torch.full_like(selection.index[:, 0], counts[0] + 1, dtype=torch.int32)
-    count = int(lengths[0]) if isinstance(selection.counts, int) and lengths is not None else sizes.count
-    return Padded(tokens, ids, state.seqlen, lengths, count, unpruned=state.unpruned)
 
 
 def _own_blend(state: Packed | Padded, blend: Tensor | None) -> Tensor | None:
@@ -139,7 +284,7 @@ def _own_blend(state: Packed | Padded, blend: Tensor | None) -> Tensor | None:
     return torch.where(column < state.lengths[:, None], blend, 0.0)
 
 
-def _fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
+def fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
     """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim), in the tokens' own precision
     whatever autocast says."""
     with torch.autocast(state.tokens.device.type, enabled=False):
@@ -155,7 +300,7 @@ def _with_fused(state: Packed | Padded, selection: Selection) -> tuple[Tensor, T
         return tokens, ids, index, counts
     fused = tokens.shape[0] + torch.arange(state.batch, device=index.device) - state.starts  # as rows of their images
     index = torch.nn.functional.pad(index, (0, 1)).scatter(1, counts.device.long()[:, None], fused[:, None])
-    tokens = torch.cat((tokens, _fuse(state, selection.blend)[:, 0]))
+    tokens = torch.cat((tokens, fuse(state, selection.blend)[:, 0]))
     ids = torch.cat((ids, ids.new_full((state.batch,), -1)))
     return tokens, ids, index, counts.plus(1 if selection.fused is None else selection.fused)
 
@@ -170,27 +315,6 @@ def put_back(canvas: Tensor, state: Packed | Padded, tokens: Tensor) -> Tensor:
     slot = torch.where((ids < 0) | (image >= state.batch), slots, image * state.seqlen + ids)
     grown = torch.nn.functional.pad(canvas.flatten(0, 1), (0, 0, 0, 1))
     return grown.index_copy(0, slot, tokens.to(canvas.dtype))[:slots].unflatten(0, (state.batch, state.seqlen))
-
-
-def packed_state(tokens: Tensor, cu_seqlens: Tensor, lengths: list[int], ids: Tensor | None = None) -> Packed:
-    """tokens (total, dim) of images of `lengths` rows, which cu_seqlens says on the device, as nothing has been pruned
-    yet. ids: as in `Packed`; None numbers the rows of each image."""
-    batch, longest = len(lengths), max(lengths)
-    if ids is None:
-        row = torch.arange(tokens.shape[0], device=tokens.device)
-        ids = row - cu_seqlens[image_of_rows(cu_seqlens, tokens.shape[0])]
-    if min(lengths) == longest:
-        return Packed(tokens, ids, cu_seqlens, longest, batch, longest, longest)
-    counts = Counts(cu_seqlens.diff(), tuple(lengths))
-    return Packed(tokens, ids, cu_seqlens, longest, batch, longest, None, counts, counts)
-
-
-def padded_state(packed: Packed) -> Padded:
-    """The rows of `packed` with room for the longest image in every one; where all are equally long, the same
-    memory."""
-    tokens, ids = packed.grid(packed.tokens), packed.grid(packed.ids, -1)
-    lengths = None if packed.count is not None else packed.lengths
-    return Padded(tokens, ids, packed.seqlen, lengths, packed.count, packed.rows, packed.unpruned)
 
 
 # ---- pack, repack, unpack ----

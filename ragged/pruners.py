@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import scores as score_ops
 from .checks import Registry, check_blocks, check_int, check_positive, check_share, per_stage
 from .data import expand
 from .loading import load_predictors, private_random
 from .packing import Counts, Selection
+from .rows import scores as score_ops
 from .rows import with_prefix
 from .rules import View, at_least, chance, chosen_rows, inverse_cdf, row_norms, top_k
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .packing import Counts, Packed, Padded, Selection
 from .rows import equal_offsets, kept_rows, with_prefix
-from .scores import Importance, best_rows, cls_attention, importance, sampled_rows
+from .rows.scores import Importance, best_rows, cls_attention, importance, sampled_rows
 
 
 def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ from attention_cases import (
 import ragged
 from ragged import launch, packing, tiles
 from ragged import rows as row_ops
-from ragged import scores as score_ops
 from ragged.gradients import split_projection
 from ragged.kernels import attention as kernels
 from ragged.pruners import Predictor
+from ragged.rows import scores as score_ops
 from ragged.rules import View
 from ragged.speculation.trees import Plan, Tree, attend_trees
 

@@ -22,12 +22,12 @@ import torch
 
 from ragged import launch
 from ragged import rows as row_ops
-from ragged import scores as score_ops
 from ragged import tiles as tiles_of
 from ragged.attention import varlen_attention_ref
 from ragged.backends import BACKENDS
 from ragged.kernels import attention as kernels
 from ragged.kernels import backward as backward_kernels
+from ragged.rows import scores as score_ops
 from ragged.tiles import choose_backward, choose_tiles
 
 HEADS = 2
@@ -172,6 +172,8 @@ def special_cases():
     for dtype, dim in ((HALF, 64), (SINGLE, 24)):
         yield f"paper {dtype} D={dim}", paper, (dtype, dim)
         yield f"cls {dtype} D={dim}", cls, (dtype, dim)
+        for longest in (40, 197, 300):
+            yield f"samples {dtype} D={dim} n={longest}", samples, (dtype, dim, longest)
         for width in (1, 130, 384):
             yield f"copies {dtype} dim={width}", copies, (dtype, width)
         for batch in (1, 3, 150):
@@ -233,6 +235,24 @@ def cls(device, dtype, dim):
         torch.testing.assert_close(probs[start : start + n], (scores * dim**-0.5).softmax(0), rtol=1e-3, atol=1e-5)
 
 
+def samples(device, dtype, dim, longest):
+    """ATS: the parts of scores, and the kernel that adds them up and draws, against the same without kernels."""
+    counts = [longest, 0, 1, longest - 6]
+    q, k, v = (numbers(device, dtype, sum(counts), HEADS, dim, seed=seed) for seed in (1, 2, 3))
+    cu = offsets(counts, "cpu")
+    starts, lengths = cu[:-1].contiguous().to(device), cu.diff().to(device)
+    for _ in range(2):
+        parts = score_ops.importance(q, k, v, starts, lengths, longest, dim**-0.5)
+        index, drawn = score_ops.sampled_rows(parts, 1, 20, lengths)
+    with mock.patch.object(launch, "usable", lambda device: False):
+        want = score_ops.importance(q, k, v, starts, lengths, longest, dim**-0.5).grid()
+    scores = parts.grid()
+    torch.testing.assert_close(scores, want, rtol=1e-3, atol=1e-5)
+    for b, n in enumerate(counts):
+        chosen = index[b, : drawn[b]].tolist()
+        assert len(set(chosen)) == len(chosen) <= n and all(0 <= row < n for row in chosen)
+
+
 def kept(x, ids, keep, cu):
     """The rows of one image that a mask marks, by way of an index."""
     index, counts = row_ops.kept_rows(keep, cu, keep.shape[0])
@@ -272,6 +292,11 @@ def takes(device, dtype, batch):
         assert torch.equal(got[: len(rows)].cpu(), whole.cpu()[rows]) and not got[len(rows) :].any()
         assert got_ids.cpu().tolist() == rows.tolist() + [-1] * surplus
         assert torch.equal(cu.cpu(), row_ops.offsets(counts))
+        norm = torch.nn.LayerNorm(200, device=device, dtype=dtype)
+        places = (t.to(device) for t in (starts, index, counts))
+        again, _, _, normed = row_ops.take_normed_rows(x, ids, *places, *sizes, more, norm)
+        assert torch.equal(again, got)
+        torch.testing.assert_close(normed, norm(got), rtol=1e-2, atol=1e-2)
 
 
 def returns(device, dtype, batch):

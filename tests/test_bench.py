@@ -270,7 +270,7 @@ def test_pruners_and_backends_can_be_chosen():
     asked = runner.Options("cpu", quick=True, pruners=("evit", "ats"), backends=("triton",))
     (case,) = runner.chosen(model(asked), asked)
     there = {(c.columns["pruner"], c.columns["backend"]) for c in case.candidates}
-    assert there == {("none", "unpruned"), ("none", "timm"), ("evit", "triton"), ("ats", "triton")}
+    assert there == {("none", "unpruned"), ("none", "timm"), ("none", "triton"), ("evit", "triton"), ("ats", "triton")}
     assert {c.columns["tokens"] for c in case.candidates if c.columns["pruner"] == "ats"} == {"published", "one cut"}
     with pytest.raises(ValueError, match="--pruner: expected .*evit.*, got evitt"):
         runner.chosen(model(asked), runner.Options("cpu", pruners=("evit", "evitt")))

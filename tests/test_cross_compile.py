@@ -17,11 +17,11 @@ import torch
 import ragged
 from ragged import launch
 from ragged import rows as row_ops
-from ragged import scores as score_ops
 from ragged.kernels import attention as kernels
 from ragged.kernels import backward as backward_kernels
 from ragged.kernels import flow, patches
 from ragged.pruners import Predictor
+from ragged.rows import scores as score_ops
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="under TRITON_INTERPRET=1 nothing is compiled")

@@ -171,7 +171,7 @@ def test_a_graph_outlives_the_variables_it_was_made_from():
 
 
 def test_a_graph_for_every_total():
-    """Lengths from the smallest to the largest bucket: each call takes a graph that has room for them."""
+    """Lengths from the smallest to the largest bucket: each call takes the tightest graph there is."""
     images, used = pictures(batch=4), set()
     pruner = GivenLengths([197] * 4, at=(3,))
     model = ragged.RaggedViT(vit("deit_tiny"), pruner, backend="triton").to("cuda")
@@ -182,7 +182,7 @@ def test_a_graph_for_every_total():
         assert torch.equal(got, want) and got.isfinite().all()
         assert (got - model(images)).abs().max() < LIMIT
         used.add(round(sum(lengths) * (1 + captured.capacity_waste)))
-    assert len(used) >= 2  # of neighbours that take the same time, one may stand for all
+    assert len(used) >= 4
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa_padded"])

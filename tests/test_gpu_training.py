@@ -10,7 +10,7 @@ from pruner_cases import build, pictures, small_vit
 
 import ragged
 from ragged import rows as row_ops
-from ragged import scores as score_ops
+from ragged.rows import scores as score_ops
 
 pytestmark = [pytest.mark.gpu]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

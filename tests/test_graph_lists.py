@@ -11,7 +11,7 @@ from pruner_cases import STAGES, build, small_vit
 import ragged
 from ragged import blocks
 from ragged.backends import BACKENDS
-from ragged.cuts import Pass
+from ragged.blocks.cuts import Pass
 from ragged.graph import bucket_sizes
 from ragged.graph.lists import CapturedList, rows_after, stand_ins
 from ragged.packing import Counts, Packed

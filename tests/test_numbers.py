@@ -29,8 +29,8 @@ from pruner_cases import arguments as settings_for
 import ragged
 from ragged import launch
 from ragged import rows as row_ops
-from ragged import scores as score_ops
 from ragged.pruners import GivenLengths
+from ragged.rows import scores as score_ops
 
 gpu = pytest.mark.gpu
 HALF, SINGLE = torch.float16, torch.float32

@@ -25,7 +25,7 @@ CORE = (
     "graph model"
 ).split()
 WINGS = ("data", "bench", "plots", "course", "train", "predict", "speculation")
-FOLDERS = ("kernels", "support", "graph")  # of the core
+FOLDERS = ("kernels", "rows", "support", "blocks", "graph")  # of the core
 # What a wing may import beside itself and the core. `data` stands under the core: of it it takes the checks alone.
 MAY_USE = {"data": (), "plots": ("data",), "bench": ("data",), "course": ("data", "plots", "bench"),
            "train": ("data", "bench"), "predict": ("data", "bench"), "speculation": ("data", "bench")}  # fmt: skip

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import ragged
-from ragged import packing, rows, scores
+from ragged import packing, rows
 from ragged.packing import Padded, Selection
+from ragged.rows import scores
 
 LENGTHS = [4, 0, 1, 6, 3]
 

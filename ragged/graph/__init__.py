@@ -12,8 +12,7 @@ had room then has room to the end.
 While the host reads and starts the rest, the GPU would be idle. So it goes on with the block of the cut, with room for
 all rows, where that is no more work than the wait is long. With few rows nothing is long enough, and a wait costs more
 than pruning can save, because a GPU takes as long for 100 rows as for 200. Then nobody asks: one capacity, that of all
-rows. And since a matrix product of fewer rows may take longer than one of more, every capacity is timed once, and a
-call starts the fastest that has room.
+rows.
 
 Images of many sizes are recorded for capacities of tokens. The host knows their sizes, so it knows without a wait which
 capacity a call needs, and with fixed shares also how many rows every cut leaves. What it sends is one small table.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..cuts import Pending
+from ..blocks.cuts import Pending
 from .parts import HIDDEN, Chain, Recorded, Recorder, Rest, rest_sizes, to_the_end
 
 

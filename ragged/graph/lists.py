@@ -19,10 +19,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import cuts, launch
+from .. import launch
 from ..backends import BACKENDS
+from ..blocks import cuts
+from ..blocks.cuts import Pass, Pending
 from ..checks import check_image_list, check_packed, weight_of
-from ..cuts import Pass, Pending
 from ..kernels.padding import image_of_rows
 from ..packing import Counts, Packed
 from ..rules import View

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import launch
 from ..backends import BACKENDS
-from ..cuts import Pending
+from ..blocks.cuts import Pending
 
 STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that is surplus on average
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
@@ -24,7 +24,6 @@ WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
 # Rows times dim² up to which an MLP for all rows takes no longer than the wait, 80 µs on an H100, which it then hides.
 HIDDEN = 2e9
-WORTH = 1.01  # a smaller capacity may take longer by so much: clocks differ by that
 
 Result = TypeVar("Result")
 Work = Callable[[Callable[[], None]], object]  # what is recorded; it gets a function to call after each block
@@ -158,18 +157,6 @@ def to_the_end(result: Tensor | Pending, rows: int | None, cuts: list[Tensor],
     return result
 
 
-def _gpu_ms(chain: Chain) -> float:
-    """The least time of three that the GPU takes for it."""
-    times, marks = [], [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for _ in range(3):
-        marks[0].record()
-        chain.replay()
-        marks[1].record()
-        marks[1].synchronize()
-        times.append(marks[0].elapsed_time(marks[1]))
-    return min(times)
-
-
 class Rest:
     """What follows the first adaptive cut, in a graph for each capacity.
 
@@ -192,26 +179,6 @@ class Rest:
             if size >= least:  # run once before; but in a smaller bucket these images would reach past its end
                 recorder.try_out(work)
             self.buckets[size] = recorder.record(work)
-        self._fastest = self._measure(pending)
-
-    def _measure(self, pending: Pending) -> list[int]:
-        """For each of `sizes` the capacity to start: itself, or a larger one that takes less time, for cuBLAS may have
-        a better kernel for more rows. The images in `pending` are cut short, so that they fit everywhere."""
-        times, cu = {}, pending.counts.new_zeros(len(pending.counts) + 1)
-        for size in reversed(self.sizes):
-            if self.padded:
-                pending.counts.clamp_(max=size)
-            else:
-                cu[1:] = pending.counts.cumsum(0)
-                pending.counts.copy_(cu.clamp_(max=size).diff())
-                if pending.left is not None:
-                    pending.left.cu_seqlens.copy_(cu)
-            times[size] = _gpu_ms(self.buckets[size])
-        fastest, best = [], self.sizes[-1]
-        for size in reversed(self.sizes):
-            best = size if times[size] < times[best] * WORTH else best
-            fastest.append(best)
-        return fastest[::-1]
 
     def work(self, pending: Pending, size: int, after_block: Callable[[], None] | None) -> Tensor:
         """From the cut to the logits with capacity `size`."""
@@ -238,7 +205,7 @@ class Rest:
         place = bisect_left(self.sizes, rows)
         if place == len(self.sizes):
             raise ValueError(f"images: {rows} rows stay, and only up to {self.sizes[-1]} were recorded: widen between=")
-        return self._fastest[place]
+        return self.sizes[place]
 
 
 def rest_sizes(pending: Pending, padded: bool, between: tuple[int, int] | None, most: int | None = None) -> list[int]:

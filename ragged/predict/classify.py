@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.folder import picture_config
+from ..blocks.cuts import Stage
 from ..checks import check_int
-from ..cuts import Stage
 from ..model import RaggedViT
 from .reading import OK
 

@@ -71,7 +71,7 @@ class Settings:
 
 class Bare:
     """A plain block in eval mode, with the steps of its parts; attn: settings of its attention. The methods are the
-    functions of blocks.py of the same names; they give the same numbers."""
+    functions of `blocks` of the same names; they give the same numbers."""
 
     def __init__(self, block: nn.Module):
         attn, self.attn = block.attn, Settings(block.attn)

@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import varlen_attention
-from .backends import masked_sdpa, unfused_softmax
-from .gradients import split_projection
-from .packing import Packed, packed_state
-from .rows import added, host_offsets
-from .rules import run_module
-from .support.bare import Bare
-from .support.training import drop_images
+from ..attention import varlen_attention
+from ..backends import masked_sdpa, unfused_softmax
+from ..gradients import split_projection
+from ..kernels.padding import image_of_rows
+from ..packing import Counts, Packed
+from ..rows import added, host_offsets
+from ..rules import run_module
+from ..support.bare import Bare
+from ..support.training import drop_images
 
 
 def embed(vit: nn.Module, images: Tensor, as_product: bool) -> Tensor:
@@ -222,6 +223,19 @@ def embed_each(vit: nn.Module, images: Sequence[Tensor], as_product: bool, posit
     if vit.pos_embed is not None:
         x = x + torch.cat([positions(vit, grid) for grid in grids])
     return packed_state(vit.norm_pre(vit.pos_drop(x)), host_offsets(lengths, x.device), lengths)
+
+
+def packed_state(tokens: Tensor, cu_seqlens: Tensor, lengths: list[int], ids: Tensor | None = None) -> Packed:
+    """tokens (total, dim) of images of `lengths` rows, which cu_seqlens says on the device, as nothing has been pruned
+    yet. ids: as in `Packed`; None numbers the rows of each image."""
+    batch, longest = len(lengths), max(lengths)
+    if ids is None:
+        row = torch.arange(tokens.shape[0], device=tokens.device)
+        ids = row - cu_seqlens[image_of_rows(cu_seqlens, tokens.shape[0])]
+    if min(lengths) == longest:
+        return Packed(tokens, ids, cu_seqlens, longest, batch, longest, longest)
+    counts = Counts(cu_seqlens.diff(), tuple(lengths))
+    return Packed(tokens, ids, cu_seqlens, longest, batch, longest, None, counts, counts)
 
 
 def _pixel_rows(patch: nn.Module, image: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import launch
-from .kernels import flow
-from .rows import with_prefix
+from .. import launch
+from ..kernels import flow
+from . import with_prefix
 
 MOST_RANKED = 1024  # patches that one program compares, faster than `topk` and `sort` (times: data/results/notes.md)
 # Numbers in the patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
@@ -45,7 +45,7 @@ def _cls_attention(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | int, 
 
 def _launch_cls(q: Tensor, k: Tensor, v: Tensor | None, starts: Tensor, lengths: Tensor | int, width: int, scale: float,
                 fill: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from .kernels.scores import cls_kernel
+    from ..kernels.scores import cls_kernel
 
     rows, heads, dim = q.shape
     equal = lengths if isinstance(lengths, int) else 0
@@ -128,7 +128,7 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     plain &= dim % 8 == 0 and dim <= WIDEST and x.dtype in (torch.float16, torch.bfloat16)
     if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
         return None
-    from .kernels.scorer import score_patches
+    from ..kernels.scorer import score_patches
 
     places = (torch.empty(1, dtype=torch.int32, device=x.device),) * 2 if equal else (starts, lengths)
     return score_patches(x.contiguous(), places, equal, batch, prefix, patches, norm.eps, weights)
@@ -153,7 +153,7 @@ def best_rows(scores: Tensor, prefix: int, count: int, *, in_place: bool = False
         best = scores[:, skip:].argsort(dim=1, descending=True, stable=True)[:, :count]
         index = with_prefix(best.sort(1).values if in_place else best, prefix)
         return index, _without(scores, index, prefix, skip) if rest else None
-    from .kernels.scores import rank_kernel
+    from ..kernels.scores import rank_kernel
 
     index = torch.empty(batch, prefix + count, dtype=torch.int64, device=scores.device)
     differentiable = rest and scores.requires_grad and torch.is_grad_enabled()
@@ -199,7 +199,7 @@ def sampled_rows(scores: Tensor | Importance, prefix: int, samples: int,
         return None
     if parts is not None and parts.squares is None:
         return sampled_rows(parts.grid(), prefix, samples, lengths)
-    from .kernels.scores import sample_kernel
+    from ..kernels.scores import sample_kernel
 
     probs, equal = probs.contiguous(), lengths if isinstance(lengths, int) else 0  # (batch, n) or (nheads, rows)
     index, order = (torch.empty(batch, n, dtype=torch.int64, device=probs.device) for _ in range(2))

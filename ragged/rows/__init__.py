@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import launch
-from .kernels import flow
-from .kernels.padding import image_of_rows
+from .. import launch
+from ..kernels import flow
+from ..kernels.padding import image_of_rows
 
 ROWS, BLOCK = 8, 128  # of a program that moves rows
 FUSE = {"NARROW": 32, "CHUNK": 256}  # of one that sums up rows: all rows of an image at once, few columns
@@ -66,7 +66,7 @@ def _grid_rows(x: Tensor, cu_seqlens: Tensor, width: int, fill: float) -> Tensor
         rows = torch.where(real, cu_seqlens[:-1, None] + column, 0)
         real = real.view(*real.shape, *[1] * len(shape))
         return torch.where(real, x[rows], torch.full((), fill, dtype=x.dtype, device=x.device))
-    from .kernels.rows import grid_kernel
+    from ..kernels.rows import grid_kernel
 
     out = x.new_empty(batch, width, *shape)
     constants = {"C": shape.numel(), "BLOCK": 1024}
@@ -90,7 +90,7 @@ def kept_rows(keep: Tensor, cu_seqlens: Tensor, width: int, prefix: int = 0) -> 
         marked = keep[torch.where(real, cu_seqlens[:-1, None] + column, 0)] if keep.numel() else real
         marked = (marked | (column < prefix)) & real
         return marked.byte().argsort(dim=1, descending=True, stable=True), marked.sum(1, dtype=torch.int32)
-    from .kernels.rows import keep_kernel
+    from ..kernels.rows import keep_kernel
 
     index = torch.empty(batch, width, dtype=torch.int64, device=keep.device)
     counts = torch.empty(batch, dtype=torch.int32, device=keep.device)
@@ -136,7 +136,7 @@ def _move_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, blend: Ten
     if not launch.usable(x.device) or rows == 0:
         moved = _move_rows_torch(added(x, more), ids, starts, index, blend)
         return *moved, equal_offsets(batch, rows, x.device)
-    from .kernels.rows import move_kernel
+    from ..kernels.rows import move_kernel
 
     x, ids, index = x.contiguous(), ids.contiguous(), index if index.stride(1) == 1 else index.contiguous()
     blend = blend if not fused or blend.stride(1) == 1 else blend.contiguous()
@@ -218,7 +218,7 @@ def first_rows(x: Tensor, starts: Tensor, count: int) -> Tensor:
     total, dim = x.shape
     if flow.wanted(x) or not launch.usable(x.device) or 0 in x.shape or count == 0:
         return picked_rows(x, (starts[:, None] + torch.arange(count, device=x.device)).clamp(max=total - 1))
-    from .kernels.rows import first_kernel
+    from ..kernels.rows import first_kernel
 
     out = x.new_empty(starts.shape[0], count, dim)
     constants = {"COUNT": count, "DIM": dim, "BLOCK": 1 << (dim - 1).bit_length()}
@@ -231,7 +231,7 @@ def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Te
                more: Tensor | None = None, norm: nn.LayerNorm | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     if not launch.usable(x.device):
         return _take_rows_torch(added(x, more), ids, starts, index, counts, total)
-    from .kernels.rows import take_kernel
+    from ..kernels.rows import take_kernel
 
     x, ids, starts, index, counts = (t.contiguous() for t in (x, ids, starts, index, counts))
     batch, dim = counts.shape[0], x.shape[1]

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import packing
-from .backends import Backend
-from .packing import Packed, Padded, Selection, padded_state, put_back
-from .support.bare import Bare
+from .. import packing
+from ..backends import Backend
+from ..packing import Packed, Padded, Selection, put_back
+from ..support.bare import Bare
 
 State = Packed | Padded
 
@@ -174,6 +174,14 @@ def laid_out(state: Packed, backend: Backend, packed: bool) -> State:
     return padded_state(state) if backend.pads else state
 
 
+def padded_state(packed: Packed) -> Padded:
+    """The rows of `packed` with room for the longest image in every one; where all are equally long, the same
+    memory."""
+    tokens, ids = packed.grid(packed.tokens), packed.grid(packed.ids, -1)
+    lengths = None if packed.count is not None else packed.lengths
+    return Padded(tokens, ids, packed.seqlen, lengths, packed.count, packed.rows, packed.unpruned)
+
+
 def take_copy(state: State, i: int, run: Pass) -> None:
     """What block i left, where somebody wants it."""
     if i in run.wanted:
@@ -187,10 +195,33 @@ def take(cut: Cut, backend: Backend, sizes: tuple[int, int] | None, norm: nn.Lay
     if cut.selection is None:
         return cut.state
     if backend.paper_padding:  # the paper pads to the original length, always
-        return packing.take_by_loop(cut.state.summed, cut.selection)
+        return take_by_loop(cut.state.summed, cut.selection)
     if backend.pads:
         return packing.take_padded(cut.state.summed, cut.selection, sizes and sizes[1])
     return packing.take_packed(cut.state, cut.selection, lambda counts: sizes, norm)
+
+
+def take_by_loop(state: Padded, selection: Selection) -> Padded:
+    """`take_padded` of state and selection to the present width as the paper's padded baseline does it, kept faithfully
+    slow: the counts are read from the GPU, and one Python loop copies image after image into zeros."""
+    if isinstance(selection.counts, packing.Counts):
+        taken = packing.take_padded(state, selection, state.width)
+        tokens = torch.zeros_like(state.tokens)
+        for b, n in enumerate(taken.lengths.tolist()):
+            tokens[b, :n] = taken.tokens[b, :n]
+        return replace(taken, tokens=tokens)
+    narrow = replace(state, tokens=state.tokens[..., :1])
+    sizes = packing.take_padded(narrow, replace(selection, blend=None), state.width)
+    counts = selection.counts
+    counts = [counts] * state.batch if isinstance(counts, int) else counts.tolist()
+    tokens, ids, lengths = torch.zeros_like(state.tokens), sizes.ids, sizes.lengths
+    for b, n in enumerate(counts):
+        tokens[b, :n] = state.tokens[b, selection.index[b, :n]]
+    if selection.blend is not None:
+        tokens[:, counts[0]], ids[:, counts[0]] = packing.fuse(state, selection.blend)[:, 0], -1
+        lengths = torch.full_like(selection.index[:, 0], counts[0] + 1, dtype=torch.int32)
+    count = int(lengths[0]) if isinstance(selection.counts, int) and lengths is not None else sizes.count
+    return Padded(tokens, ids, state.seqlen, lengths, count, unpruned=state.unpruned)
 
 
 def runs_unfused(state: Padded, backend: Backend, block: nn.Module | Bare) -> bool:
