@@ -77,12 +77,6 @@ def processors(device: int) -> int:
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> float:
-    """Bytes of shared memory that a program on this device may have; of a CPU no end."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else math.inf
-
-
-@functools.cache
 def no_gluon(device: torch.device, dtype: torch.dtype, headdim: int) -> str | None:
     """Why the kernel in Gluon cannot run where those in Triton do, or None; headdim: numbers per head."""
     if INTERPRET:

@@ -586,7 +586,7 @@ def test_a_nan_of_one_image_reaches_no_other_gradient(monkeypatch):
 # --- the network of DynamicViT
 
 
-@pytest.mark.parametrize("dim", [48, 192, 520])
+@pytest.mark.parametrize("dim", [48, 192])
 def test_scores_of_a_predictor(dim):
     torch.manual_seed(dim)
     predictor, x = Predictor(dim).half().eval(), torch.randn(3, 70, dim).half()

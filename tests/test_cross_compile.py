@@ -115,7 +115,7 @@ def record_attention(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256)):
 
 def record_backward(recorder, cases, lengths=LENGTHS, batches=(1, 8, 256), chip=90):
     before = set(recorder.asked)
-    recorder.monkeypatch.setattr(launch, "shared_memory", lambda device: SHARED[chip])
+    recorder.monkeypatch.setattr(backward_kernels, "_shared_memory", lambda device: SHARED[chip])
     for dim, dtype, has_dlse in cases:
         for longest, images in itertools.product(lengths, batches):
             attend_backward(dim, dtype, has_dlse, longest, images)
@@ -149,7 +149,7 @@ def record_the_others(recorder, dims, dtypes):
             score_ops.best_rows(torch.empty(1, n, 6), 1, n // 2, rest=True)
             score_ops.sampled_rows(torch.empty(1, n), 1, 8, n)
             score_ops.best_rows(torch.empty(1, n, dtype=dtype), 1, n // 2, in_place=n % 2 == 1, rest=n % 2 == 0)
-        for width in (192, 384, 768) if dtype != torch.float32 else ():
+        for width in (192, 384) if dtype != torch.float32 else ():
             norm, layers = predictor_parts(width, dtype)
             x = torch.empty(32, width, dtype=dtype)
             score_ops.patch_scores(x, None, 16, 1, 15, norm, layers)

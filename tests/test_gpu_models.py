@@ -284,11 +284,11 @@ def test_a_recording_outlives_what_torch_compile_does_with_cublas_s_memory():
     assert not any(x.any() for x in held)
 
 
-@pytest.mark.parametrize("batch, name, dim", [(1, "deit_small", 384), (5, "deit_small", 384), (2, "deit_base", 768)])
-def test_a_predictor_s_kernels_agree_with_its_modules(batch, name, dim):
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_predictor_s_kernels_agree_with_its_modules(batch):
     pruner = build("dynamicvit")
-    ragged.RaggedViT(vit(name), pruner)
-    tokens = torch.randn(batch, 197, dim, device="cuda", dtype=torch.float16)
+    ragged.RaggedViT(vit(), pruner)
+    tokens = torch.randn(batch, 197, 384, device="cuda", dtype=torch.float16)
     ids = torch.arange(197, device="cuda").expand(batch, 197)
     for predictor in pruner.score_predictor:
         found = predictor.scores(View(Padded(tokens, ids, 197, count=197), 1, 0))

@@ -218,6 +218,13 @@ def _constants(tiles: BackwardTiles, q_stride: tuple, k_stride: tuple, v_stride:
 
 
 @functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on this device may have."""
+    if device.type != "cuda":
+        return OWNER_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _one_projection(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v are the three parts of one (total, 3, nheads, headdim)."""
     heads, dim = q.shape[1:]
@@ -249,7 +256,7 @@ def attend_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     numbers = (scale * LOG2_E, scale, total_q, total_k, images, max_q, max_k)
     kernels = {"owner": (owner_backward_kernel, 1), "query": (query_backward_kernel, max_q),
                "key": (key_backward_kernel, max_k)}  # fmt: skip
-    large = launch.shared_memory(q.device) >= OWNER_BYTES
+    large = _shared_memory(q.device) >= OWNER_BYTES
     for tiles in choose_backward(max_q, max_k, dim, images * heads, q.element_size(), large):
         if tiles.kernel == "query":
             delta = torch.empty_like(lse)

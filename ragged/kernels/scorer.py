@@ -111,32 +111,26 @@ def scorer_mid_kernel(
 @triton.jit(do_not_specialize=["count", "patches"])
 def scorer_out_kernel(
     Mid, Starts, Lengths, W2, B2, W3, B3, Out, count, patches,
-    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr,
+    DIM: tl.constexpr, PREFIX: tl.constexpr, M: tl.constexpr, HALF: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The rest: a product with GELU, another one of two columns, and a log-softmax over those. Out float32 (images,
-    patches): its first column, "keep". STEP: of the DIM // 2 numbers that go into the product so many at a time, for
-    shared memory has no room for all weights of a wide network.  LAST: a power of two that holds DIM // 4. Grid (images
-    * tiles,). The other arguments are those of `scorer_mid_kernel`."""
+    patches): its first column, "keep". LAST: a power of two that holds DIM // 4. Grid (images * tiles,). The other
+    arguments are those of `scorer_mid_kernel`."""
     dtype: tl.constexpr = Mid.dtype.element_ty
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
     tiles = tl.cdiv(patches, M)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     _, length = _place(Starts, Lengths, image, count, PREFIX)
-    row, last = tile * M + tl.arange(0, M), tl.arange(0, LAST)
+    row, k, last = tile * M + tl.arange(0, M), tl.arange(0, HALF), tl.arange(0, LAST)
     mine = image.to(tl.int64) * patches + row
-    acc = tl.zeros([M, LAST], tl.float32)
-    for first in tl.static_range(0, half, STEP):
-        k = first + tl.arange(0, STEP)
-        x = tl.load(Mid + mine[:, None] * half + k[None, :], mask=(row < patches)[:, None] & (k < half)[None, :],
-                    other=0.0)  # fmt: skip
-        weight = tl.load(W2 + last[:, None] * half + k[None, :], mask=(last < quarter)[:, None] & (k < half)[None, :],
-                         other=0.0)  # fmt: skip
-        acc = tl.dot(x, tl.trans(weight), acc)
+    x = tl.load(Mid + mine[:, None] * half + k[None, :], mask=(row < patches)[:, None] & (k < half)[None, :], other=0.0)
+    weight = tl.load(W2 + last[:, None] * half + k[None, :], mask=(last < quarter)[:, None] & (k < half)[None, :],
+                     other=0.0)  # fmt: skip
     bias = tl.load(B2 + last, mask=last < quarter, other=0.0).to(tl.float32)
     keep = tl.load(W3 + last, mask=last < quarter, other=0.0).to(tl.float32)
     drop = tl.load(W3 + quarter + last, mask=last < quarter, other=0.0).to(tl.float32)
-    hidden = _gelu(acc + bias[None, :], dtype).to(tl.float32)
+    hidden = _gelu(tl.dot(x, tl.trans(weight)) + bias[None, :], dtype).to(tl.float32)
     ahead = tl.sum(hidden * keep[None, :], 1) + tl.load(B3).to(tl.float32)
     ahead -= tl.sum(hidden * drop[None, :], 1) + tl.load(B3 + 1).to(tl.float32)
     score = tl.minimum(ahead, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(ahead)))
@@ -156,7 +150,7 @@ def score_patches(x: Tensor, places: tuple[Tensor, Tensor], count: int, batch: i
     hidden, mid = (x.new_empty(batch * patches, n) for n in (dim, half))
     sums, out = (x.new_empty(shape, dtype=torch.float32) for shape in ((batch * tiles, half), (batch, patches)))
     shared, middle = {"DIM": dim, "PREFIX": prefix, "M": 16}, {"N": 32, "HALF": _power(half), "TILES": _power(tiles)}
-    numbers, key, options = (count, patches), (x.dtype, bool(count), dim, prefix, middle["TILES"]), {"num_warps": 4 if dim <= 512 else 8}
+    numbers, key, options = (count, patches), (x.dtype, bool(count), dim, prefix, middle["TILES"]), {"num_warps": 4}
 
     def run(kernel, columns: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
         launch.start(kernel, key, (batch * tiles, columns), tensors, numbers, shared | constants, options)
@@ -164,7 +158,7 @@ def score_patches(x: Tensor, places: tuple[Tensor, Tensor], count: int, batch: i
     first = {"N": 32, "WHOLE": _power(dim)}
     run(scorer_in_kernel, -(-dim // 32), (x, *places, *weights[:4], hidden, sums), (*numbers, eps), first)
     run(scorer_mid_kernel, -(-half // 32), (hidden, sums, *places, *weights[4:6], mid), numbers, middle)
-    last = {"STEP": middle["HALF"] if dim <= 512 else 128, "LAST": _power(dim // 4)}
+    last = {"HALF": middle["HALF"], "LAST": _power(dim // 4)}
     run(scorer_out_kernel, 1, (mid, *places, *weights[6:], out), numbers, last)
     return out
 

@@ -15,8 +15,8 @@ from ..kernels import flow
 from . import with_prefix
 
 MOST_RANKED = 1024  # patches that one program compares, faster than `topk` and `sort` (times: data/results/notes.md)
-MOST_SCORED = 400_000  # numbers in the patches of a batch up to which `patch_scores` is ahead of the compiled predictor
-WIDTHS = (768, 384)  # how wide they may be: with 96 KiB of shared memory, and with less
+# Numbers in the patches of a batch, and their width, up to which `patch_scores` is ahead of the compiled predictor.
+MOST_SCORED, WIDEST = 400_000, 384
 
 # ---- scores ----
 
@@ -125,8 +125,7 @@ def patch_scores(x: Tensor, starts: Tensor | None, lengths: Tensor | int, prefix
     equal = lengths if isinstance(lengths, int) else 0
     batch = x.shape[0] // equal if equal else lengths.shape[0]
     plain = all(t is not None and t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in weights)
-    plain &= dim % 8 == 0 and x.dtype in (torch.float16, torch.bfloat16)
-    plain &= dim <= WIDTHS[launch.shared_memory(x.device) < 96 * 1024]
+    plain &= dim % 8 == 0 and dim <= WIDEST and x.dtype in (torch.float16, torch.bfloat16)
     if not launch.usable(x.device) or not plain or torch.is_autocast_enabled(x.device.type) or flow.wanted(x, *weights):
         return None
     from ..kernels.scorer import score_patches
