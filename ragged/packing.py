@@ -285,8 +285,8 @@ def _own_blend(state: Packed | Padded, blend: Tensor | None) -> Tensor | None:
 
 
 def fuse(state: Packed | Padded, blend: Tensor) -> Tensor:
-    """Weighted sum of every image's first rows, blend (batch, rows), as (batch, 1, dim), in the tokens' own precision
-    whatever autocast says."""
+    """Weighted sum of the first rows of every image of `state`, blend (batch, rows), as (batch, 1, dim), in the tokens'
+    own precision whatever autocast says."""
     with torch.autocast(state.tokens.device.type, enabled=False):
         return blend.to(state.tokens.dtype)[:, None] @ state.grid(state.tokens)[:, : blend.shape[1]]
 

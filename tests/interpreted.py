@@ -523,7 +523,7 @@ def test_the_sanitizers_cases():
     for name, run, arguments in [*sanitize.attention_cases(), *sanitize.special_cases()]:
         if "q=1 " not in name:
             kinds.setdefault((run, re.sub(r"\w+=\d+|\d+", "", name)), arguments)
-    assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 7
+    assert len(kinds) >= 15 and len({run for run, _ in kinds}) == 8
     for (run, _), arguments in kinds.items():
         run("cpu", *arguments)
 
