@@ -130,6 +130,8 @@ def test_the_paper_s_markers_are_hollow():
     assert figure.layout.xaxis.type == "log" and "µs (log)" in plots.alt_text(figure)
     zero = plots.paper_beside(pairs.assign(value=0.0), title="A call", unit="µs")
     assert zero.layout.xaxis.type is None
+    nobody = plots.paper_beside(pairs.assign(backend=""), title="A call", unit="µs")
+    assert {t.name for t in nobody.data} == {"paper", "NVIDIA H200"}
 
 
 def test_claims_are_drawn_by_verdict():

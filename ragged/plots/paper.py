@@ -167,8 +167,9 @@ def paper_beside(pairs, *, title, unit, log=True, below=""):
             hollow, colour = source == "paper", look(backend).colour
             marker = dict(symbol="circle-open" if hollow else symbols.get(source, "cross"), size=12, color=colour,
                           line=dict(width=2, color=colour))  # fmt: skip
-            figure.add_scatter(x=found["value"], y=found["case"], mode="markers", marker=marker, showlegend=True,
-                               name=f"{look(backend).label}: {source}")  # fmt: skip
+            name = ": ".join(filter(None, (look(backend).label, source)))  # some of the paper's rows have no backend
+            figure.add_scatter(x=found["value"], y=found["case"], mode="markers", marker=marker, name=name,
+                               showlegend=True)  # fmt: skip
             ring(figure, found["value"], found["case"], found)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=cases[::-1])
     axis = log_ticks(pairs["value"]) if log and pairs["value"].min() > 0 else dict(rangemode="tozero")
