@@ -45,8 +45,9 @@ class RaggedViT(nn.Module):
     """A timm Vision Transformer that drops tokens on its way.
 
     vit: a model `check_supported` accepts; its weights are used as they are, and it is set to eval mode.
-    pruner: a pruner from `PRUNERS`, or None for the unpruned model.  backend: a name in `BACKENDS` or "auto", which
-    without a pruner is PyTorch's SDPA; layout "padded" runs pruned blocks on (batch, n, dim), others on packed rows.
+    pruner: a pruner from `PRUNERS`, or None for the unpruned model.  backend: a name in `BACKENDS` or "auto"; layout
+    "padded" runs pruned blocks on (batch, n, dim), others on packed rows. Before any cut attention is PyTorch's SDPA,
+    but under "triton" and "gluon", and under "auto" where it is one of them and cuts follow.
 
     Plain blocks run piece by piece on rows. A block with hooks or a `forward` of its own is called as it is, on
     (batch, n, dim), which takes the same count in every image; where counts differ it is refused. What hangs on the
@@ -297,8 +298,7 @@ class RaggedViT(nn.Module):
         block, pruner = self._block(i, run), self.pruner
         x, q, k, v = self._run["begin_block"](block, state.tokens, state.more)  # (..., nheads, headdim)
         state, scored, drops = state.having(x), (q, k, v, scale_of(block)), _images_of(state, run.drops)
-        select = functools.partial(self._select, state, i, *scored)
-        early = aside(select, q.is_cuda) if pruner.scores_only else None
+        early = aside(functools.partial(self._select, state, i, *scored), q.is_cuda) if pruner.scores_only else None
         heads = self._attend(state, q, k, v, block, run)
         if early and pruner.where == "inside":  # nobody looks at the sum before its rows are taken
             more = self._run["project_heads"](block, heads, *drops)

@@ -383,7 +383,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed batch, got {type(packed).__name__}")
     canvas = packed.tokens.new_full((packed.batch, packed.seqlen, packed.tokens.shape[1]), fill)
-    return put_back(canvas, packed, packed.tokens)
+    return put_back(canvas, packed, packed.summed.tokens)
 
 
 def _host_sizes(counts: list[int], batch: int) -> tuple[int, int]:

@@ -29,9 +29,10 @@ def run_module(module: nn.Module, *inputs: Tensor) -> Tensor:
 class View:
     """What a pruner may look at. state: the tokens at the place of the cut.  prefix: rows that always stay (CLS, ...).
     stage: 0, 1, ... within the schedule.  cls_attention: float32 (batch, n, nheads), softmax attention of CLS to every
-    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated.  weighed: the parts of
-    `importance`, which the sampling kernel adds up itself. The last three only where the pruner `needs` them; they are
-    zero in padding.  apply: `run_module`, compiled where the model is."""
+    row.  value_norm: float32 (batch, n), norm of every row's value vector, heads concatenated; both are zero in
+    padding, and float64 in a float64 model.  apply: `run_module`, compiled where the model is.  weighed: the parts of
+    `importance`, which the sampling kernel adds up itself, undefined in padding. The scores are there only where the
+    pruner `needs` them."""
 
     state: Packed | Padded
     prefix: int

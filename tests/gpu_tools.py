@@ -68,7 +68,7 @@ def eager(model, captured, images):
     result, cuts = model.begin(images), []
     if isinstance(result, torch.Tensor) or not captured.waits:
         return to_the_end(result, None, cuts)
-    return the_rest(captured.rest, result.ahead() if captured.rest.ahead else result)
+    return the_rest(captured.rest, result.ahead() if captured.rest.front.last else result)
 
 
 @torch.no_grad()

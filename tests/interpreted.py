@@ -278,6 +278,17 @@ def test_importance(lengths, dim, dtype, monkeypatch):
     torch.testing.assert_close(score_ops.importance(q, k, v, *places, 0.3).grid(), found, rtol=1e-4, atol=1e-6)
 
 
+def test_scores_are_not_launched_as_for_values_of_another_dtype(monkeypatch):
+    """Under autocast normed queries and keys may be float32, and values half as wide."""
+    q, k, v, cu, *_ = inputs([5, 3], heads=2, dim=16, dtype=torch.float32)
+    keys, real = [], launch.start
+    monkeypatch.setattr(launch, "start", lambda kernel, key, *rest: keys.append(key) or real(kernel, key, *rest))
+    for values in (v, v.bfloat16()):
+        parts = score_ops.importance(q, k, values, cu[:-1], cu.diff(), 5, 0.25)
+        torch.testing.assert_close(parts.squares.sum(0), values.float().flatten(1).square().sum(1))
+    assert keys[0] != keys[1]
+
+
 # --- copies
 
 
@@ -435,6 +446,17 @@ def test_take(batch, dim, surplus, monkeypatch):
     monkeypatch.setattr(launch, "usable", lambda device: False)
     for got, want in zip(row_ops.take_rows(x, ids, starts, index, counts, total, n), (tokens, new_ids, cu)):
         assert torch.equal(got, want)
+
+
+def test_what_a_norm_loses_after_wrapping_is_seen():
+    from pruner_cases import pictures, small_vit
+
+    model = ragged.RaggedViT(small_vit(), ragged.PRUNERS["ats"](at=(1,), samples=20), "triton")
+    before = model(pictures(2))
+    model.vit.blocks[1].norm2.bias = None
+    got = model(pictures(2))
+    torch.testing.assert_close(got, model.with_pruner(model.pruner, "sdpa_padded")(pictures(2)), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(got, before)
 
 
 def test_a_backend_that_was_named_runs_without_a_pruner_too():

@@ -1,6 +1,7 @@
 """Captured lists without a GPU: which capacity a call takes, and what is refused."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ragged.blocks.cuts import Pass
 from ragged.graph import bucket_sizes
 from ragged.graph.lists import CapturedList, rows_after, stand_ins
 from ragged.packing import Counts, Packed
+from ragged.rules import top_k
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
@@ -83,6 +85,20 @@ def test_what_was_not_foreseen_is_said():
             captured._choose(lengths)
     with pytest.raises(TypeError, match="list"):
         captured(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_pruner_of_fixed_shares_may_rank_by_importance():
+    class Important(ragged.PRUNERS["evit"]):
+        needs = frozenset({"importance"})
+
+        def select(self, view):
+            return top_k(view.importance, view.prefix, view.share("important", 0.5), real=view.real())
+
+    model, images = ragged.RaggedViT(small_vit(), Important(at=(1,))), [torch.randn(3, 32, 32), torch.randn(3, 32, 64)]
+    size = model.vit.patch_embed.dynamic_feat_size
+    lengths = [model.prefix + math.prod(size(tuple(image.shape[1:]))) for image in images]
+    (stage,) = model.trace(images).stages
+    assert [rows_after(model, n)[1] for n in lengths] == stage.counts
 
 
 @pytest.mark.parametrize("name, options", [

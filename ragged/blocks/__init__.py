@@ -111,7 +111,7 @@ def begin_block(block: nn.Module | Bare, x: Tensor, more: Tensor | None = None) 
 
 def end_block(block: nn.Module | Bare, x: Tensor, cu: Tensor | None = None, drops: bool = False,
               normed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`finish_block`, its sum `left_open`; normed: as in `run_mlp`."""
+    """`finish_block`, with its sum `left_open`; normed: as in `run_mlp`."""
     return left_open(x, run_mlp(block, x, cu, drops, normed))
 
 

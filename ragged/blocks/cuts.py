@@ -136,8 +136,8 @@ class Pending:
         return self.model._blocks(left, self.cut.block + 1, run)
 
     def ahead(self) -> Pending:
-        """The same, but what remains of the cut's block runs now, with room for all rows: work for the GPU while the
-        host reads how many stay. Under packed backends only."""
+        """The same, but the rows are taken and what remains of the cut's block runs now, with room for all rows: work
+        for the GPU while the host reads how many stay. Under packed backends only."""
         everything = self.cut.state.batch * self.width
         return replace(self, left=self.model._leave(self.cut, self.run, (everything, self.width)))
 

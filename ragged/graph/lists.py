@@ -26,6 +26,7 @@ from ..blocks.cuts import Pass, Pending
 from ..checks import check_image_list, check_packed, weight_of
 from ..kernels.padding import image_of_rows
 from ..packing import Counts, Packed
+from ..rows.scores import Importance
 from ..rules import View
 from .parts import FEW_ROWS, WIDTH_STEP, Recorded, Recorder, Rest, bucket_sizes, needed, rest_sizes, to_the_end
 
@@ -59,7 +60,9 @@ def rows_after(model: nn.Module, length: int) -> tuple[int, ...]:
         cu = torch.tensor([0, rows], dtype=torch.int32, device=weight.device)
         tokens, ids = zeros(rows, model.vit.embed_dim, dtype=weight.dtype), torch.arange(rows, device=weight.device)
         state = Packed(tokens, ids, cu, rows, 1, length, None, now, before)
-        chosen = pruner.select(View(state, model.prefix, stage, zeros(1, rows, heads), zeros(1, rows)))
+        weighed = Importance(zeros(heads, rows), zeros(heads, rows), zeros(rows, heads, 1), cu[:-1], rows, rows)
+        view = View(state, model.prefix, stage, zeros(1, rows, heads), zeros(1, rows), weighed=weighed)
+        chosen = pruner.select(view)
         if chosen is None:
             found.append(rows)
         elif isinstance(chosen.counts, Counts):

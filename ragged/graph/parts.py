@@ -27,7 +27,7 @@ HIDDEN = 2e9
 
 Result = TypeVar("Result")
 Work = Callable[[Callable[[], None]], object]  # what is recorded; it gets a function to call after each block
-Behind = Callable[[object], Callable[[], object] | None]
+Behind = Callable[[object], Callable[[], object] | None]  # of what was recorded: what to record behind it, if anything
 
 
 def bucket_sizes(rows: int) -> list[int]:
@@ -77,7 +77,7 @@ def _branch(device: int) -> torch.cuda.Stream:
 
 
 class Chain:
-    """Part of a pass as two graphs, the first up to the end of its first block.
+    """Part of a pass as two graphs, the first up to the end of its first block, and perhaps one more behind them.
 
     The GPU begins with a graph when the host has handed over the whole of it, 10 to 20 µs for a hundred kernels. Cut
     there, the GPU works on the first block while the host hands over the rest.
@@ -161,12 +161,13 @@ class Rest:
     """What follows the first adaptive cut, in a graph for each capacity.
 
     pending: the pass at the cut, whose tensors the front fills anew.  sizes: capacities, in rows, or under a padded
-    backend in rows per image.  front: what is left of it to start once the counts are on their way to the host.
+    backend in rows per image.  front: what leads there; its last graph, if it has one behind the counts, is started
+    before the host waits for these.
     """
 
     def __init__(self, recorder: Recorder, pending: Pending, sizes: list[int], padded: bool,
                  front: Chain | None = None):  # fmt: skip
-        self._front, self.ahead = front, pending.left is not None
+        self.front = front
         self.counts, self.sizes, self.padded, self.batch = pending.counts, sizes, padded, pending.cut.state.batch
         self._host, self._reader = torch.empty_like(pending.counts, device="cpu").pin_memory(), torch.cuda.Stream()
         self._known, self._read = torch.cuda.Event(), torch.cuda.Event()
@@ -189,8 +190,8 @@ class Rest:
     def __call__(self) -> Tensor:
         """Read how many rows stay, and start what has room for them."""
         self._known.record()
-        if self._front is not None:
-            self._front.replay_last()  # for the GPU, meanwhile
+        if self.front is not None:
+            self.front.replay_last()  # for the GPU, meanwhile
         self._reader.wait_event(self._known)
         with torch.cuda.stream(self._reader):  # beside it, not in front of it
             self._host.copy_(self.counts, non_blocking=True)

@@ -186,11 +186,12 @@ def norms_rows(x: Tensor, more: Tensor | None, total: int, norm: nn.LayerNorm) -
     """Whether `take_normed_rows` runs, and pays, for `total` rows of tokens x (n, dim), more, and a plain layer norm:
     in a kernel, without gradients, all in one dtype and on one device."""
     weights = (norm.weight, norm.bias)
+    if not launch.usable(x.device) or None in weights or x.dtype == torch.float64:
+        return False
     alike = all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in weights)
-    fits = x.shape[1] == norm.weight.numel() <= WIDEST_NORM and x.dtype != torch.float64
-    alike &= total * x.shape[1] <= MOST_NORMED
+    fits = x.shape[1] == norm.weight.numel() <= WIDEST_NORM and total * x.shape[1] <= MOST_NORMED
     autocast = torch.is_autocast_enabled(x.device.type)  # which would have the norm return float32
-    return launch.usable(x.device) and fits and alike and not autocast and not flow.wanted(x, more, *weights)
+    return fits and alike and not autocast and not flow.wanted(x, more, *weights)
 
 
 def take_normed_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Tensor, total: int, longest: int,
@@ -240,7 +241,7 @@ def _take_rows(x: Tensor, ids: Tensor, starts: Tensor, index: Tensor, counts: Te
     constants = _constants(dim) | {"CHUNK": CHUNK, "SUM": more is not None, "NORM": norm is not None}
     normed, weight, bias, eps, options = out, x, x, 0.0, {}
     if norm is not None:
-        normed, weight, bias, eps, options = torch.empty_like(out), norm.weight, norm.bias, norm.eps, NORMED
+        normed, weight, bias, eps, options = torch.empty_like(out), norm.weight, norm.bias, float(norm.eps), NORMED
         constants |= {"ROWS": 1, "BLOCK": 1 << (dim - 1).bit_length()}
     more = x if more is None else more.contiguous()
     grid = (batch + 1, min(max(1, -(-longest // constants["ROWS"])), 65535))  # the kernel's loop covers what is left

@@ -57,7 +57,7 @@ def _launch_cls(q: Tensor, k: Tensor, v: Tensor | None, starts: Tensor, lengths:
     constants = launch.strides_of(Q=q.stride(), K=k.stride(), V=values.stride()) | launch.head_of(heads, dim)
     once = 64 < width <= 256 and dim <= 64  # then all keys fit into one tile, and nothing is read twice
     constants |= {"N": 256 if once else 64, "ONCE": once, "VALUES": v is not None}
-    key, options = (q.dtype, *constants.values()), {"num_warps": 8 if once else 4}
+    key, options = (q.dtype, k.dtype, values.dtype, *constants.values()), {"num_warps": 8 if once else 4}
     tensors = (q, k, values, probs, squares, starts, starts if equal else lengths)
     numbers = (scale * launch.LOG2_E, equal, rows)
     launch.start(cls_kernel, key, (heads * starts.shape[0], 1), tensors, numbers, constants, options)

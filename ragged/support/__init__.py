@@ -33,10 +33,10 @@ class Survey:
     """What `check_supported` found out about `vit`, and whether it is still true.
 
     whole: block index -> why that block must be called as it is, on (batch, n, dim).  bare: the others, for eager
-    passes.  as_product: whether the patch
-    embedding may run as one matrix product, and each_product: also for images of different sizes.  no_list: why such a
-    list cannot be packed, or None.  norm: why the final norm must see all tokens, or None.  hooked: whether
-    there are hooks at all, which no CUDA graph calls.
+    passes; of compiled ones a cut reads their `norm`.  as_product: whether the patch embedding may run as one matrix
+    product, and each_product: also for images of different sizes.  no_list: why such a list cannot be packed, or None.
+    norm: why the final norm must see all tokens, or None.  hooked: whether there are hooks at all, which no CUDA graph
+    calls.
 
     `still_true` compares what people change after wrapping: modules and their types, hooks, replaced methods (of an
     object or of a class), pooling, how patches are cut; of modules that were tried out also their switches.

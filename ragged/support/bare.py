@@ -19,12 +19,11 @@ Step = Callable[[Tensor], Tensor]
 
 
 def plain_norm(module: nn.Module) -> bool:
-    """Whether module is a layer norm with weight and bias that nobody changed."""
+    """Whether module is a layer norm that nobody changed; it may lack a weight or a bias."""
     from timm.layers import LayerNorm
 
-    kind, own, weights = type(module), module.__dict__, module._parameters
-    plain = kind is nn.LayerNorm or (kind is LayerNorm and not own["_fast_norm"])
-    return plain and not _changed(module) and None not in (weights["weight"], weights["bias"])
+    kind, own = type(module), module.__dict__
+    return (kind is nn.LayerNorm or (kind is LayerNorm and not own["_fast_norm"])) and not _changed(module)
 
 
 def _changed(module: nn.Module) -> bool:

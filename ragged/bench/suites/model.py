@@ -49,7 +49,7 @@ def _unpruned(bench, modes, patches: int = 196) -> list[Candidate]:
 
 
 def _by_our_kernel(bench, patches: int = 196) -> list[Candidate]:
-    """Unpruned as well, but by the kernel that pruned networks have, so that nobody takes its gain for theirs."""
+    """Unpruned as well, but by the kernel of the pruned networks, so that its gain is not credited to pruning."""
     columns = {"pruner": "none", "backend": "triton", "tokens": str(patches + 1), "keep": 1.0}
     return [_candidate(bench, None, columns | {"mode": mode}) for mode in REAL_MODES]
 
