@@ -60,7 +60,7 @@ def capture_batch(
         return to_the_end(result, None, captured._cuts, after_block)
 
     def behind(result: Tensor | Pending) -> Callable[[], Pending] | None:
-        return result.ahead if hides and isinstance(result, Pending) and result.cut.within else None
+        return result.ahead if hides and isinstance(result, Pending) else None
 
     for _ in range(warmup):
         recorder.try_out(functools.partial(front, False))

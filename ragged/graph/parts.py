@@ -22,7 +22,8 @@ STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that 
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
 WIDTH_STEP = 8  # rows per image between two buckets of a padded batch
 FEW_ROWS = 512  # up to here an adaptive pass is recorded for all rows, without a wait (H200: batch 1 and 2, not 4)
-# Rows times dim² up to which an MLP for all rows takes no longer than the wait, 80 µs on an H100, which it then hides.
+# Rows times dim² up to which an MLP for all rows takes no longer than the wait, 80 µs on an H100, which it then hides;
+# where a cut has no MLP to do, taking the rows is less.
 HIDDEN = 2e9
 
 Result = TypeVar("Result")
