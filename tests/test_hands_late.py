@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from pruner_cases import assert_logits, pictures
+from pruner_cases import assert_logits, build, pictures, small_vit
 from test_hands import KEEP_ALL, REFUSALS, LoRA, scaled, vit
 from timm.models import vision_transformer as tv
 from torch import nn
@@ -235,6 +235,20 @@ def test_what_a_hook_changes_further_on_counts_at_once(place, what):
     hang(mine)
     hang(theirs)
     assert_logits(ragged.RaggedViT(mine)(pictures()), theirs(pictures()))
+
+
+# ---- the whole model under torch.compile
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+@pytest.mark.parametrize("name", [None, "evit", "ats"])
+def test_the_whole_model_may_be_compiled(name):
+    """By its user, from outside; a batch, and a list of images of different sizes."""
+    model = ragged.RaggedViT(small_vit(), name and build(name, 0.5, at=(1,)))
+    lists = [torch.randn(3, 32, 32), torch.randn(3, 32, 64)]
+    for images in (pictures(2), lists):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 # ---- what cannot be run
