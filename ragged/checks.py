@@ -183,7 +183,7 @@ def check_images(images: Tensor, vit: nn.Module) -> None:
     _check_like_model("images", images, weight_of(vit))
 
 
-def under_vmap() -> bool:
+def _under_vmap() -> bool:
     """Whether torch.vmap is going on. A compiler cannot look at that, and is not asked."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return False
@@ -195,7 +195,7 @@ def _check_like_model(name: str, x: Tensor, weight: Tensor) -> None:
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
-    if under_vmap():
+    if _under_vmap():
         raise NotImplementedError(f"{name}: torch.vmap is not supported; give the whole batch in one call")
     mixed = torch.is_autocast_enabled(weight.device.type) and x.dtype in FLOATS[:3]  # float64 is left alone by it
     if (x.dtype != weight.dtype and not mixed) or x.device != weight.device:

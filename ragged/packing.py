@@ -142,7 +142,7 @@ class Packed(_Batch):
 
     def first_rows(self, count: int) -> Tensor:
         """The first `count` rows of every image, (batch, count, dim): the CLS and other prefix tokens."""
-        return added(*(None if x is None else self._first(x, count) for x in (self.tokens, self.more)))
+        return added(self._first(self.tokens, count), None if self.more is None else self._first(self.more, count))
 
     def _first(self, x: Tensor, count: int) -> Tensor:
         if self.count is not None and self.count >= count:
@@ -216,15 +216,14 @@ def take_packed(state: Packed | Padded, selection: Selection, sizes: Sizes = rea
     wait); under graph capture it returns an upper bound, and the rows past the real total are zeros that no attention
     call looks at. norm: what they go through next, which is then done at once where that saves a launch."""
     batch, index, counts, ids = state.batch, selection.index, selection.counts, state.ids.flatten()
+    if selection.blend is not None and isinstance(counts, Counts):
+        state = state.summed  # a fused row is made of whole tokens
     tokens, more = (None if x is None else x.flatten(0, -2) for x in (state.tokens, state.more))
     if isinstance(counts, int):
         taken = move_rows(tokens, ids, state.starts, index[:, :counts], _own_blend(state, selection.blend), more)
         rows = counts + (selection.blend is not None)
         return Packed(*taken, max(rows, 1), batch, state.seqlen, rows, unpruned=state.unpruned)
     if isinstance(counts, Counts):
-        if selection.blend is not None:
-            state = state.summed
-        more = None if state.more is None else more
         tokens, ids, index, counts = _with_fused(state, selection)
         total, longest = sum(counts.host), max(counts.host)
         taken = take_rows(tokens, ids, state.starts, index, counts.device, total, longest, more)

@@ -35,7 +35,7 @@ def _changed(module: nn.Module) -> bool:
 def steps_of(module: nn.Module) -> list[Step]:
     """What to call, one behind the other, in place of a module in eval mode; none for one that does nothing then. The
     module itself where something hangs on it, or where it is not known here."""
-    from timm.layers import LayerNorm, Mlp
+    from timm.layers import Mlp
 
     kind, own, weights = type(module), module.__dict__, module._parameters
     if _changed(module):
@@ -50,7 +50,7 @@ def steps_of(module: nn.Module) -> list[Step]:
         return [module]
     if kind is nn.Linear:
         return [lambda x: F.linear(x, weights["weight"], weights["bias"])]
-    if kind is nn.LayerNorm or (kind is LayerNorm and not own["_fast_norm"]):
+    if plain_norm(module):
         return [lambda x: F.layer_norm(x, own["normalized_shape"], weights["weight"], weights["bias"], own["eps"])]
     return [module]
 

@@ -43,15 +43,11 @@ def _bench(name: str, batch: int, options: Options, img_size: int = 224):
     return functools.cache(functools.partial(Workbench, name, batch, options.dtype, options.device, img_size))
 
 
-def _unpruned(bench, modes, patches: int = 196) -> list[Candidate]:
-    columns = {"pruner": "none", "backend": "unpruned", "tokens": str(patches + 1), "keep": 1.0}
+def _unpruned(bench, modes, patches: int = 196, backend: str = "unpruned") -> list[Candidate]:
+    """The network without a cut. backend: "unpruned", as PyTorch runs it; "triton", by the kernel of the pruned
+    networks, so that its gain is not credited to pruning."""
+    columns = {"pruner": "none", "backend": backend, "tokens": str(patches + 1), "keep": 1.0}
     return [_candidate(bench, None, columns | {"mode": mode}) for mode in modes]
-
-
-def _by_our_kernel(bench, patches: int = 196) -> list[Candidate]:
-    """Unpruned as well, but by the kernel of the pruned networks, so that its gain is not credited to pruning."""
-    columns = {"pruner": "none", "backend": "triton", "tokens": str(patches + 1), "keep": 1.0}
-    return [_candidate(bench, None, columns | {"mode": mode}) for mode in REAL_MODES]
 
 
 def _timm(bench, patches: int = 196) -> list[Candidate]:
@@ -88,7 +84,8 @@ def model(options: Options) -> list[Case]:
     for name in options.models_or(("deit_tiny",) if quick else MODELS):
         for batch in options.batches_or((4,) if quick else BATCHES):
             bench = _bench(name, batch, options)
-            candidates = _unpruned(bench, MODES) + _by_our_kernel(bench) + _timm(bench) + _real(bench)
+            candidates = _unpruned(bench, MODES) + _unpruned(bench, REAL_MODES, backend="triton")
+            candidates += _timm(bench) + _real(bench)
             columns = {"pruner": "threshold_l2", "tokens": "99", "keep": 0.5}
             for backend, mode in itertools.product(("dense", *CONTESTANTS), MODES):
                 candidates.append(_candidate(bench, equal_counts(0.5), columns | {"backend": backend, "mode": mode}))
