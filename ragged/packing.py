@@ -73,6 +73,8 @@ def read_sizes(counts: Tensor) -> tuple[int, int]:
 
 
 class _Batch:
+    normed = None  # packed rows alone are normed in advance
+
     @property
     def starts(self) -> Tensor:
         """First row of every image, int32 (batch,): in the packed tokens, or in those of a padded batch, flattened.
@@ -169,7 +171,6 @@ class Padded(_Batch):
     rows: Counts | None = None
     unpruned: Counts | None = None
     more: Tensor | None = None
-    normed: None = None  # only packed rows are
 
     @property
     def batch(self) -> int:

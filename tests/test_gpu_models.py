@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import timm
 import torch
 from gpu_tools import eager, print_table, waits
 from pruner_cases import VARIANTS
@@ -166,6 +167,18 @@ def test_a_graph_outlives_the_variables_it_was_made_from():
         fast = ragged.RaggedViT(vit, make()).capture(8)
         junk = [torch.full((n,), 2**30, dtype=torch.int32, device="cuda") for n in range(8, 4096, 8)]
         assert torch.equal(fast(images), want), len(junk)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+@pytest.mark.parametrize("name", [None, "evit", "dynamicvit", "ats"])
+def test_the_whole_model_may_be_compiled(name):
+    """By its user, from outside, with the usual compiler; a batch, and a list of images of different sizes."""
+    network = timm.create_model("deit_tiny_patch16_224", depth=2).eval().to("cuda", torch.float16)
+    model = ragged.RaggedViT(network, name and build(name, at=(1,)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    for images in (pictures(batch=4), [pictures()[0], pictures()[1, :, :192, :160]]):
+        assert (compiled(images) - model(images)).abs().max() < LIMIT
 
 
 def test_a_graph_for_every_total():

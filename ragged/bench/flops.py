@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def block_flops(rows: float, dim: int, hidden: int, *, mlp_rows: float | None = None) -> float:
-    """FLOPs of one ordinary transformer block on one image: q, k and v of width dim, an MLP of two layers.
-
-    rows: of the attention.  mlp_rows: rows that reach the MLP (default: the same rows).  dim: width.  hidden: width
-    inside the MLP.
-    """
-    return _block(rows, mlp_rows, qkv=3 * dim * dim, scores=dim, proj=dim * dim, mlp=2 * dim * hidden)
+def block_flops(rows: float, dim: int, hidden: int) -> float:
+    """FLOPs of one ordinary transformer block on one image of `rows` tokens: q, k and v of width dim, an MLP of two
+    layers with `hidden` numbers between them."""
+    return _block(rows, rows, qkv=3 * dim * dim, scores=dim, proj=dim * dim, mlp=2 * dim * hidden)
 
 
-def _block(rows: float, mlp_rows: float | None, *, qkv: int, scores: int, proj: int, mlp: int) -> float:
-    """qkv, proj, mlp: multiply-adds per row, that is weights.  scores: width of all heads together."""
-    mlp_rows = rows if mlp_rows is None else mlp_rows
+def _block(rows: float, mlp_rows: float, *, qkv: int, scores: int, proj: int, mlp: int) -> float:
+    """rows: of the attention.  mlp_rows: those that reach the MLP.  qkv, proj, mlp: multiply-adds per row, that is
+    weights.  scores: width of all heads together."""
     attention = 4 * rows * rows * scores  # q k^T, and the weights times v
     return 2 * rows * (qkv + proj) + attention + 2 * mlp_rows * mlp
 
@@ -105,11 +102,7 @@ def forward_flops(vit: nn.Module, stages: Sequence = (), batch: int = 1) -> floa
         for i, size in enumerate(sizes):
             cut, after = cuts.get(i), rows if i not in cuts else cuts[i].counts[image]
             where = "" if cut is None else cut.where
-            if where == "before":
-                total += _block(after, None, **size)
-            elif where == "inside":
-                total += _block(rows, after, **size)
-            else:
-                total += _block(rows, None, **size)
+            attended, rest = (after if where == "before" else rows), (rows if where == "after" else after)
+            total += _block(attended, rest, **size)
             rows = after
     return total

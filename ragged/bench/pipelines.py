@@ -33,7 +33,7 @@ class Noted(Pruner):
     def __init__(self, pruner: Pruner):
         super().__init__(pruner.name, pruner.at, pruner.where)
         self.pruner, self.taken = pruner, []
-        self.needs, self.adaptive = pruner.needs, pruner.adaptive
+        self.needs, self.adaptive, self.scores_only = pruner.needs, pruner.adaptive, pruner.scores_only
 
     def bind(self, dim: int, depth: int) -> None:
         self.pruner.bind(dim, depth)

@@ -7,7 +7,7 @@ up that could change.
 import triton
 import triton.language as tl
 
-from .attention import load_tile, number
+from .attention import length_of, load_tile, number
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,9 +49,7 @@ def cls_backward_kernel(
     """
     head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
-    length = count
-    if count == 0:
-        length = tl.load(Lengths + image)
+    length = length_of(Lengths, image, count)
     if length == 0:
         return
     column, lane = tl.arange(0, BLOCK_D), tl.arange(0, N)

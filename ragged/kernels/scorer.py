@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
+from .attention import length_of
 
 
 @triton.jit
@@ -26,10 +27,10 @@ def _gelu(x, dtype: tl.constexpr):
 @triton.jit
 def _place(Starts, Lengths, image, count, PREFIX: tl.constexpr):
     """First patch of an image, and how many it has."""
-    start, length = image.to(tl.int64) * count, count
+    start = image.to(tl.int64) * count
     if count == 0:
-        start, length = tl.load(Starts + image).to(tl.int64), tl.load(Lengths + image)
-    return start + PREFIX, tl.maximum(length - PREFIX, 0)
+        start = tl.load(Starts + image).to(tl.int64)
+    return start + PREFIX, tl.maximum(length_of(Lengths, image, count) - PREFIX, 0)
 
 
 @triton.jit(do_not_specialize=["count", "patches", "eps"])

@@ -6,7 +6,7 @@ Lengths and totals are ordinary arguments that Triton is told not to specialise 
 import triton
 import triton.language as tl
 
-from .attention import load_tile, number
+from .attention import length_of, load_tile, number
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
@@ -27,9 +27,7 @@ def cls_kernel(
     """
     head, image = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     start = tl.load(Starts + image).to(tl.int64)
-    length = count
-    if count == 0:
-        length = tl.load(Lengths + image)
+    length = length_of(Lengths, image, count)
     if length == 0:
         return
     column = tl.arange(0, BLOCK_D)
@@ -145,9 +143,7 @@ def sample_kernel(Scores, Squares, Starts, Lengths, Index, Counts, Steps, Order,
     Sorting is counting how many are smaller, as in `rank_kernel`. Grid (images,).
     """
     image = tl.program_id(0).to(tl.int64)
-    length = count
-    if count == 0:
-        length = tl.load(Lengths + image)
+    length = length_of(Lengths, image, count)
     patches = tl.maximum(length - PREFIX, 0)
     scores, steps, order = Scores + image * width + PREFIX, Steps + image * width, Order + image * width
     i = tl.arange(0, N)

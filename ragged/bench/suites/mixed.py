@@ -24,6 +24,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,10 @@ from torch import Tensor, nn
 from ...backends import BACKENDS
 from ...blocks import compiled_pieces
 from ...data import normalise, photographs
+from ...graph import CapturedList
 from ...graph.parts import Recorder
 from ...model import RaggedViT
-from ...packing import Selection
+from ...packing import Counts, Selection
 from ...pruners import PRUNERS, Pruner
 from ..pipelines import EPS, METRICS, MODES, PIPELINE_CLOCKS, Noted, Pipeline, Workbench, need, network, rms
 from ..quadtree import quadtree_tokens
@@ -64,6 +66,27 @@ class InOrder(Pruner):
 
     def select(self, view) -> Selection | None:
         return next(self.left)
+
+
+class NotedInGraphs(Noted):
+    """Notes what is recorded, and nothing else: after a replay the notes hold what that selected."""
+
+    def select(self, view) -> Selection | None:
+        selection = self.pruner.select(view)
+        if torch.cuda.is_current_stream_capturing():
+            self.taken.append(selection)
+        return selection
+
+
+def read_now(selection: Selection | None) -> Selection | None:
+    """A selection of a recording, its counts as they are now: the host noted those of stand-ins."""
+    if selection is None:
+        return None
+
+    def counted(counts):
+        return Counts(counts.device, tuple(counts.device.tolist())) if isinstance(counts, Counts) else counts
+
+    return replace(selection, counts=counted(selection.counts), fused=counted(selection.fused))
 
 
 class Lists:
@@ -166,10 +189,14 @@ class ListPipeline:
         need(bench.vit, self.how if self.how in BACKENDS else "auto")
         if self.mode != "eager" and bench.device != "cuda":
             raise Skip("CUDA graphs need a CUDA device")
-        make = (lambda: None) if self.pruner is None else self.pruner
-        eager = forward(bench, self.how, make(), compiled=self.mode == "compile+graph")
-        self.run = eager if self.mode == "eager" else self._captured(eager)
-        self._check(make)
+        compiled, noted = self.mode == "compile+graph", Noted if self.mode == "eager" else NotedInGraphs
+        pruner = None if self.pruner is None else noted(self.pruner())
+        self.run = forward(bench, self.how, pruner, compiled=compiled)
+        if self.mode != "eager":
+            self.run = self._captured(self.run)
+        self._check(pruner)
+        if self.mode == "eager" and pruner is not None:  # on the clock nobody takes notes
+            self.run = forward(bench, self.how, pruner.pruner)
         calls = [functools.partial(self.run, images) for images in bench.images]
         queued = (lambda: [call() for call in calls]) if self.mode != "eager" and not self.run.waits else None
         return Subject(calls, queued, len(calls), torch.no_grad, PIPELINE_CLOCKS)
@@ -187,13 +214,12 @@ class ListPipeline:
         side = max(bench.sides)
         return eager.capture(bench.batch, tokens=tokens, longest=(side, side), between=between)
 
-    def _check(self, make: Callable) -> None:
-        """What runs against float32 with the same selections, twice the error of padded half precision allowed."""
-        bench, pruner, taken = self.bench(), make(), []
-        if pruner is not None:
-            pruner = Noted(pruner)  # compiled where what runs is: near ties may tip
-            forward(bench, self.how, pruner, compiled=self.mode == "compile+graph")(bench.images[0])
-            taken = pruner.taken
+    def _check(self, pruner: Noted | None) -> None:
+        """What runs against float32 with the selections that it made itself (another program may decide near ties the
+        other way), twice the error of padded half precision allowed."""
+        bench = self.bench()
+        logits = self.run(bench.images[0])
+        taken = [] if pruner is None else self._taken(pruner)
 
         def replayed(exact: bool) -> Tensor:
             images = [image.float() if exact else image for image in bench.images[0]]
@@ -203,13 +229,21 @@ class ListPipeline:
 
         exact, plain = replayed(True), replayed(False)
         allowed = 2 * rms(plain - exact) + EPS[bench.dtype] * rms(exact)
-        error = rms(self.run(bench.images[0]) - exact)
+        error = rms(logits - exact)
         if not error <= allowed:
             raise Wrong(f"root mean square error of the logits {error:.2g}, allowed {allowed:.2g}")
         self.kept = bench.tokens / bench.batch
         if taken:
             stages = len(pruner.at)
             self.kept = sum(map(_rows, taken[stages - 1 :: stages])) / bench.batch
+
+    def _taken(self, pruner: Noted) -> list[Selection | None]:
+        """What was selected in the last call."""
+        if not isinstance(self.run, CapturedList):  # it is all there is
+            return [read_now(selection) for selection in pruner.taken]
+        recorded = list(reversed(self.run.capacities)).index(self.run.size)
+        stages = len(pruner.at)
+        return [read_now(selection) for selection in pruner.taken[recorded * stages :][:stages]]
 
     def values(self, subject: Subject) -> dict[str, float]:
         """kept_tokens: mean rows per image after the last cut.  capacity_waste:
