@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import operator
@@ -29,16 +28,17 @@ from .checks import (
 )
 from .graph import Captured, aside, capture
 from .packing import Packed, Padded, Selection, read_sizes
-from .pruners import Pruner
+from .pruners import Pruner, like_weights
 from .rules import View
 from .support import Bare, Survey, check_supported, convolves_as_usual, refuse_fixed_programs
+from .support.compiled import pieces_under_a_compiler
 from .support.training import refuse_to_train
-from .support.trial import MODULE_PARTS
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
 OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
 Images = Tensor | Sequence[Tensor]  # a batch, or a list of images of different sizes
-LOOKED_AT = ("_run", "survey", "_known", "_positions")  # of this process, and of the model as it was when looked at
+# Of this process, and of the model as it was when looked at.
+LOOKED_AT = ("_run", "_twin", "survey", "_known", "_positions")
 
 
 class RaggedViT(nn.Module):
@@ -75,7 +75,7 @@ class RaggedViT(nn.Module):
         if pruner is not None:
             fresh = next(pruner.parameters(), None) is None  # bound for the first time: its weights are made now
             pruner.bind(vit.embed_dim, len(vit.blocks))
-            self.pruner = pruner = _like_weights(pruner, weight_of(vit), in_place=fresh)
+            self.pruner = pruner = like_weights(pruner, weight_of(vit), in_place=fresh)
         # a cut before block i is a cut after block i - 1, and -1 is the embedding
         before = pruner is not None and pruner.where == "before"
         self._cuts = {} if pruner is None else {i - before: stage for stage, i in enumerate(pruner.at)}
@@ -104,7 +104,8 @@ class RaggedViT(nn.Module):
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
-        they change. Returns self. options go to `torch.compile`."""
+        they change. Returns self. options go to `torch.compile`, which, given the model or something around it, makes
+        the same pieces, with options of its own."""
         self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 
@@ -128,6 +129,7 @@ class RaggedViT(nn.Module):
         if self._compiled is not None:
             self.compile(**self._compiled)
 
+    @pieces_under_a_compiler
     def forward(self, images: Images) -> Tensor:
         """Logits (batch, classes) of images (batch, channels, height, width), or of a list or tuple of images
         (channels, height, width) of any sizes.
@@ -140,6 +142,7 @@ class RaggedViT(nn.Module):
         """
         return self._finish(self.begin(images))
 
+    @pieces_under_a_compiler
     def forward_tokens(self, tokens: Tensor, cu_seqlens: Tensor, ids: Tensor | None = None, *,
                        lengths: Sequence[int] | None = None) -> Tensor:  # fmt: skip
         """Logits (batch, classes) of tokens that somebody else made: all blocks, cuts, the norm and the classifier.
@@ -156,6 +159,7 @@ class RaggedViT(nn.Module):
         state = cuts.laid_out(state, run.backend, self._packs(run))
         return self._finish(self._blocks(state, -1, run))
 
+    @pieces_under_a_compiler
     def trace(self, images: Images) -> Trace:
         """`forward` of images, a batch or a list, and what every cut left."""
         stages: list[Stage] = []
@@ -179,6 +183,7 @@ class RaggedViT(nn.Module):
         "nearest", the nearest patch that stayed. EViT's fused tokens have no place."""
         return self.forward_intermediates(images, [], fill=fill)[0]
 
+    @pieces_under_a_compiler
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, return_prefix_tokens: bool = False,
         norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
@@ -384,16 +389,6 @@ class RaggedViT(nn.Module):
 def _images_of(state: State, drops: bool) -> tuple[Tensor | None, bool]:
     """What the row-wise pieces are told about dropping: where images begin in packed rows, and whether to."""
     return (state.cu_seqlens if drops and isinstance(state, Packed) else None), drops
-
-
-def _like_weights(pruner: Pruner, weight: Tensor, in_place: bool) -> Pruner:
-    """The pruner on the device of weight, its own weights in that dtype. Unless in_place, another dtype makes a copy of
-    the weights: other models may use the pruner as it is. What else it holds, a list of what it saw, say, is shared."""
-    own = next(pruner.parameters(), None)
-    if own is not None and own.dtype != weight.dtype and not in_place:
-        held = [x for part in pruner.modules() for name, x in vars(part).items() if name not in MODULE_PARTS]
-        pruner = copy.deepcopy(pruner, {id(x): x for x in held})
-    return pruner.to(weight)
 
 
 for name in OF_THE_NETWORK:

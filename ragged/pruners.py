@@ -6,6 +6,7 @@ the rules in rules.py make. To add one, write a class with `select` and enter it
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from .packing import Counts, Selection
 from .rows import scores as score_ops
 from .rows import with_prefix
 from .rules import View, at_least, chance, chosen_rows, inverse_cdf, row_norms, top_k
+from .support.trial import MODULE_PARTS
 
 PLACES = ("before", "inside", "after")
 Blocks = int | Iterable[int]
@@ -76,6 +78,16 @@ class Pruner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, at={self.at}, where={self.where!r}"
+
+
+def like_weights(pruner: Pruner, weight: Tensor, in_place: bool) -> Pruner:
+    """The pruner on the device of weight, its own weights in that dtype. Unless in_place, another dtype makes a copy of
+    the weights: other models may use the pruner as it is. What else it holds, a list of what it saw, say, is shared."""
+    own = next(pruner.parameters(), None)
+    if own is not None and own.dtype != weight.dtype and not in_place:
+        held = [x for part in pruner.modules() for name, x in vars(part).items() if name not in MODULE_PARTS]
+        pruner = copy.deepcopy(pruner, {id(x): x for x in held})
+    return pruner.to(weight)
 
 
 class ThresholdL2(Pruner):

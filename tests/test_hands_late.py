@@ -243,12 +243,37 @@ def test_what_a_hook_changes_further_on_counts_at_once(place, what):
 @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
 @pytest.mark.parametrize("name", [None, "evit", "ats"])
 def test_the_whole_model_may_be_compiled(name):
-    """By its user, from outside; a batch, and a list of images of different sizes."""
+    """By its user, from outside; a batch, and a list of images of different sizes. It is left as it was."""
     model = ragged.RaggedViT(small_vit(), name and build(name, 0.5, at=(1,)))
-    lists = [torch.randn(3, 32, 32), torch.randn(3, 32, 64)]
+    lists, before = [torch.randn(3, 32, 32), torch.randn(3, 32, 64)], list(model.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
     for images in (pictures(2), lists):
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(model, backend="eager")(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == before and model._compiled is None
+    assert all(hasattr(piece, "_torchdynamo_orig_callable") for piece in model._twin._run.values()), "its pieces are"
+    model.pruner = build("threshold_l2", 0.5, at=(0,))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(compiled(pictures(2)), copied(pictures(2)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+def test_inside_something_compiled_a_model_learns_and_is_hooked():
+    model, x = ragged.RaggedViT(small_vit(), build("evit", 0.5, at=(1,))), pictures(2)
+    larger, seen = nn.Sequential(nn.Identity(), model, nn.Linear(model.num_classes, 2)), []
+    torch._dynamo.reset()
+    compiled = torch.compile(larger, backend="eager")
+    model.vit.blocks[2].register_forward_hook(lambda *_: seen.append(1))
+    for step in (compiled, larger):
+        larger.zero_grad()
+        with torch.enable_grad():
+            step(x).square().sum().backward()
+        seen.append([p.grad.clone() for p in larger.parameters() if p.grad is not None])
+    assert seen[0] == seen[2] == 1
+    for mine, theirs in zip(seen[1], seen[3], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match="_apart"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
 
 
 # ---- what cannot be run

@@ -18,6 +18,7 @@ from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
 from .bare import Bare
+from .compiled import exporting
 from .trial import OWN_CALL, known, replaced, row_wise, structure, switches
 
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
@@ -256,7 +257,7 @@ def refuse_fixed_programs(pruner: Any, images: object) -> None:
             "torch.jit.trace: a traced program keeps the counts of the images it was traced with; use "
             "model.capture(batch_size) on a GPU, model.compile(), or torch.export for pruners with fixed counts"
         )
-    if pruner is not None and pruner.adaptive and torch.compiler.is_exporting():
+    if pruner is not None and pruner.adaptive and exporting():
         raise NotImplementedError(
             f"torch.export: {pruner.name} decides on the data how many tokens stay, and an exported program "
             "has no sizes that depend on data; export a pruner with fixed counts, or use model.capture(batch_size)"
