@@ -1,6 +1,7 @@
 """On a GPU: whole models. Ragged against padded on the same masks, graphs against eager, waits. Prints a table."""
 
 import functools
+import gc
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from gpu_tools import eager, print_table, waits
 from pruner_cases import VARIANTS
 
 import ragged
+from ragged.graph.parts import Recorder
 from ragged.packing import Padded
 from ragged.pruners import GivenLengths, Pruner
 from ragged.rules import View
@@ -292,6 +294,33 @@ def test_a_recording_outlives_what_torch_compile_does_with_cublas_s_memory():
     held = [torch.zeros(1 << 24, dtype=torch.uint8, device="cuda") for _ in range(64)]
     for _ in range(3):
         torch.testing.assert_close(captured(images), want, rtol=0, atol=0)
+    assert not any(x.any() for x in held)
+
+
+def test_a_recording_does_not_work_in_the_memory_of_another(monkeypatch):
+    """Streams are used again: the second recording is made on the stream of the first, which is gone by then."""
+    made, make = [], Recorder.__init__
+
+    def noted(self, model):
+        make(self, model)
+        made.append(self.stream.cuda_stream)
+
+    monkeypatch.setattr(Recorder, "__init__", noted)
+    images, model = pictures(batch=8), ragged.RaggedViT(vit(), build("evit"))
+    first = model.capture(8)
+    streams = [torch.cuda.Stream().cuda_stream for _ in range(32)]
+    for _ in range(streams.index(made[0])):
+        torch.cuda.Stream()
+    second = model.capture(8)
+    assert made[0] == made[1]
+    want = second(images)
+    del first
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile(mode="reduce-overhead") does
+    torch.cuda.empty_cache()
+    held = [torch.zeros(1 << 20, dtype=torch.uint8, device="cuda") for _ in range(256)]
+    for _ in range(3):
+        torch.testing.assert_close(second(images), want, rtol=0, atol=0)
     assert not any(x.any() for x in held)
 
 

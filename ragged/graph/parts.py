@@ -126,11 +126,14 @@ class Chain:
 class Recorder:
     """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns.
 
-    What is tried out runs on a stream of its own. A matrix product may need memory to work in, which PyTorch allocates
-    once for each stream: had the recording's stream got it before, it would not come from the pool, and somebody else
-    might give it away while the graphs still write there, as torch.compile(mode="reduce-overhead") does."""
+    A matrix product may need memory to work in, which PyTorch allocates once for each stream. Had the recording's
+    stream got it before, it would not come from the pool, and somebody else might give it away while the graphs still
+    write there, as torch.compile(mode="reduce-overhead") does. So what is tried out runs on a stream of its own, and
+    what was allocated before is given back: after 32 streams PyTorch hands out the first again, and with it memory from
+    the pool of an earlier recording."""
 
     def __init__(self, model: nn.Module):
+        torch._C._cuda_clearCublasWorkspaces()
         self.model, self.stream, self.pool = model, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.trial = torch.cuda.Stream()
 
