@@ -297,30 +297,29 @@ def test_a_recording_outlives_what_torch_compile_does_with_cublas_s_memory():
     assert not any(x.any() for x in held)
 
 
-def test_a_recording_does_not_work_in_the_memory_of_another(monkeypatch):
+def test_a_recording_does_not_work_in_the_memory_of_another():
     """Streams are used again: the second recording is made on the stream of the first, which is gone by then."""
-    made, make = [], Recorder.__init__
+    a, b = (torch.randn(shape, device="cuda").half() for shape in ((128, 16384), (16384, 128)))
 
-    def noted(self, model):
-        make(self, model)
-        made.append(self.stream.cuda_stream)
+    def recorded():
+        recorder = Recorder(None)
+        recorder.try_out(lambda _: a @ b)
+        return recorder.stream.cuda_stream, recorder.record(lambda _: a @ b)
 
-    monkeypatch.setattr(Recorder, "__init__", noted)
-    images, model = pictures(batch=8), ragged.RaggedViT(vit(), build("evit"))
-    first = model.capture(8)
+    stream, first = recorded()
     streams = [torch.cuda.Stream().cuda_stream for _ in range(32)]
-    for _ in range(streams.index(made[0])):
+    for _ in range(streams.index(stream)):
         torch.cuda.Stream()
-    second = model.capture(8)
-    assert made[0] == made[1]
-    want = second(images)
+    again, second = recorded()
+    assert again == stream
     del first
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # as torch.compile(mode="reduce-overhead") does
     torch.cuda.empty_cache()
-    held = [torch.zeros(1 << 20, dtype=torch.uint8, device="cuda") for _ in range(256)]
+    held = [torch.zeros(1 << 24, dtype=torch.uint8, device="cuda") for _ in range(64)]
     for _ in range(3):
-        torch.testing.assert_close(second(images), want, rtol=0, atol=0)
+        second.replay()
+        torch.testing.assert_close(second.result, a @ b, rtol=1e-2, atol=1e-2)
     assert not any(x.any() for x in held)
 
 
