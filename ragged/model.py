@@ -15,6 +15,7 @@ from . import blocks
 from .attention import resolve_backend
 from .backends import BACKENDS
 from .blocks import PIECES, Positions, compiled_pieces, cuts, scale_of
+from .blocks.compiled import pieces_under_a_compiler
 from .blocks.cuts import FILLS, Canvas, Cut, Pass, Pending, Stage, State, Trace
 from .checks import (
     check_image_list,
@@ -31,14 +32,13 @@ from .packing import Packed, Padded, Selection, read_sizes
 from .pruners import Pruner, like_weights
 from .rules import View
 from .support import Bare, Survey, check_supported, convolves_as_usual, refuse_fixed_programs
-from .support.compiled import pieces_under_a_compiler
 from .support.training import refuse_to_train
 
 # What timm's tools ask a model for (`timm.data.resolve_model_data_config` the last two).
 OF_THE_NETWORK = ("num_classes", "embed_dim", "num_features", "num_prefix_tokens", "pretrained_cfg", "default_cfg")
 Images = Tensor | Sequence[Tensor]  # a batch, or a list of images of different sizes
 # Of this process, and of the model as it was when looked at.
-LOOKED_AT = ("_run", "_twin", "survey", "_known", "_positions")
+LOOKED_AT = ("_run", "_outside", "survey", "_known", "_positions")
 
 
 class RaggedViT(nn.Module):
@@ -104,8 +104,8 @@ class RaggedViT(nn.Module):
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
-        they change. Returns self. options go to `torch.compile`, which, given the model or something around it, makes
-        the same pieces, with options of its own."""
+        they change. Returns self. options go to `torch.compile`; given the model itself, or something around it,
+        `torch.compile` makes the same pieces, as without options here."""
         self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 

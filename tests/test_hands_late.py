@@ -251,10 +251,24 @@ def test_the_whole_model_may_be_compiled(name):
     for images in (pictures(2), lists):
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == before and model._compiled is None
-    assert all(hasattr(piece, "_torchdynamo_orig_callable") for piece in model._twin._run.values()), "its pieces are"
+    (pieces,) = model._outside.values()
+    assert all(hasattr(piece, "_torchdynamo_orig_callable") for piece in pieces.values()), "its pieces are"
     model.pruner = build("threshold_l2", 0.5, at=(0,))
     copied = copy.deepcopy(model)
     torch.testing.assert_close(compiled(pictures(2)), copied(pictures(2)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+def test_a_compiled_model_of_another_class_stays_one():
+    class Doubled(ragged.RaggedViT):
+        def begin(self, images, *given):
+            return self.factor * super().begin(images, *given)
+
+    model = Doubled(small_vit())
+    compiled = torch.compile(model, backend="eager")
+    for factor in (2, 3):
+        model.factor = factor
+        assert_logits(compiled(pictures(2)), factor * ragged.RaggedViT(small_vit())(pictures(2)))
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")

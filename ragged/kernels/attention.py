@@ -37,15 +37,6 @@ def number(x):
 
 
 @triton.jit
-def length_of(Lengths, image, count):
-    """Rows of an image: `count`, which is that of every image, or, if that is 0, what Lengths says."""
-    length = count
-    if count == 0:
-        length = tl.load(Lengths + image)
-    return length
-
-
-@triton.jit
 def load_tile(base, first, rows: tl.constexpr, limit, stride: tl.constexpr, stride_d: tl.constexpr,
           D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
     """Load rows first .. first + rows of one head as (rows, BLOCK_D); rows at or past `limit` read as zero.

@@ -7,7 +7,8 @@ up that could change.
 import triton
 import triton.language as tl
 
-from .attention import length_of, load_tile, number
+from .attention import load_tile, number
+from .scores import length_of
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from .attention import length_of
+from .scores import length_of
 
 
 @triton.jit

@@ -6,7 +6,16 @@ Lengths and totals are ordinary arguments that Triton is told not to specialise 
 import triton
 import triton.language as tl
 
-from .attention import length_of, load_tile, number
+from .attention import load_tile, number
+
+
+@triton.jit
+def length_of(Lengths, image, count):
+    """Rows of an image: `count`, which is that of every image, or, if that is 0, what Lengths says."""
+    length = count
+    if count == 0:
+        length = tl.load(Lengths + image)
+    return length
 
 
 @triton.jit(do_not_specialize=["count", "rows"])

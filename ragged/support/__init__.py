@@ -18,7 +18,6 @@ from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
 from .bare import Bare
-from .compiled import exporting
 from .trial import OWN_CALL, known, replaced, row_wise, structure, switches
 
 # Methods that the pass takes the place of, or calls with the prefix rows alone. Replaced ones are not ours to know.
@@ -242,6 +241,13 @@ def refuse_hooks_on_everything() -> None:
                     "RaggedViT: hooks on all modules are registered (torch.nn.modules.module.register_module_...), and "
                     "most modules here are not called one by one; remove them, or hook single blocks"
                 )
+
+
+def exporting() -> bool:
+    """Whether `torch.export` traces. Under `torch.compile` PyTorch 2.11's own function answers yes, too; the flag that
+    it returns elsewhere does not."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def refuse_fixed_programs(pruner: Any, images: object) -> None:

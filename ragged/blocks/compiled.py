@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 
+from ..support import exporting
+from . import compiled_pieces
+
 # `torch.compiler.disable`, which imports the whole compiler, and so would everybody who imports this package
 _left_alone = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
-
-
-def exporting() -> bool:
-    """Whether `torch.export` traces. Under `torch.compile` PyTorch 2.11's own function answers yes, too; the flag that
-    it returns elsewhere does not."""
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def pieces_under_a_compiler(method: Callable) -> Callable:
@@ -39,13 +35,13 @@ def _apart(method: Callable, model: Any, given: tuple, named: dict) -> Any:
 
 
 def _in_pieces(model: Any) -> Any:
-    """The model with its pieces compiled: itself, where it is so already, or a twin that shares everything else."""
+    """The model with its pieces compiled: itself, where it is so already, or its double for one call."""
     if model._compiled is not None:
         return model
     model._look()
-    twin = model.__dict__.get("_twin")
-    same = twin is not None and twin.vit is model.vit and twin.pruner is model.pruner and twin.backend == model.backend
-    if not same:
-        twin = model.__dict__["_twin"] = model.with_pruner(model.pruner).compile()  # not as a module within the model
-    twin.training = model.training
-    return twin
+    pieces, foreign = model.__dict__.setdefault("_outside", {}), bool(model.survey.tried)
+    if foreign not in pieces:
+        pieces[foreign] = compiled_pieces(foreign)
+    double = object.__new__(type(model))
+    double.__dict__.update(model.__dict__, _compiled={}, _run=pieces[foreign])
+    return double
