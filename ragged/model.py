@@ -104,8 +104,8 @@ class RaggedViT(nn.Module):
 
     def compile(self, **options: object) -> RaggedViT:
         """Compile the pieces of the pass with `torch.compile`, once for all blocks; token counts become dynamic when
-        they change. Returns self. options go to `torch.compile`; given the model itself, or something around it,
-        `torch.compile` makes the same pieces, as without options here."""
+        they change. Returns self. options go to `torch.compile`. That, given the model itself or something around it,
+        makes the same pieces, but without options, and warns, unless this was called before."""
         self._compiled, self._run = options, compiled_pieces(bool(self.survey.tried), **options)
         return self
 

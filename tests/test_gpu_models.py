@@ -171,7 +171,7 @@ def test_a_graph_outlives_the_variables_it_was_made_from():
         assert torch.equal(fast(images), want), len(junk)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.compile. a RaggedViT:RuntimeWarning")
 @pytest.mark.parametrize("name", [None, "evit", "dynamicvit", "ats"])
 def test_the_whole_model_may_be_compiled(name):
     """By its user, from outside, with the usual compiler; a batch, and a list of images of different sizes."""

@@ -4,6 +4,8 @@ The answer is timm's own under the same circumstances, or a sentence says what i
 """
 
 import copy
+import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ragged
 from ragged.bench.pipelines import Noted
+from ragged.blocks import compiled
 from ragged.support import Survey
 from ragged.support.trial import as_written
 
@@ -240,45 +243,64 @@ def test_what_a_hook_changes_further_on_counts_at_once(place, what):
 # ---- the whole model under torch.compile
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+@pytest.fixture
+def under_a_compiler(monkeypatch):
+    """torch.compile as users call it, which here writes no C++: neither outside nor for the pieces of a model."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "compiled_pieces", functools.partial(compiled.compiled_pieces, backend="eager"))
+    return functools.partial(torch.compile, backend="eager")
+
+
+OWN_PIECES = pytest.mark.filterwarnings("ignore:torch.compile. a RaggedViT:RuntimeWarning")
+
+
+@OWN_PIECES
 @pytest.mark.parametrize("name", [None, "evit", "ats"])
-def test_the_whole_model_may_be_compiled(name):
+def test_the_whole_model_may_be_compiled(name, under_a_compiler):
     """By its user, from outside; a batch, and a list of images of different sizes. It is left as it was."""
     model = ragged.RaggedViT(small_vit(), name and build(name, 0.5, at=(1,)))
     lists, before = [torch.randn(3, 32, 32), torch.randn(3, 32, 64)], list(model.state_dict())
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    fast = under_a_compiler(model)
     for images in (pictures(2), lists):
-        torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast(images), model(images), rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == before and model._compiled is None
     (pieces,) = model._outside.values()
     assert all(hasattr(piece, "_torchdynamo_orig_callable") for piece in pieces.values()), "its pieces are"
     model.pruner = build("threshold_l2", 0.5, at=(0,))
     copied = copy.deepcopy(model)
-    torch.testing.assert_close(compiled(pictures(2)), copied(pictures(2)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast(pictures(2)), copied(pictures(2)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
-def test_a_compiled_model_of_another_class_stays_one():
+def test_options_that_do_not_reach_the_pieces_are_mentioned(under_a_compiler):
+    model = ragged.RaggedViT(small_vit())
+    with pytest.warns(RuntimeWarning, match=r"model\.compile\(\) first"):
+        under_a_compiler(model)(pictures(2))
+    before = ragged.RaggedViT(small_vit()).compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        under_a_compiler(before)(pictures(2))
+    assert "_outside" not in vars(before)
+
+
+@OWN_PIECES
+def test_a_compiled_model_of_another_class_stays_one(under_a_compiler):
     class Doubled(ragged.RaggedViT):
         def begin(self, images, *given):
             return self.factor * super().begin(images, *given)
 
     model = Doubled(small_vit())
-    compiled = torch.compile(model, backend="eager")
+    fast = under_a_compiler(model)
     for factor in (2, 3):
         model.factor = factor
-        assert_logits(compiled(pictures(2)), factor * ragged.RaggedViT(small_vit())(pictures(2)))
+        assert_logits(fast(pictures(2)), factor * ragged.RaggedViT(small_vit())(pictures(2)))
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
-def test_inside_something_compiled_a_model_learns_and_is_hooked():
+@OWN_PIECES
+def test_inside_something_compiled_a_model_learns_and_is_hooked(under_a_compiler):
     model, x = ragged.RaggedViT(small_vit(), build("evit", 0.5, at=(1,))), pictures(2)
     larger, seen = nn.Sequential(nn.Identity(), model, nn.Linear(model.num_classes, 2)), []
-    torch._dynamo.reset()
-    compiled = torch.compile(larger, backend="eager")
     model.vit.blocks[2].register_forward_hook(lambda *_: seen.append(1))
-    for step in (compiled, larger):
+    for step in (under_a_compiler(larger), larger):
         larger.zero_grad()
         with torch.enable_grad():
             step(x).square().sum().backward()
@@ -287,7 +309,7 @@ def test_inside_something_compiled_a_model_learns_and_is_hooked():
     for mine, theirs in zip(seen[1], seen[3], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="_apart"):
-        torch.compile(model, backend="eager", fullgraph=True)(x)
+        under_a_compiler(model, fullgraph=True)(x)
 
 
 # ---- what cannot be run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,15 @@ def _apart(method: Callable, model: Any, given: tuple, named: dict) -> Any:
 
 
 def _in_pieces(model: Any) -> Any:
-    """The model with its pieces compiled: itself, where it is so already, or its double for one call."""
+    """The model with its pieces compiled: itself, where it is so already, or its double for one call. Whatever options
+    `torch.compile` was given do not reach so far, which is said once."""
     if model._compiled is not None:
         return model
     model._look()
     pieces, foreign = model.__dict__.setdefault("_outside", {}), bool(model.survey.tried)
     if foreign not in pieces:
+        warnings.warn("torch.compile: a RaggedViT compiles its own pieces, without the options given to torch.compile; "
+                      "call model.compile() first, which takes options", RuntimeWarning, stacklevel=4)  # fmt: skip
         pieces[foreign] = compiled_pieces(foreign)
     double = object.__new__(type(model))
     double.__dict__.update(model.__dict__, _compiled={}, _run=pieces[foreign])
