@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import launch
 from ..backends import BACKENDS
 from ..blocks.cuts import Pending
+from .streams import branch_of, for_recording, for_trials
 
 STEP = 1.025  # a bucket is 2.5 % larger than the one below: about half of that is surplus on average
 SMALLEST = 0.1  # share of the unpruned rows in the smallest bucket
@@ -59,7 +60,8 @@ def aside(work: Callable[[], Result], on_gpu: bool) -> Callable[[], Result]:
     whether its tensors are."""
     if not on_gpu or not torch.cuda.is_current_stream_capturing():
         return work
-    here, branch = torch.cuda.current_stream(), _branch(torch.cuda.current_device())
+    here = torch.cuda.current_stream()
+    branch = branch_of(here)
     branch.wait_stream(here)
     with torch.cuda.stream(branch):
         result = work()
@@ -69,12 +71,6 @@ def aside(work: Callable[[], Result], on_gpu: bool) -> Callable[[], Result]:
         return result
 
     return joined
-
-
-@functools.cache
-def _branch(device: int) -> torch.cuda.Stream:
-    """Where branches are recorded. Nothing ever runs there."""
-    return torch.cuda.Stream(device)
 
 
 class Chain:
@@ -124,18 +120,13 @@ class Chain:
 
 
 class Recorder:
-    """Where a model's graphs are recorded: a stream and a memory pool for all of them, which take turns.
-
-    A matrix product may need memory to work in, which PyTorch allocates once for each stream. Had the recording's
-    stream got it before, it would not come from the pool, and somebody else might give it away while the graphs still
-    write there, as torch.compile(mode="reduce-overhead") does. So what is tried out runs on a stream of its own, and
-    what was allocated before is given back: after 32 streams PyTorch hands out the first again, and with it memory from
-    the pool of an earlier recording."""
+    """Where a model's graphs are recorded: a stream (streams.py says which) and a memory pool for all of them, which
+    take turns. What is tried out runs on another stream, so that the memory in which a matrix product works comes from
+    the pool."""
 
     def __init__(self, model: nn.Module):
-        torch._C._cuda_clearCublasWorkspaces()
-        self.model, self.stream, self.pool = model, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.trial = torch.cuda.Stream()
+        self.model, self.stream, self.pool = model, for_recording(), torch.cuda.graph_pool_handle()
+        self.trial = for_trials(torch.cuda.current_device())
 
     def try_out(self, work: Work) -> object:
         """Run `work` outside any recording: it compiles, tunes cuBLAS and fills caches."""
