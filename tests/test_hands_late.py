@@ -5,6 +5,7 @@ The answer is timm's own under the same circumstances, or a sentence says what i
 
 import copy
 import functools
+import threading
 import warnings
 
 import numpy as np
@@ -310,6 +311,21 @@ def test_inside_something_compiled_a_model_learns_and_is_hooked(under_a_compiler
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="_apart"):
         under_a_compiler(model, fullgraph=True)(x)
+
+
+def test_a_model_compiled_in_one_thread_runs_in_another():
+    """Newer versions of PyTorch keep some settings for each thread."""
+    torch._dynamo.reset()
+    model, seen = ragged.RaggedViT(small_vit()).compile(backend="eager", dynamic=False), []
+
+    def serve():
+        with torch.no_grad():
+            seen.extend(model(pictures(2)[:1].repeat(batch, 1, 1, 1)).shape[0] for batch in range(1, 12))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert seen == list(range(1, 12))
 
 
 # ---- what cannot be run

@@ -10,6 +10,7 @@ What a block adds last it may leave to add: a compiler then does it where the ne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -156,10 +157,16 @@ PIECES = (embed, begin_block, project_heads, finish_attention, end_block, attend
 STEADY = {"triton.autotune_pointwise": False}
 
 
+VARIANTS = 64  # of a piece, whose sizes, settings and modules differ; a piece that has more is refused by PyTorch
+
+
 def compiled_pieces(foreign: bool = False, **options: object) -> dict[str, Callable]:
     """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
     or a backend of their own. foreign: modules of unknown types are in there, which may break a graph."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options.setdefault("recompile_limit", VARIANTS)
+    else:  # of an older PyTorch, where it is one setting for all threads
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     if not {"mode", "options", "backend"} & options.keys():
         options["options"] = STEADY
     return {piece.__name__: torch.compile(piece, fullgraph=not foreign, **options) for piece in PIECES}
