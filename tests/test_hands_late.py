@@ -297,10 +297,11 @@ def test_a_compiled_model_of_another_class_stays_one(under_a_compiler):
 
 
 @OWN_PIECES
-def test_inside_something_compiled_a_model_learns_and_is_hooked(under_a_compiler):
+def test_inside_something_compiled_a_model_learns_and_is_hooked(under_a_compiler, request):
     model, x = ragged.RaggedViT(small_vit(), build("evit", 0.5, at=(1,))), pictures(2)
     larger, seen = nn.Sequential(nn.Identity(), model, nn.Linear(model.num_classes, 2)), []
-    model.vit.blocks[2].register_forward_hook(lambda *_: seen.append(1))
+    hook = model.vit.blocks[2].register_forward_hook(lambda *_: seen.append(1))
+    request.addfinalizer(hook.remove)  # the network is everybody's
     for step in (under_a_compiler(larger), larger):
         larger.zero_grad()
         with torch.enable_grad():
