@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
+from ..blocks import compile_with_room
 from ..model import RaggedViT
 from ..packing import Selection
 from ..pruners import Pruner
@@ -216,8 +217,7 @@ class TimmPipeline:
         if self.mode != "eager":
             if bench.device != "cuda":
                 raise Skip("CUDA graphs need a CUDA device")
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-            run = torch.compile(run, mode="reduce-overhead", dynamic=False)
+            run = compile_with_room(run, mode="reduce-overhead", dynamic=False)
         exact, allowed = bench.expected(None, [])
         for _ in range(3):  # compiled, recorded, replayed
             error = rms(run(bench.images[0]) - exact)

@@ -157,19 +157,24 @@ PIECES = (embed, begin_block, project_heads, finish_attention, end_block, attend
 STEADY = {"triton.autotune_pointwise": False}
 
 
-VARIANTS = 64  # of a piece, whose sizes, settings and modules differ; a piece that has more is refused by PyTorch
+VARIANTS = 64  # of one function, for other sizes, settings and modules; PyTorch gives up at more
+
+
+def compile_with_room(function: Callable, **options: object) -> Callable:
+    """`torch.compile` with these options, and room for VARIANTS variants of the function in every thread."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options.setdefault("recompile_limit", VARIANTS)
+    else:  # of an older PyTorch, where it is one setting for all threads
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(function, **options)
 
 
 def compiled_pieces(foreign: bool = False, **options: object) -> dict[str, Callable]:
     """Every piece, by name, compiled with options for `torch.compile`; with `STEADY`, unless they name a mode, options
     or a backend of their own. foreign: modules of unknown types are in there, which may break a graph."""
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options.setdefault("recompile_limit", VARIANTS)
-    else:  # of an older PyTorch, where it is one setting for all threads
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     if not {"mode", "options", "backend"} & options.keys():
         options["options"] = STEADY
-    return {piece.__name__: torch.compile(piece, fullgraph=not foreign, **options) for piece in PIECES}
+    return {piece.__name__: compile_with_room(piece, fullgraph=not foreign, **options) for piece in PIECES}
 
 
 # ---- the front: images of any sizes, packed from the first token on ----

@@ -58,9 +58,10 @@ def _keep(device: int) -> torch.cuda.Stream:
 def _unused(number: int) -> list[torch.cuda.Stream]:
     """So many streams that are neither used nor kept, or none."""
     found: dict[int, torch.cuda.Stream] = {}
+    taken = _used | _kept
     for _ in range(STREAMS):
         stream = torch.cuda.Stream()
-        if stream.cuda_stream not in _used | _kept:
+        if stream.cuda_stream not in taken:
             found[stream.cuda_stream] = stream
         if len(found) == number:
             return [*found.values()]

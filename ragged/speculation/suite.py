@@ -23,6 +23,7 @@ from ..bench.rounds import CALL_CLOCKS, Subject
 from ..bench.runner import Candidate, Case, Options, Skip, Wrong
 from ..bench.suites.attention import TOLERANCE
 from ..bench.timing import as_graph, syncs
+from ..blocks import compile_with_room
 from .trees import Plan, Tree, attend_trees, piece_for
 
 HEADS = {"smollm2_135m": (9, 3, 64), "llama_2_7b": (32, 32, 128)}  # query heads, key heads, headdim
@@ -154,8 +155,7 @@ def _with_rows(x: Inputs, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention, dynamic=False)
+    return compile_with_room(flex_attention, dynamic=False)
 
 
 def _subject(inputs: Callable[[], Inputs], make: Make, mode: str) -> Subject:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import data
 from ...attention import varlen_attention, varlen_attention_ref
 from ...backends import BACKENDS, masked_sdpa, pad_rows
+from ...blocks import compile_with_room
 from ...rows import offsets
 from ...tiles import GLUON_LENGTHS
 from ..rounds import CALL_CLOCKS, Subject
@@ -158,8 +159,7 @@ def flex(x: Inputs, qkv: tuple) -> Callable[[], Tensor]:
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention)
+    return compile_with_room(flex_attention)
 
 
 def kernel_context(name: str):
