@@ -92,8 +92,9 @@ def test_an_event_pair_does_not_tell_a_slow_host_from_a_slow_gpu():
 
     for call in (slow_host, slow_gpu):
         call()
-    events = [median(timing.event_us([call], 15)) for call in (slow_host, slow_gpu)]
-    assert min(events) > 390, "the events see something slow in both"
+    events = [min(timing.event_us([call], 15)) for call in (slow_host, slow_gpu)]  # a busy host makes some longer
+    assert min(events) > 250, "the events see something slow in both"
+    assert events[0] == pytest.approx(events[1], rel=0.5), "and about the same"
     host = [median(timing.host_us([call], 15)) for call in (slow_host, slow_gpu)]
     assert host[0] > 390 and host[1] < host[0] / 3, "the host clock tells them apart"
     gpu = [median(timing.gpu_us_profiled([call], 5)) for call in (slow_host, slow_gpu)]
