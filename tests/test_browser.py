@@ -130,15 +130,16 @@ STATE = f"""() => {{
     return {{ said: errors.map((error) => error.ename + ': ' + error.evalue).join('; ') || (window.ran ? 'done' : ''),
         kernel, now: `${{left}} of ${{cells.length}} cells are left, the kernel is ${{kernel}}` }};
 }}"""
-# What a slider shows: the numbers, pictures and labels of its figure without the title, or its text. Beside a PNG the
-# plot is only drawn under the pointer, and the PNG stands in its place.
+# What a slider shows: the numbers, pictures and labels of its figure without the title, or its text or table. Beside a
+# PNG the plot is only drawn under the pointer, and the PNG stands in its place.
 SHOWN = """(cell) => {
     const images = [...cell.querySelectorAll('.jp-RenderedPlotly img.plot-img')];
     if (images.length) return images.map((image) => image.src).join();
     const plots = [...cell.querySelectorAll('.js-plotly-plot')];
     const inside = (plot) => [plot.data, plot.layout.images, plot.layout.annotations, plot.layout.shapes];
     if (plots.length) return plots.map((plot) => JSON.stringify(inside(plot))).join();
-    return [...cell.querySelectorAll('.jp-OutputArea-output pre')].map((pre) => pre.innerText).join();
+    const texts = '.jp-OutputArea-output pre, .jp-OutputArea-output table';
+    return [...cell.querySelectorAll(texts)].map((text) => text.innerText).join();
 }"""
 
 
